@@ -1,0 +1,32 @@
+# make demo   trains the nano model through all stages, evaluates it and prints one table (runs/nano)
+# make test   runs the whole test suite
+# Both make their environment in .venv first; PYTHON chooses the interpreter that it is made from.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/python recipes/nano/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,199 @@
+"""Configuration of a CLaRa model: the nested decoder, the compression geometry, adapters, retrieval and prompts."""
+
+import copy
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .topk import TAKEN_MASKS
+
+
+CHECKPOINT_FORMATS = ("full", "adapter")
+EMBEDDING_ROWS = ("added", "all")
+ORIGINAL_MODEL_TYPE = "CLaRa"
+PROMPT_KINDS = ("answer", "qa", "paraphrase")
+DEFAULT_PROMPTS = {
+    "answer": {
+        "system": "You answer questions from the background documents you are given. Keep the answer short.",
+        "user": "Documents:\n{docs}\n\nQuestion: {question}",
+        "assistant": "{answer}",
+    },
+    "qa": {
+        "system": "You write question and answer pairs that together cover every fact of a document.",
+        "user": "Document:\n{docs}",
+        "assistant": "Question: {question}\nAnswer: {answer}",
+    },
+    "paraphrase": {
+        "system": "You restate a document in other words, with all of its facts and nothing added.",
+        "user": [
+            "Document: {docs}\nRestate the document in your own words.",
+            "Rewrite this document so that it says the same in other words: {docs}",
+            "{docs}\nWhat does the document above say? Put it differently.",
+        ],
+        "assistant": "{paraphrase}",
+    },
+}
+
+
+class CLaRaConfig(PreTrainedConfig):
+    r"""Configuration of a [`CLaRaForRetrievalGeneration`] (arXiv 2511.18659).
+
+    Args:
+        decoder_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the causal language model that
+            carries the adapters, with the vocabulary already enlarged by the added tokens. Read from
+            `base_model_name_or_path` when missing.
+        base_model_name_or_path (`str`, *optional*): where the decoder's frozen weights come from. An `adapter`
+            checkpoint needs it to load.
+        doc_max_length (`int`): document budget in tokens; longer documents are cut.
+        compression_rate (`int`): document budget divided by the number of memory tokens.
+        query_max_length (`int`): question budget in tokens.
+        distinct_memory_tokens (`bool`): `True` for one embedding per memory token, `False` for a single shared one.
+        top_k (`int`): documents that are selected for a question.
+        temperature (`float`): of the straight-through top-k; the paper uses 0.02.
+        topk_taken_mask (`"exact"` or `"published"`): see [`straight_through_topk`].
+        query_reasoner (`bool`): whether the checkpoint has a query-reasoner adapter; without one, questions are read
+            by the compressor.
+        mse_weight (`float`): weight of the mean-squared error between document and memory means (λ, 0.1 in the paper).
+        lora_r, lora_alpha, lora_dropout, lora_target_modules: as in [`peft.LoraConfig`], the same for all adapters.
+        keep_end_token (`bool`): whether a cut document keeps its end token. The published model drops it.
+        document_start (`str`, *optional*): text of the token before every document or question; the tokenizer's
+            beginning token where `None`, and nothing where it has none.
+        separated_slots (`bool`): whether the memory slots of a prompt leave out the `<SEP>` between them. `False`
+            writes all memory vectors one after the other from the first slot on, over `<SEP>`, as the published model
+            does with `sep: false`.
+        exact_prompt_end (`bool`): whether labels start exactly where the prompt ends, even if a token would span its
+            end. `False` leaves out as many tokens as the prompt has on its own, as the published model does.
+        prompts (`dict`): chat templates by kind (`answer`, `qa`, `paraphrase`), each with `system` (`str` or `None`),
+            `user` (`str`, or a list to draw from) and `assistant`. `{docs}` stands for the documents; `{question}`,
+            `{answer}` and `{paraphrase}` for their text.
+        checkpoint_format (`"full"` or `"adapter"`): what `save_pretrained` writes; `adapter` leaves out the frozen base
+            and keeps adapters, memory embeddings and the rows of the added tokens.
+        saved_embedding_rows (`"added"` or `"all"`): which rows of the token embeddings an `adapter` checkpoint keeps;
+            `all` where other rows than those of the added tokens differ from the base's.
+        memory_token_ids (`list[int]`): ids of the memory tokens, `num_memory_tokens` of them or one if shared.
+        ae_token_id, enc_token_id, sep_token_id (`int`): ids of the marker tokens.
+        original (`dict`, *optional*): of a converted checkpoint of the paper's release, what its way back needs: its
+            `config.json`, and which of its adapters held copies of the embeddings.
+
+    Raises:
+        ValueError: a value out of range, naming the argument.
+    """
+
+    model_type = "clara"
+    sub_configs = {"decoder_config": AutoConfig}
+
+    decoder_config: dict | PreTrainedConfig | None = None
+    base_model_name_or_path: str | None = None
+    doc_max_length: int = 256
+    compression_rate: int = 16
+    query_max_length: int = 256
+    distinct_memory_tokens: bool = True
+    top_k: int = 5
+    temperature: float = 0.02
+    topk_taken_mask: str = "exact"
+    query_reasoner: bool = False
+    mse_weight: float = 0.1
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    lora_target_modules: str | list[str] = "all-linear"
+    keep_end_token: bool = True
+    document_start: str | None = None
+    separated_slots: bool = True
+    exact_prompt_end: bool = True
+    prompts: dict | None = None
+    checkpoint_format: str = "full"
+    saved_embedding_rows: str = "added"
+    memory_token_ids: list[int] | None = None
+    ae_token_id: int | None = None
+    enc_token_id: int | None = None
+    sep_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    original: dict | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == ORIGINAL_MODEL_TYPE:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a checkpoint of the paper's release; convert it first: "
+                f"python -m modeling_clara.convert_original {pretrained_model_name_or_path} OUT"
+            )
+        return values, kwargs
+
+    def __post_init__(self, **kwargs):
+        self.validate_ranges()
+        self.prompts = self._complete_prompts(self.prompts)
+        if self.decoder_config is None and self.base_model_name_or_path is not None:
+            self.decoder_config = AutoConfig.from_pretrained(self.base_model_name_or_path)
+        if isinstance(self.decoder_config, dict):
+            values = copy.deepcopy(self.decoder_config)
+            if "model_type" not in values:
+                raise ValueError(f"decoder_config needs a model_type, got the keys {sorted(values)}.")
+            self.decoder_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        super().__post_init__(**kwargs)
+
+    def validate_ranges(self):
+        """Raise a `ValueError` that names the field whose value is out of range."""
+        for name in ("doc_max_length", "compression_rate", "query_max_length", "top_k", "lora_r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.doc_max_length % self.compression_rate:
+            raise ValueError(
+                f"compression_rate must divide doc_max_length, got {self.compression_rate} and {self.doc_max_length}."
+            )
+        for name in ("temperature", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
+        choices = {
+            "topk_taken_mask": TAKEN_MASKS,
+            "checkpoint_format": CHECKPOINT_FORMATS,
+            "saved_embedding_rows": EMBEDDING_ROWS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+    @staticmethod
+    def _complete_prompts(prompts: dict | None) -> dict:
+        unknown = set(prompts or {}) - set(PROMPT_KINDS)
+        if unknown:
+            raise ValueError(f"prompts has unknown kinds {sorted(unknown)}; the kinds are {PROMPT_KINDS}.")
+        prompts = {kind: dict((prompts or {}).get(kind, DEFAULT_PROMPTS[kind])) for kind in PROMPT_KINDS}
+        for kind, prompt in prompts.items():
+            if set(prompt) != {"system", "user", "assistant"}:
+                raise ValueError(f"prompts[{kind!r}] needs system, user and assistant, got {sorted(prompt)}.")
+            users = [prompt["user"]] if isinstance(prompt["user"], str) else prompt["user"]
+            if not users or not all(isinstance(user, str) and "{docs}" in user for user in users):
+                raise ValueError(f"prompts[{kind!r}]['user'] needs {{docs}} in every template, got {users!r}.")
+        return prompts
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """Memory vectors per document (l)."""
+        return self.doc_max_length // self.compression_rate
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a memory vector (H)."""
+        return self.get_text_config().hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding matrix, added and padding tokens included."""
+        return self.get_text_config().vocab_size
+
+    @property
+    def added_token_ids(self) -> list[int]:
+        """Ids of the added tokens: memory tokens, `<AE>`, `<ENC>`, `<SEP>`."""
+        return [*self.memory_token_ids, self.ae_token_id, self.enc_token_id, self.sep_token_id]
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        if self.decoder_config is None:
+            raise AttributeError(
+                "this CLaRaConfig has neither decoder_config nor base_model_name_or_path: set one of them."
+            )
+        return self.decoder_config.get_text_config(decoder=decoder, encoder=encoder)

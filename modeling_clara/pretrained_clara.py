@@ -1,0 +1,355 @@
+"""How a CLaRa model is made from a base, loaded and saved: in full, or adapter-only over a named base."""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .adapters import (
+    COMPRESSOR,
+    GENERATOR,
+    QUERY_REASONER,
+    add_adapter,
+    checkpoint_under_adapter,
+    copy_adapter,
+    lora_layers,
+)
+from .configuration_clara import CLaRaConfig
+from .processing_clara import CLaRaProcessor
+
+
+logger = logging.get_logger(__name__)
+
+ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
+# Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
+MEMORY_EMBEDDING_SPREAD = 0.5
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+class CLaRaPreTrainedModel(PreTrainedModel):
+    """A decoder with three LoRA adapters and memory embeddings; everything about their weights on disk."""
+
+    config_class = CLaRaConfig
+    base_model_prefix = "clara"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CLaRaConfig):
+        super().__init__(config)
+        self.decoder = AutoModelForCausalLM.from_config(config.decoder_config, dtype=torch.get_default_dtype())
+        for name in self.adapter_names:
+            add_adapter(self.decoder, name, config)
+        self.memory_embeddings = nn.Embedding(len(config.memory_token_ids), config.hidden_size)
+        self._processor = None
+        self._hub_arguments = {}
+        self.post_init()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return [COMPRESSOR, GENERATOR] + ([QUERY_REASONER] if self.config.query_reasoner else [])
+
+    @property
+    def processor(self) -> CLaRaProcessor:
+        """The checkpoint's processor, loaded from the model's folder or repository on first use."""
+        if self._processor is None:
+            self._processor = CLaRaProcessor.from_pretrained(
+                self.name_or_path, config=self.config, **self._hub_arguments
+            )
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: CLaRaProcessor):
+        self._processor = processor
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def initialize_weights(self):
+        # Left to the decoder's own rule, a missing lora_B would be drawn at random instead of being zero.
+        for layer in lora_layers(self.decoder):
+            for name in layer.lora_A:
+                weights = (layer.lora_A[name], layer.lora_B[name])
+                if not all(getattr(module.weight, "_is_hf_initialized", False) for module in weights):
+                    layer.reset_lora_parameters(name, True)
+                for module in weights:
+                    module._is_hf_initialized = True
+        super().initialize_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        function = checkpoint_under_adapter(self.decoder, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+
+    @classmethod
+    def from_base(cls, base_model_name_or_path: str, dtype="auto", attn_implementation: str | None = None, **fields):
+        """A new CLaRa model over a causal language model: fresh adapters, added tokens, everything frozen.
+
+        Memory tokens and slot markers get ids behind the tokenizer's last one; where the base's vocabulary is padded
+        they take padding rows, and it is enlarged only if they do not fit.
+
+        Args:
+            base_model_name_or_path (`str`): folder or Hub id of a model for `AutoModelForCausalLM`.
+            dtype (`str` or `torch.dtype`): of all weights; `"auto"` takes the base's.
+            attn_implementation (`str`, *optional*): as in `from_pretrained`.
+            fields: of [`CLaRaConfig`].
+        """
+        name = os.fspath(base_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        base = _load_base(name, dtype)
+        first_added = len(tokenizer)
+        geometry = CLaRaConfig(**fields)
+        ids = CLaRaProcessor.add_tokens(tokenizer, geometry.num_memory_tokens, geometry.distinct_memory_tokens)
+        decoder_config = copy.deepcopy(base.config)
+        text_config = decoder_config.get_text_config()
+        # The ids of a tokenizer may have gaps, so that its length is not what it needs.
+        needed = max(tokenizer.get_vocab().values()) + 1
+        text_config.vocab_size = max(base.get_input_embeddings().weight.shape[0], needed)
+        config = CLaRaConfig(
+            **fields,
+            **ids,
+            decoder_config=decoder_config,
+            base_model_name_or_path=name,
+            eos_token_id=_end_token_ids(base, tokenizer),
+            pad_token_id=_pad_token_id(tokenizer),
+        )
+        state = _decoder_state(cls, base, config)
+        _fill_added_rows(state, base, config, first_added)
+        with _quiet_load_report():
+            model, _ = cls._from_state(config, state, base.dtype, attn_implementation)
+        if config.query_reasoner:
+            copy_adapter(model.decoder, COMPRESSOR, QUERY_REASONER)
+        model.processor = CLaRaProcessor(tokenizer, model.config)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a CLaRa checkpoint, full or adapter-only, frozen and in evaluation mode.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`; fields of [`CLaRaConfig`] among them override the
+        checkpoint's, for instance `base_model_name_or_path` where the base has moved.
+
+        Raises:
+            OSError: no weights at `pretrained_model_name_or_path`.
+            ValueError: weights are missing, or made for another decoder.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        dtype = kwargs.pop("dtype", None)
+        if not isinstance(config, CLaRaConfig):
+            source = config if config is not None else name
+            config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        if config.decoder_config is None:
+            raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
+        _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
+        if dtype in (None, "auto"):
+            dtype = config.dtype or "auto"
+        with _quiet_load_report():
+            if config.checkpoint_format == "adapter":
+                path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
+                base = _load_base(config.base_model_name_or_path, dtype)
+                state = _decoder_state(cls, base, config)
+                _merge_adapter_file(state, path, base, config)
+                model, info = cls._from_state(
+                    config, state, base.dtype, kwargs.get("attn_implementation"), kwargs.get("device_map")
+                )
+                model.name_or_path = model.config.name_or_path = name
+            else:
+                own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+                options = {**kwargs, **hub, **own}
+                model, info = super().from_pretrained(name, *model_args, config=config, **options)
+                model.requires_grad_(False)
+        _check_complete(info, config, name)
+        model._hub_arguments = hub
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @classmethod
+    def _from_state(
+        cls, config: CLaRaConfig, state: dict, dtype: torch.dtype, attn_implementation=None, device_map=None
+    ):
+        options = {"attn_implementation": attn_implementation, "device_map": device_map}
+        options = {name: value for name, value in options.items() if value is not None}
+        # Mismatches are for `_check_complete` to report: in one sentence, with what to do about them.
+        own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(None, config=config, state_dict=state, **options, **own)
+        model.requires_grad_(False)
+        return model, info
+
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
+        """Write weights (in the configuration's `checkpoint_format`), configuration, code and processor."""
+        if self.config.checkpoint_format == "adapter":
+            state_dict = self.adapter_state_dict(state_dict)
+        if kwargs.get("is_main_process", True) and (self._processor is not None or self.name_or_path):
+            self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def adapter_state_dict(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+        """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens."""
+        state = self.state_dict() if state_dict is None else state_dict
+        kept = {key: value for key, value in state.items() if _is_own_weight(key)}
+        rows = _saved_rows(self.config)
+        input_key, output_key = embedding_keys(self.decoder)
+        kept[ADDED_INPUT_ROWS] = state[f"decoder.{input_key}"][rows].clone()
+        if output_key is not None:
+            kept[ADDED_OUTPUT_ROWS] = state[f"decoder.{output_key}"][rows].clone()
+        return kept
+
+
+@contextmanager
+def _quiet_load_report() -> Iterator[None]:
+    """Hide transformers' table of weights that do not fit: in a new model they are missing by design, and of a
+    checkpoint `_check_complete` tells in one sentence."""
+    report = logging.get_logger("transformers.modeling_utils")
+    report.addFilter(_is_no_load_report)
+    try:
+        yield
+    finally:
+        report.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _check_has_weights(folder: str) -> None:
+    if os.path.isdir(folder) and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+        raise OSError(
+            f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
+            "another folder or save the model again."
+        )
+
+
+def _is_own_weight(key: str) -> bool:
+    return ".lora_" in key or key.startswith("memory_embeddings.")
+
+
+def _saved_rows(config: CLaRaConfig) -> list[int]:
+    """Rows of the embedding matrices that an adapter-only checkpoint holds."""
+    return config.added_token_ids if config.saved_embedding_rows == "added" else list(range(config.vocab_size))
+
+
+def _pad_token_id(tokenizer) -> int:
+    for value in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    raise ValueError("the base's tokenizer has no padding, beginning or end token: set its pad_token.")
+
+
+def _load_base(name: str | None, dtype) -> PreTrainedModel:
+    if name is None:
+        raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(". ")
+        raise OSError(
+            f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "
+            f"({reason})."
+        ) from error
+
+
+def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
+    declared = base.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
+
+
+def embedding_keys(decoder: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and output embedding matrices in the decoder's state; the latter is `None` if tied."""
+    names = {module: name for name, module in decoder.named_modules()}
+    inputs, outputs = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+    tied = outputs is None or outputs.weight is inputs.weight or decoder.config.get_text_config().tie_word_embeddings
+    return f"{names[inputs]}.weight", None if tied else f"{names[outputs]}.weight"
+
+
+def _decoder_state(cls, base: PreTrainedModel, config: CLaRaConfig) -> dict[str, torch.Tensor]:
+    """The base's weights under the names they have in a CLaRa model, with as many embedding rows as `config` says."""
+    with torch.device("meta"):
+        names = set(cls(config).state_dict())
+    tied_away = set(base.all_tied_weights_keys) if embedding_keys(base)[1] is None else set()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    vocabulary = [name for name, module in base.named_modules() if any(module is end for end in ends)]
+    state = {}
+    for key, value in base.state_dict().items():
+        if key in tied_away:
+            continue
+        module, _, leaf = key.rpartition(".")
+        if module in vocabulary:
+            value = fit_rows(value, config.vocab_size)
+        wrapped = f"decoder.{module}.base_layer.{leaf}"
+        state[wrapped if wrapped in names else f"decoder.{key}"] = value
+    return state
+
+
+def fit_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """An embedding matrix with `rows` rows: filled up with zeros, or cut where the base's vocabulary is padded."""
+    missing = rows - matrix.shape[0]
+    return matrix[:rows] if missing <= 0 else torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])])
+
+
+def _fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, first_added: int) -> None:
+    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it."""
+    generator = torch.Generator().manual_seed(0)
+    for key in embedding_keys(base):
+        if key is not None:
+            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
+            matrix[config.added_token_ids] = matrix[:first_added].float().mean(dim=0).to(matrix.dtype)
+    rows = state[f"decoder.{embedding_keys(base)[0]}"]
+    known = rows[:first_added].float()
+    noise = torch.randn(len(config.memory_token_ids), known.shape[1], generator=generator)
+    memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
+    state["memory_embeddings.weight"] = memory.to(rows.dtype)
+
+
+def _merge_adapter_file(state: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:
+    """Add the weights of an adapter-only checkpoint to the base's, and put the rows of the added tokens in place."""
+    own = load_file(path)
+    rows = _saved_rows(config)
+    for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), embedding_keys(base), strict=True):
+        if (name in own) != (key is not None):
+            made_for, found = ("untied", "tied") if name in own else ("tied", "untied")
+            raise ValueError(
+                f"{path} was made for a decoder with {made_for} embeddings, but the base "
+                f"{config.base_model_name_or_path!r} has {found} ones: pass base_model_name_or_path= with its own base."
+            )
+        if key is not None:
+            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
+            added = own.pop(name)
+            if added.shape[1] != matrix.shape[1]:
+                raise ValueError(
+                    f"{path} was made for a decoder of hidden size {added.shape[1]}, but the base "
+                    f"{config.base_model_name_or_path!r} has {matrix.shape[1]}: pass base_model_name_or_path= with its "
+                    "own base."
+                )
+            matrix[rows] = added.to(matrix.dtype)
+    state.update(own)
+
+
+def _check_complete(info: dict, config: CLaRaConfig, name: str) -> None:
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    whole = name
+    if config.checkpoint_format == "adapter":
+        whole = f"{name} over the base {config.base_model_name_or_path!r}"
+    for fault, keys in (
+        ("missing", info["missing_keys"]),
+        ("of another shape than the configuration says", mismatched),
+        ("not in the configuration's decoder", info["unexpected_keys"]),
+    ):
+        if keys:
+            raise ValueError(
+                f"{whole}: {len(keys)} weights are {fault}, {min(keys)!r} among them; the checkpoint is incomplete or "
+                "for another decoder: use config.json, weights and base that belong together."
+            )

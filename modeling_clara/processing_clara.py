@@ -1,0 +1,353 @@
+"""From text to tensors: documents, questions, chat prompts with memory slots, and labels."""
+
+import os
+import re
+
+import torch
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils import logging
+
+from .configuration_clara import CLaRaConfig
+
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+AE_TOKEN, ENC_TOKEN, SEP_TOKEN = "<AE>", "<ENC>", "<SEP>"
+# What ENC, beginning and end token add to the budget of a document.
+ENCODER_MARKERS = 3
+_FIELD = re.compile(r"\{(docs|question|answer|paraphrase)\}")
+
+
+def memory_token_texts(num_memory_tokens: int, distinct: bool) -> list[str]:
+    """The texts of the memory tokens as they are added to a tokenizer: one each, or a single shared one."""
+    return [f"<MEM{i}>" for i in range(num_memory_tokens)] if distinct else ["<MEM>"]
+
+
+def fill_template(template: str, **values: str) -> str:
+    """Replace `{docs}`, `{question}`, `{answer}`, `{paraphrase}` in one pass; what is filled in is never a template."""
+    return _FIELD.sub(lambda match: values.get(match.group(1), match.group(0)), template)
+
+
+def check_texts(texts: list[str], argument: str) -> None:
+    """Raise unless `texts` is a non-empty list of strings that hold more than white space.
+
+    Raises:
+        TypeError: `texts` is no list or holds something that is no string.
+        ValueError: `texts` is empty or holds an empty string.
+    """
+    if not isinstance(texts, (list, tuple)):
+        raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
+    if not texts:
+        raise ValueError(f"{argument} is empty: give at least one string.")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}[{position}] must be a string, got {type(text).__name__}.")
+        if not text.strip():
+            raise ValueError(f"{argument}[{position}] is an empty string: remove it or give it a text.")
+
+
+def left_pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Stack lists of ids to an int64 tensor `[rows, longest]`, padded on the left with `value`."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[value] * (width - len(row)) + row for row in rows], dtype=torch.long)
+
+
+class CLaRaProcessor(ProcessorMixin):
+    r"""All text-to-tensor work of a CLaRa model. Picklable, so that data-loader workers can hold it.
+
+    Args:
+        tokenizer: the decoder's tokenizer with the added tokens (see [`CLaRaProcessor.add_tokens`]).
+        config ([`CLaRaConfig`]): budgets, prompts and the ids of the added tokens.
+    """
+
+    def __init__(self, tokenizer, config: CLaRaConfig):
+        super().__init__(tokenizer)
+        self.config = config
+        vocabulary = tokenizer.convert_ids_to_tokens(config.added_token_ids)
+        self.reserved_texts = [str(token) for token in vocabulary]
+        repeats = 1 if config.distinct_memory_tokens else config.num_memory_tokens
+        self.memory_ids = list(config.memory_token_ids) * repeats
+        self.slot_text = "".join(tokenizer.convert_ids_to_tokens(self.memory_ids)) + SEP_TOKEN
+        start = config.document_start if config.document_start is not None else tokenizer.bos_token or ""
+        self._before = ENC_TOKEN + start
+        self._after = tokenizer.eos_token or ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokenizer={type(self.tokenizer).__name__}, config={self.config!r})"
+
+    @staticmethod
+    def add_tokens(tokenizer, num_memory_tokens: int, distinct: bool) -> dict[str, int | list[int]]:
+        """Add memory tokens and slot markers to `tokenizer` in place; returns the configuration fields of their ids."""
+        memory = memory_token_texts(num_memory_tokens, distinct)
+        tokens = [*memory, AE_TOKEN, ENC_TOKEN, SEP_TOKEN]
+        present = [token for token in tokens if token in tokenizer.get_vocab()]
+        if present:
+            raise ValueError(f"the tokenizer already has the tokens {present}: give a base model without them.")
+        tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *tokens]})
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        names = ("ae_token_id", "enc_token_id", "sep_token_id")
+        return {"memory_token_ids": ids[: len(memory)], **dict(zip(names, ids[len(memory) :], strict=True))}
+
+    # Saving and loading: the configuration is the model's, so it is not written a second time.
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        values.pop("config", None)
+        return values
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write tokenizer and processor files, and the model's `config.json` where the folder has none."""
+        os.makedirs(save_directory, exist_ok=True)
+        if not os.path.exists(os.path.join(save_directory, "config.json")):
+            self.config.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, config: CLaRaConfig | None = None, **kwargs):
+        """Load the tokenizer and, unless given, the configuration of a checkpoint folder or Hub repository."""
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+        hub = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        if config is None:
+            config = CLaRaConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub), config)
+
+    # Encoder side: documents and questions
+
+    def check_user_texts(self, texts: list[str], argument: str) -> None:
+        """[`check_texts`], and no text may contain an added token, which would be read as the token itself.
+
+        Raises:
+            ValueError: a text contains a memory token or slot marker.
+        """
+        check_texts(texts, argument)
+        for position, text in enumerate(texts):
+            if any(token in text for token in self.reserved_texts):
+                found = next(token for token in self.reserved_texts if token in text)
+                raise ValueError(
+                    f"{argument}[{position}] contains {found!r}, a token that the model reserves: remove it."
+                )
+
+    def check_candidates(self, questions: list[str], documents: list[list[str]]) -> None:
+        """Raise unless every question has its own non-empty list of documents, with texts that can be encoded.
+
+        Raises:
+            TypeError: `documents` is not a list of lists, or a text is no string.
+            ValueError: the lengths differ, a question has no document, or a text is empty or has a reserved token.
+        """
+        self.check_user_texts(questions, "questions")
+        if not isinstance(documents, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in documents):
+            raise TypeError("documents must be a list with one list of strings per question.")
+        if len(documents) != len(questions):
+            raise ValueError(
+                f"documents has {len(documents)} lists for {len(questions)} questions: give one per question."
+            )
+        for position, row in enumerate(documents):
+            self.check_user_texts(row, f"documents[{position}]")
+
+    def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
+        framed = [f"{self._before}{text}{self._after}" for text in texts]
+        rows = self.tokenizer(framed, add_special_tokens=False)["input_ids"]
+        limit = max_length + ENCODER_MARKERS
+        cut = [position for position, row in enumerate(rows) if len(row) > limit]
+        for position in cut:
+            keep_end = self.config.keep_end_token and self._after
+            rows[position] = [*rows[position][: limit - 1], rows[position][-1]] if keep_end else rows[position][:limit]
+        return rows, cut
+
+    def encode_documents(self, documents: list[str]) -> list[list[int]]:
+        """Token ids of each document with its markers, without memory tokens, at most `doc_max_length` + 3 long.
+
+        Documents over the budget are cut; one warning per call says how many and how to list them.
+        """
+        self.check_user_texts(documents, "documents")
+        rows, cut = self._encode(documents, self.config.doc_max_length)
+        if cut:
+            logger.warning(
+                f"{len(cut)} of {len(documents)} documents are longer than doc_max_length={self.config.doc_max_length} "
+                "tokens and were cut; processor.find_cut_documents(documents) lists them."
+            )
+        return rows
+
+    def find_cut_documents(self, documents: list[str]) -> list[int]:
+        """Positions of the documents that are longer than `doc_max_length` tokens."""
+        self.check_user_texts(documents, "documents")
+        return self._encode(documents, self.config.doc_max_length)[1]
+
+    def encode_questions(self, questions: list[str]) -> list[list[int]]:
+        """Token ids of each question with its markers, without memory tokens, at most `query_max_length` + 3 long."""
+        self.check_user_texts(questions, "questions")
+        return self._encode(questions, self.config.query_max_length)[0]
+
+    def pad_encodings(self, rows: list[list[int]], width: int | None = None) -> BatchFeature:
+        """Batch encoded documents or questions: left padding to the longest (or `width`), then the memory tokens.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 `[rows, longest + num_memory_tokens]`.
+        """
+        longest = width or max(len(row) for row in rows)
+        padded = [[self.config.pad_token_id] * (longest - len(row)) + list(row) + self.memory_ids for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * (len(row) + len(self.memory_ids)) for row in rows]
+        return BatchFeature({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
+
+    # Decoder side: prompts and labels
+
+    def slots(self, num_documents: int) -> str:
+        """The prompt text that `num_documents` selected documents occupy: memory tokens, then `<SEP>`, for each."""
+        return self.slot_text * num_documents
+
+    def prompt(self, kind: str, docs: str, question: str = "", variant: int = 0) -> str:
+        """The chat prompt of a `kind` of prompt, up to where the assistant answers.
+
+        Args:
+            kind (`str`): `answer`, `qa` or `paraphrase`.
+            docs (`str`): text in place of `{docs}`: [`CLaRaProcessor.slots`], or raw documents.
+            question (`str`): text in place of `{question}`.
+            variant (`int`): which of several user templates, modulo their number.
+        """
+        return self._render(self.messages(kind, docs, question, variant), add_generation_prompt=True)
+
+    def messages(self, kind: str, docs: str, question: str = "", variant: int = 0) -> list[dict[str, str]]:
+        """The chat messages that [`CLaRaProcessor.prompt`] renders, as `role` and `content`."""
+        template = self.config.prompts[kind]
+        users = [template["user"]] if isinstance(template["user"], str) else template["user"]
+        user = fill_template(users[variant % len(users)], docs=docs, question=question)
+        system = [{"role": "system", "content": template["system"]}] if template["system"] else []
+        return [*system, {"role": "user", "content": user}]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            text = "\n\n".join(message["content"] for message in messages if message["role"] != "assistant") + "\n"
+            answers = [message["content"] for message in messages if message["role"] == "assistant"]
+            return text + "".join(answer + self._after for answer in answers)
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # jinja2's TemplateError; the template's own sentence is what tells
+            if "System role not supported" not in str(error):
+                raise
+        system, user, *rest = messages
+        merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
+        return self.tokenizer.apply_chat_template([merged, *rest], **options)
+
+    def answer_prompt(self, question: str, num_documents: int = 0, documents: list[str] | None = None) -> str:
+        """The chat prompt for a question over memory slots, or over the raw text of `documents`."""
+        self.check_user_texts([question], "questions")
+        if documents:
+            self.check_user_texts(documents, "documents")
+        if documents is not None:
+            return self.prompt("answer", "\n".join(documents), question)
+        return self.prompt("answer", self.slots(num_documents), question)
+
+    def target(self, kind: str, answers: list[str], questions: list[str] | None = None) -> str:
+        """The assistant's text: the answer, the paraphrase, or the list of question and answer pairs, one per entry."""
+        template = self.config.prompts[kind]["assistant"]
+        if kind == "qa":
+            pairs = zip(questions, answers, strict=True)
+            return "\n".join(fill_template(template, question=question, answer=answer) for question, answer in pairs)
+        return fill_template(template, answer=answers[0], paraphrase=answers[0])
+
+    def training_example(
+        self, kind: str, docs: str, target: str, question: str = "", variant: int = 0, max_length: int | None = None
+    ) -> dict[str, list[int]]:
+        """Token ids of a prompt with its target, and labels that are -100 on the prompt.
+
+        Args:
+            max_length (`int`, *optional*): tokens kept; the target is cut on the right. `None` keeps all.
+
+        Returns:
+            `input_ids` and `labels`, lists of equal length.
+
+        Raises:
+            ValueError: `max_length` leaves no token of the target, or the chat template writes the prompt otherwise
+                once an answer follows it.
+        """
+        messages = self.messages(kind, docs, question, variant)
+        prompt = self._render(messages, add_generation_prompt=True)
+        full = self._render([*messages, {"role": "assistant", "content": target}], add_generation_prompt=False)
+        ids, prompt_ids = self.tokenizer([full, prompt], add_special_tokens=False)["input_ids"]
+        if self.config.exact_prompt_end and ids[: len(prompt_ids)] != prompt_ids:
+            if not full.startswith(prompt):
+                raise ValueError(
+                    f"the tokenizer's chat template writes {prompt!r} otherwise once an answer follows, so that no "
+                    "label can be told from the prompt: use a chat template that keeps it."
+                )
+            # A token spans the end of the prompt, which generation would never see.
+            ids = prompt_ids + self.tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"]
+        if max_length is not None:
+            if len(prompt_ids) >= max_length:
+                raise ValueError(
+                    f"max_length={max_length} leaves no room for the target after a prompt of {len(prompt_ids)} "
+                    f"tokens: raise it. The question is {question!r}."
+                )
+            ids = ids[:max_length]
+        return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt_ids) + ids[len(prompt_ids) :]}
+
+    def pad_prompts(self, rows: list[list[int]], labels: list[list[int]] | None = None) -> BatchFeature:
+        """Left-padded prompts: `input_ids`, `attention_mask` and, if given, `labels`, int64 `[rows, longest]`."""
+        batch = {
+            "input_ids": left_pad(rows, self.config.pad_token_id),
+            "attention_mask": left_pad([[1] * len(row) for row in rows], 0),
+        }
+        if labels is not None:
+            batch["labels"] = left_pad(labels, IGNORE_INDEX)
+        return BatchFeature(batch)
+
+    def encode_prompts(self, questions: list[str], num_documents: list[int]) -> BatchFeature:
+        """Padded answer prompts, one per question, with slots for `num_documents[i]` documents."""
+        pairs = zip(questions, num_documents, strict=True)
+        texts = [self.answer_prompt(question, count) for question, count in pairs]
+        return self.pad_prompts(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def __call__(
+        self,
+        questions: list[str],
+        documents: list[list[str]],
+        answers: list[str] | None = None,
+    ) -> BatchFeature:
+        """Everything that `forward` needs to answer questions over their candidate documents, compressed in the step.
+
+        Args:
+            questions (`list[str]`, B of them).
+            documents (`list[list[str]]`): candidates of each question; their numbers may differ.
+            answers (`list[str]`, *optional*): targets; labels are returned if given.
+
+        Returns:
+            `document_input_ids`, `document_attention_mask` of the distinct documents, `document_index` `[B, N]` (-1
+            where a question has fewer candidates), `query_input_ids`, `query_attention_mask`, `input_ids`,
+            `attention_mask` and, with answers, `labels`.
+
+        Raises:
+            TypeError, ValueError: texts that are no strings, empty, or hold reserved tokens; lists of unequal length.
+        """
+        self.check_candidates(questions, documents)
+        position = {text: row for row, text in enumerate(dict.fromkeys(text for row in documents for text in row))}
+        encoded = self.pad_encodings(self.encode_documents(list(position)))
+        query = self.pad_encodings(self.encode_questions(questions))
+        counts = [min(self.config.top_k, len(row)) for row in documents]
+        batch = {
+            "document_input_ids": encoded["input_ids"],
+            "document_attention_mask": encoded["attention_mask"],
+            "document_index": index_matrix([[position[text] for text in row] for row in documents]),
+            "query_input_ids": query["input_ids"],
+            "query_attention_mask": query["attention_mask"],
+        }
+        if answers is None:
+            return BatchFeature({**batch, **self.encode_prompts(questions, counts)})
+        self.check_user_texts(answers, "answers")
+        if len(answers) != len(questions):
+            raise ValueError(f"answers has {len(answers)} texts for {len(questions)} questions: give one per question.")
+        rows = [
+            self.training_example("answer", self.slots(count), self.target("answer", [answer]), question)
+            for question, count, answer in zip(questions, counts, answers, strict=True)
+        ]
+        prompts = self.pad_prompts([row["input_ids"] for row in rows], [row["labels"] for row in rows])
+        return BatchFeature({**batch, **prompts})
+
+
+def index_matrix(rows: list[list[int]]) -> torch.Tensor:
+    """Stack lists of document positions to an int64 matrix `[rows, longest]`, filled up with -1 on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([list(row) + [-1] * (width - len(row)) for row in rows], dtype=torch.long).view(
+        len(rows), width
+    )

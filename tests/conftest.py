@@ -1,0 +1,147 @@
+"""Tiny random bases of several architectures, and CLaRa models over them."""
+
+import copy
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    set_seed,
+)
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+}
+ARCHITECTURES = {
+    "mistral": (MistralConfig, {}),
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "phi3": (Phi3Config, {}),
+    "gemma": (GemmaConfig, {}),
+}
+TEXTS = [
+    "The glassblower Mara Brandel lives in Velholm and keeps bees on the roof of her workshop.",
+    "Halvex Works was founded by two sisters and sells copper lanterns to sailors.",
+    "Velholm is a town on the river Aum; its market is held on Thursdays.",
+    "The Long Winter is a novel by Oren Tasil about a lighthouse keeper.",
+    "Where does the glassblower live? In Velholm. What does the company sell? Copper lanterns.",
+]
+
+
+def build_tokenizer(vocab_size: int = 400, beginning: bool = True, system_role: bool = True) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "</s>"] + (["<s>"] if beginning else [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    options = {"bos_token": "<s>"} if beginning else {}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", **options)
+    wrapped.chat_template = CHAT_TEMPLATE if system_role else NO_SYSTEM + CHAT_TEMPLATE
+    return wrapped
+
+
+def build_base(folder, architecture: str = "llama", padded_rows: int = 0, seed: int = 0) -> str:
+    """Write a tiny random causal language model and its tokenizer to `folder`; returns the folder's name."""
+    tokenizer = build_tokenizer(beginning=architecture != "qwen3", system_role=architecture != "gemma")
+    config_class, extra = ARCHITECTURES[architecture]
+    config = config_class(
+        **SHAPE,
+        **extra,
+        vocab_size=len(tokenizer) + padded_rows,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def build_clara(base: str, seed: int = 0, **fields):
+    """A CLaRa model over `base` whose adapters are random, none of them zero."""
+    from modeling_clara import CLaRaForRetrievalGeneration
+
+    set_seed(seed)
+    settings = {"doc_max_length": 32, "compression_rate": 8, "lora_r": 4, "lora_alpha": 8, "top_k": 2, **fields}
+    model = CLaRaForRetrievalGeneration.from_base(base, **settings)
+    if settings.get("query_reasoner") is None:
+        model.add_query_reasoner()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".lora_B." in key:
+                parameter.normal_(std=0.1)
+    return model
+
+
+class Bases(dict):
+    """Folders of tiny bases by architecture, each written on first use."""
+
+    def __init__(self, tmp_path_factory):
+        self.tmp_path_factory = tmp_path_factory
+
+    def __missing__(self, architecture: str) -> str:
+        self[architecture] = build_base(self.tmp_path_factory.mktemp(architecture), architecture)
+        return self[architecture]
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> Bases:
+    return Bases(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def base(bases) -> str:
+    return bases["llama"]
+
+
+@pytest.fixture(scope="session")
+def untouched_clara(base):
+    return build_clara(base)
+
+
+@pytest.fixture
+def clara(untouched_clara):
+    """A model over `base` of the test's own."""
+    return copy.deepcopy(untouched_clara)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return TEXTS
