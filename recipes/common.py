@@ -1,0 +1,98 @@
+"""What every stage's recipe does: parse, claim the folder, load data and model, train, save."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from eval.data import QAExample, load_examples
+from eval.metrics.answer_f1.answer_f1 import score_answer
+from eval.metrics.retrieval_recall.retrieval_recall import score_ranking
+from recipes.nano import world
+from trainers.base import CLaRaTrainer, CLaRaTrainingArguments
+from trainers.cli import CLaRaModelArguments, DataArguments, claim_folder, is_finished, load_model, parse, train_stage
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_questions(path: str) -> list[dict]:
+    """Rows of the question-answering schema, checked line by line."""
+    return [qa_row(example) for example in load_examples(path)]
+
+
+def qa_row(example: QAExample) -> dict:
+    return {
+        "question": example.question,
+        "answers": example.answers,
+        "docs": example.docs,
+        "pos_index": example.pos_index or [],
+    }
+
+
+def load_split(data: DataArguments, loader: Callable[[str], list[dict]]) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data; the nano world's are written first where the recipe asks for them."""
+    if data.nano_world:
+        world.ensure(data.nano_world)
+    train = Dataset.from_list(loader(data.train_file))
+    if data.validation_file is None:
+        return train, None
+    return train, Dataset.from_list(loader(data.validation_file)[: data.validation_limit])
+
+
+def answer_metrics(processor, rows: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` over generated ids: F1 and EM, and Recall@k where candidates were ranked."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        predictions = prediction.predictions
+        sequences, *rankings = predictions if isinstance(predictions, tuple) else (predictions,)
+        pad = processor.config.pad_token_id
+        texts = processor.tokenizer.batch_decode(np.where(sequences < 0, pad, sequences), skip_special_tokens=True)
+        chosen = rows[prediction.label_ids.tolist()]
+        scores = [score_answer(text.strip(), answers) for text, answers in zip(texts, chosen["answers"], strict=True)]
+        if rankings:
+            pairs = zip(rankings[0], chosen["pos_index"], scores, strict=True)
+            scores = [{**score, **recall(ranking, gold)} for ranking, gold, score in pairs]
+        return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+
+    return compute
+
+
+def recall(ranking: np.ndarray, gold: list[int]) -> dict[str, float]:
+    """Recall@k for the cut-offs that the slots allow."""
+    found = [int(index) for index in ranking if index >= 0]
+    ks = [k for k in (1, 3, 5) if k <= len(ranking)]
+    values = score_ranking(found, gold, ks)
+    return {name: value for name, value in values.items() if name.startswith("recall")}
+
+
+def train_recipe(
+    trainer_class: type[CLaRaTrainer],
+    config_class: type[CLaRaTrainingArguments],
+    default_config: str,
+    loader: Callable[[str], list[dict]],
+    make_metrics: Callable,
+    arguments: list[str] | None,
+) -> None:
+    """Carry out one stage as the YAML and command line say; a finished run is reused.
+
+    Raises:
+        UsageError, DataError, ValueError, OSError: one sentence that says what to mend.
+    """
+    types = (DataArguments, config_class, CLaRaModelArguments)
+    data_args, training_args, model_args = parse(types, ROOT / default_config, arguments)
+    checkpoint = claim_folder(data_args, model_args, training_args)
+    if is_finished(training_args.output_dir):
+        return
+    train, validation = load_split(data_args, loader)
+    model = load_model(model_args)
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=make_metrics(model.processor, validation) if validation is not None else None,
+    )
+    train_stage(trainer, checkpoint)

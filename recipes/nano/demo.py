@@ -1,0 +1,189 @@
+"""The whole of CLaRa on the nano world: SCP, instruction tuning, joint training, evaluation, one table.
+
+    make demo                                  # or: python recipes/nano/demo.py
+    python recipes/nano/demo.py --output_dir runs/quick --max_steps 20 --limit 50
+
+A second call goes on where an interrupted one stopped, and says what it reuses. `--overwrite true` starts again.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import matplotlib
+from transformers import HfArgumentParser
+from transformers.trainer import TRAINER_STATE_NAME
+
+from eval.report import format_tables
+from eval.run import run as evaluate
+from eval.settings import EvalSettings
+from recipes import instruct, joint, scp, text_lora
+from recipes.nano import world
+from trainers.cli import UsageError, read_json, run, write_json
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
+
+
+NANO = ROOT / "recipes" / "nano"
+STAGES = {"scp": scp, "instruct": instruct, "joint": joint, "text-lora": text_lora}
+TITLES = {
+    "scp": "SCP: learning to compress",
+    "instruct": "Instruction tuning: answering from given memories",
+    "joint": "Joint training: retrieval learned from answers alone",
+    "text-lora": "Baseline: the plain base on raw text, with a LoRA of its own",
+}
+SECONDS_FILE = "seconds.json"
+
+
+@dataclass
+class DemoArguments:
+    """Settings of the demo; the stages' own are in the YAML files beside it."""
+
+    output_dir: str = field(default="runs/nano", metadata={"help": "Folder of data, checkpoints and results."})
+    base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "The base decoder to start from."})
+    max_steps: int | None = field(default=None, metadata={"help": "Steps of every stage, for a quick look."})
+    limit: int | None = field(default=None, metadata={"help": "Test questions to take, for a quick look."})
+    overwrite: bool = field(default=False, metadata={"help": "Start again: delete what the folder holds."})
+
+
+def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
+    """The command line of one stage: its YAML, with the folders of this demo."""
+    out = Path(args.output_dir)
+    starts = {"scp": args.base, "instruct": out / "scp", "joint": out / "instruct", "text-lora": args.base}
+    data = {"text-lora": "instruct"}.get(stage, stage)
+    values = {
+        "config": NANO / f"{stage.replace('-', '_')}.yaml",
+        "output_dir": out / stage,
+        "nano_world": out / "data",
+        "train_file": out / "data" / f"{data}_train.jsonl",
+        "model_name_or_path": starts[stage],
+        "resume": True,
+    }
+    if stage == "text-lora":
+        values["clara_checkpoint"] = out / "instruct"
+    else:
+        values["validation_file"] = out / "data" / f"{stage}_validation.jsonl"
+    if args.max_steps is not None:
+        values["max_steps"] = args.max_steps
+        values["save_steps"] = max(1, args.max_steps // 2)
+        if stage != "text-lora":
+            values["eval_steps"] = max(1, args.max_steps // 2)
+            values["validation_limit"] = 16
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def timed(out: Path, name: str, work) -> None:
+    """Run `work` and add its seconds to those that earlier, interrupted calls spent on `name`."""
+    path = out / SECONDS_FILE
+    spent = read_json(path) if path.exists() else {}
+    began = time.perf_counter()
+    try:
+        work()
+    finally:
+        write_json(path, {**spent, name: round(spent.get(name, 0.0) + time.perf_counter() - began, 1)})
+
+
+def training_log(folder: Path) -> list[dict]:
+    return read_json(folder / TRAINER_STATE_NAME)["log_history"]
+
+
+def plot_losses(out: Path) -> None:
+    """`losses.png`: training loss over the steps of each stage."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, stage in zip(axes, ("scp", "instruct", "joint"), strict=True):
+        rows = [row for row in training_log(out / stage) if "loss" in row]
+        axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="black", label="loss")
+        mse = [row for row in rows if "mse_loss" in row]
+        if mse:
+            values = [row["mse_loss"] for row in mse]
+            axis.plot(
+                [row["step"] for row in mse], values, color="tab:blue", linestyle="--", label="MSE term, unweighted"
+            )
+            axis.legend(frameon=False)
+        axis.set(title=stage, xlabel="step", ylabel="loss", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "losses.png", dpi=150)
+    plt.close(figure)
+
+
+def plot_joint(out: Path) -> None:
+    """`joint.png`: Recall@5 and answer F1 on validation questions over the steps of joint training."""
+    rows = [row for row in training_log(out / "joint") if "eval_f1" in row]
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    curves = {"eval_recall@5": ("Recall@5", "o-"), "eval_recall@1": ("Recall@1", "^:"), "eval_f1": ("answer F1", "s--")}
+    for name, (label, style) in curves.items():
+        points = [(row["step"], 100 * row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axis.set(xlabel="joint training step", ylabel="percent of validation questions", ylim=(0, 102))
+    axis.set_title("Retrieval learned from the answers' loss alone")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="lower right")
+    figure.savefig(out / "joint.png", dpi=150)
+    plt.close(figure)
+
+
+def evaluate_nano(args: DemoArguments) -> dict:
+    """Evaluate every system on the test questions; writes predictions, `table.md` and `results.json`."""
+    out = Path(args.output_dir)
+    return evaluate(
+        EvalSettings(
+            data=str(out / "data" / "test.jsonl"),
+            model=str(out / "joint"),
+            before_joint=str(out / "instruct"),
+            text_model=str(out / "text-lora"),
+            output_dir=str(out),
+            limit=args.limit,
+            batch_size=64,
+            max_new_tokens=12,
+        )
+    )
+
+
+def report(out: Path, results: dict) -> None:
+    """Print the table and where everything is; add the stages' seconds to `results.json`."""
+    spent = read_json(out / SECONDS_FILE)
+    write_json(out / "results.json", {**results, "stage_seconds": spent})
+    print("\n" + format_tables(results))
+    print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items()), end="")
+    print(f"; in all {sum(spent.values()):.0f}.")
+    print(
+        f"In {out}: results.json, table.md, predictions/, joint.png, losses.png; checkpoints in scp, instruct, joint."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(arguments)
+    out = Path(args.output_dir)
+    if args.overwrite and out.exists():
+        shutil.rmtree(out)
+    elif out.exists() and not (out / "demo.json").exists() and any(out.iterdir()):
+        raise UsageError(f"output_dir {out} holds something else than this demo: choose another, or --overwrite true.")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"max_steps": args.max_steps, "base": args.base}
+    if (out / "demo.json").exists() and read_json(out / "demo.json") != settings:
+        raise UsageError(f"{out} holds a demo with other settings: pass --overwrite true, or another --output_dir.")
+    write_json(out / "demo.json", settings)
+    timed(out, "data", lambda: world.ensure(out / "data"))
+    for number, (stage, recipe) in enumerate(STAGES.items(), start=1):
+        print(f"\n[{number}/{len(STAGES) + 1}] {TITLES[stage]}", flush=True)
+        timed(out, stage, lambda recipe=recipe, stage=stage: recipe.main(stage_arguments(args, stage)))
+    print(f"\n[{len(STAGES) + 1}/{len(STAGES) + 1}] Evaluation on questions over unseen documents", flush=True)
+    found = []
+    timed(out, "evaluation", lambda: found.append(evaluate_nano(args)))
+    plot_losses(out)
+    plot_joint(out)
+    report(out, found[0])
+
+
+if __name__ == "__main__":
+    run(main)

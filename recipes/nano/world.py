@@ -1,0 +1,416 @@
+"""The nano world: documents about invented people, places, companies and works, and questions about them.
+
+    python recipes/nano/world.py --out runs/nano/data --seed 0
+
+writes scp_{train,validation}, instruct_{train,validation}, joint_{train,validation} and test as JSONL. All
+of it follows from the seed. The splits share no word of any name; a reference to another entity stays in its split.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from lexicon import (  # noqa: E402
+    ATTRIBUTES,
+    BEGINNINGS,
+    ENDINGS,
+    INTRODUCTIONS,
+    KINDS,
+    LINKS,
+    NAME_QUESTIONS,
+    PRONOUNS,
+    SUBJECTS,
+)
+
+
+SPLITS = ("train", "validation", "test")
+ENTITIES = {
+    "train": {"person": 1600, "place": 800, "company": 800, "work": 800},
+    "validation": {"person": 150, "place": 100, "company": 100, "work": 100},
+    "test": {"person": 300, "place": 200, "company": 200, "work": 200},
+}
+QUESTIONS = {"instruct_train": 6000, "joint_train": 6000, "test": 600, "validation": 300}
+CANDIDATES = 20
+TWO_HOP_SHARE = 0.25
+NAMED_SHARE = 0.25
+
+CLOSED = {kind: {attribute.key: attribute for attribute in ATTRIBUTES[kind]} for kind in KINDS}
+NAMED = {kind: {link.key: link for link in LINKS[kind]} for kind in KINDS}
+
+
+@dataclass(eq=False)
+class Entity:
+    """One person, place, company or work; `said` maps each fact of its document to the wording used there."""
+
+    kind: str
+    name: str
+    pronoun: str
+    values: dict[str, int]
+    links: dict[str, "Entity"] = field(default_factory=dict, repr=False)
+    said: dict[str, int] = field(default_factory=dict)
+    document: str = ""
+    paraphrase: str = ""
+
+    def shares(self, other: "Entity", key: str) -> bool:
+        """Whether both have the same value of the closed attribute `key`."""
+        return self.kind == other.kind and self.values[key] == other.values[key]
+
+
+@dataclass
+class Question:
+    """A question, its accepted answers (the first is the trained one), its gold entities and how it describes them."""
+
+    text: str
+    answers: list[str]
+    gold: list[Entity]
+    type: str
+    named: bool
+    described: dict[str, int] = field(default_factory=dict)
+    hint: dict[str, int] = field(default_factory=dict)
+
+
+class World:
+    """The entities of one split, with an index of who says what."""
+
+    def __init__(self, split: str, counts: dict[str, int], rng: random.Random):
+        taken: set[str] = set()
+        self.entities = [make_entity(kind, split, taken, rng) for kind in KINDS for _ in range(counts[kind])]
+        self.of_kind = {kind: [entity for entity in self.entities if entity.kind == kind] for kind in KINDS}
+        for entity in self.entities:
+            for link in LINKS[entity.kind]:
+                entity.links[link.key] = rng.choice(self.of_kind[link.target])
+            write_document(entity, rng)
+        self.sayers: dict[tuple[str, str, int], list[Entity]] = defaultdict(list)
+        for entity in self.entities:
+            for key in closed_said(entity):
+                self.sayers[entity.kind, key, entity.values[key]].append(entity)
+
+
+def split_of(word: str) -> str:
+    """The split that owns a word of a name: 7 of 10 words belong to train, 1 to validation, 2 to test."""
+    bucket = hashlib.sha256(word.encode()).digest()[0] % 10
+    return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
+
+
+@cache
+def name_words(split: str, category: str) -> tuple[str, ...]:
+    """All words that names of `category` (first, last, place, company, work) may use in `split`."""
+    words = (beginning + ending for beginning in BEGINNINGS for ending in ENDINGS[category])
+    return tuple(word for word in words if split_of(word) == split)
+
+
+def make_entity(kind: str, split: str, taken: set[str], rng: random.Random) -> Entity:
+    """An entity with an unused name and independent, uniformly drawn values."""
+    categories = ("first", "last") if kind == "person" else (kind,)
+    while True:
+        name = " ".join(rng.choice(name_words(split, category)) for category in categories)
+        if name not in taken:
+            break
+    taken.add(name)
+    pronoun = rng.choice(("She", "He"))
+    return Entity(kind, name, pronoun, {key: rng.randrange(len(a.values)) for key, a in CLOSED[kind].items()})
+
+
+def closed_said(entity: Entity) -> list[str]:
+    """The closed attributes that the entity's document tells."""
+    return [key for key in entity.said if key in entity.values]
+
+
+def predicate(entity: Entity, key: str, wording: int) -> str:
+    """A fact as a predicate: "works for Kelvex"."""
+    if key in entity.values:
+        return CLOSED[entity.kind][key].wordings[entity.values[key]][wording]
+    return NAMED[entity.kind][key].wordings[wording].format(N=entity.links[key].name)
+
+
+def other_wording(wording: int | None, rng: random.Random) -> int:
+    """A wording of the three that is not `wording`."""
+    return rng.choice([w for w in range(3) if w != wording])
+
+
+def render(entity: Entity, said: dict[str, int], rng: random.Random) -> str:
+    """The facts as an encyclopedic paragraph, in random order and sentence frames."""
+    predicates = [predicate(entity, key, wording) for key, wording in said.items()]
+    rng.shuffle(predicates)
+    subject = rng.choice(INTRODUCTIONS[entity.kind]).format(N=entity.name)
+    sentences = []
+    while predicates:
+        size = min(len(predicates), rng.choice((1, 2, 2, 3)))
+        part, predicates = predicates[:size], predicates[size:]
+        if size > 1 and not sentences and rng.random() < 0.4:
+            pronoun = "who" if entity.kind == "person" else "which"
+            sentences.append(f"{subject}, {pronoun} {part[0]}, {' and '.join(part[1:])}.")
+        else:
+            sentences.append(f"{subject} {', '.join(part[:-1])}{' and ' if size > 1 else ''}{part[-1]}.")
+        subject = entity.pronoun if entity.kind == "person" else rng.choice(PRONOUNS[entity.kind])
+    return " ".join(sentences)
+
+
+def write_document(entity: Entity, rng: random.Random) -> None:
+    """Chooses which facts are told and how; the paraphrase tells the same facts, each in another wording."""
+    closed = rng.sample(sorted(entity.values), 4 if entity.kind == "person" else rng.choice((4, 5)))
+    entity.said = {key: rng.randrange(3) for key in [*closed, *entity.links]}
+    entity.document = render(entity, entity.said, rng)
+    entity.paraphrase = render(entity, {k: other_wording(w, rng) for k, w in entity.said.items()}, rng)
+
+
+def ask(entity: Entity, key: str, subject: str, rng: random.Random) -> tuple[str, list[str]]:
+    """A question for one fact (or the name, key "name") of the entity called `subject`, and its accepted answers."""
+    if key == "name":
+        return rng.choice(NAME_QUESTIONS[entity.kind]).format(S=subject), [entity.name]
+    if key in entity.links:
+        return rng.choice(NAMED[entity.kind][key].questions).format(S=subject), [entity.links[key].name]
+    attribute = CLOSED[entity.kind][key]
+    value = entity.values[key]
+    return rng.choice(attribute.questions).format(S=subject), [attribute.values[value], *attribute.wordings[value]]
+
+
+def describe(entity: Entity, keys: list[str], rng: random.Random) -> tuple[str, dict[str, int]]:
+    """The subject by some of its facts, each in a wording that its document does not use."""
+    wordings = {key: other_wording(entity.said.get(key), rng) for key in keys}
+    predicates = " and ".join(predicate(entity, key, wording) for key, wording in wordings.items())
+    return f"{rng.choice(SUBJECTS[entity.kind])} {predicates}", wordings
+
+
+def asked_fact(entity: Entity, named: bool, rng: random.Random) -> str:
+    """The fact to ask for: closed ones twice as often as names."""
+    keys = closed_said(entity) * 2 + list(entity.links) + ([] if named else ["name"])
+    return rng.choice(keys)
+
+
+def single_question(entity: Entity, named: bool, rng: random.Random, facts: int = 2) -> Question:
+    """A question that one document answers; unless named, the subject is described by `facts` of its other facts."""
+    key = asked_fact(entity, named, rng)
+    if named:
+        text, answers = ask(entity, key, entity.name, rng)
+        return Question(text, answers, [entity], "single", True)
+    subject, wordings = describe(entity, rng.sample([k for k in closed_said(entity) if k != key], facts), rng)
+    text, answers = ask(entity, key, subject, rng)
+    return Question(text, answers, [entity], "single", False, wordings)
+
+
+def two_hop_question(entity: Entity, key: str, rng: random.Random, facts: int = 2) -> Question:
+    """A question about the entity that `entity` links to by `key`; both are hinted at by facts in other wordings."""
+    target = entity.links[key]
+    asked, hint = rng.sample(closed_said(target), 2)
+    subject, described = describe(entity, rng.sample(closed_said(entity), facts), rng)
+    bridge, wordings = describe(target, [hint], rng)
+    text, answers = ask(target, asked, f"{bridge} and {NAMED[entity.kind][key].bridge} {subject}", rng)
+    return Question(text, answers, [entity, target], "two-hop", False, described, wordings)
+
+
+def complex_question(entity: Entity, subject: str, rng: random.Random) -> tuple[str, str]:
+    """A question for two closed facts at once, with its answer."""
+    first, second = (CLOSED[entity.kind][key] for key in rng.sample(closed_said(entity), 2))
+    answers = [attribute.values[entity.values[attribute.key]] for attribute in (first, second)]
+    return f"What are the {first.noun} and the {second.noun} of {subject}?", " and ".join(answers)
+
+
+def matches(entity: Entity, question: Question) -> bool:
+    """Whether the entity could be taken for the question's first subject (gold entities included)."""
+    gold = question.gold[0]
+    if question.named:
+        return entity.name == gold.name
+    return all(entity.shares(gold, key) for key in question.described)
+
+
+def random_question(world: World, rng: random.Random) -> Question:
+    """One question in the mixture of the data files."""
+    if rng.random() < TWO_HOP_SHARE:
+        entity = rng.choice(world.entities)
+        return two_hop_question(entity, rng.choice(list(entity.links)), rng)
+    return single_question(rng.choice(world.entities), rng.random() < NAMED_SHARE, rng)
+
+
+def _sharing(world: World, gold: Entity, wordings: dict[str, int], rng: random.Random) -> list[Entity]:
+    """Entities whose documents tell one of the described facts, those that use the question's very words first."""
+    found = {}
+    for key, wording in wordings.items():
+        for entity in world.sayers[gold.kind, key, gold.values[key]]:
+            found[entity] = entity.said[key] == wording
+    found = list(found.items())
+    rng.shuffle(found)
+    return [entity for entity, _ in sorted(found, key=lambda pair: not pair[1])]
+
+
+def _related(world: World, question: Question, rng: random.Random) -> list[Entity]:
+    """Entities that share a name with the gold ones: linked from them, linking to the same, or of the same surname."""
+    gold = question.gold[-1]
+    same = [e for e in rng.sample(world.of_kind[gold.kind], min(400, len(world.of_kind[gold.kind]))) if e is not gold]
+    shared = [e for e in same if e.name.split()[-1] == gold.name.split()[-1] or e.name[:3] == gold.name[:3]]
+    colleagues = [e for e in same if set(e.links.values()) & set(gold.links.values())]
+    return rng.sample(shared, min(2, len(shared))) + colleagues[:1] + list(gold.links.values())[:1]
+
+
+def candidates(world: World, question: Question, rng: random.Random, count: int = CANDIDATES) -> list[Entity]:
+    """The gold entities among `count` shuffled candidates; no other candidate fits the question's description.
+
+    Of 20, 8 to 14 share one of the described facts (two-hop: some of them the bridge's), a few share names, the rest
+    is random.
+    """
+    chosen = dict.fromkeys(question.gold)
+
+    def extend(entities: list[Entity], limit: int) -> None:
+        for entity in entities:
+            if len(chosen) >= min(limit, count):
+                return
+            if not matches(entity, question):
+                chosen.setdefault(entity)
+
+    hard = rng.randint(8, 14) * count // CANDIDATES
+    if question.hint:
+        extend(_sharing(world, question.gold[1], question.hint, rng), 2 + hard // 4)
+    if not question.named:
+        extend(_sharing(world, question.gold[0], question.described, rng), len(question.gold) + hard)
+    extend(_related(world, question, rng), len(chosen) + 4)
+    same = world.of_kind[question.gold[0].kind]
+    extend(rng.sample(same, min(len(same), count)), (len(chosen) + count) // 2)
+    extend(rng.sample(world.entities, min(len(world.entities), 3 * count)), count)
+    result = list(chosen)
+    rng.shuffle(result)
+    return result
+
+
+def question_row(world: World, name: str, rng: random.Random, count: int = CANDIDATES) -> dict:
+    """One row of the question files."""
+    question = random_question(world, rng)
+    docs = candidates(world, question, rng, max(count, len(question.gold)))
+    return {
+        "id": name,
+        "type": question.type,
+        "named": question.named,
+        "question": question.text,
+        "answers": question.answers,
+        "pos_index": [docs.index(entity) for entity in question.gold],
+        "docs": [entity.document for entity in docs],
+    }
+
+
+def qa_pairs(entity: Entity, count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Simple question-answer pairs, each about another fact; the subject is named or described by one other fact."""
+    pairs = []
+    for key in rng.sample(list(entity.said), min(count, len(entity.said))):
+        subject = entity.name
+        if rng.random() < 0.5:
+            subject, _ = describe(entity, rng.sample([k for k in closed_said(entity) if k != key], 1), rng)
+        text, answers = ask(entity, key, subject, rng)
+        pairs.append((text, answers[0]))
+    return pairs
+
+
+def scp_rows(entity: Entity, rng: random.Random) -> list[dict]:
+    """The SCP rows of one entity: QA over both wordings of its document, simple and complex, and both paraphrases."""
+    rows = []
+    for document in (entity.document, entity.paraphrase):
+        pairs = qa_pairs(entity, rng.randint(4, 6), rng)
+        rows.append({"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs]})
+        rows[-1]["docs"] = [document]
+    pairs = [complex_question(entity, entity.name, rng), *qa_pairs(entity, 2, rng)]
+    subject, _ = describe(entity, [rng.choice(closed_said(entity))], rng)
+    pairs.append(complex_question(entity, subject, rng))
+    rng.shuffle(pairs)
+    rows.append({"data_type": "qa", "question": [q for q, _ in pairs], "answers": [a for _, a in pairs]})
+    rows[-1]["docs"] = [entity.document]
+    for document, paraphrase in ((entity.document, entity.paraphrase), (entity.paraphrase, entity.document)):
+        rows.append({"data_type": "paraphrase", "question": [], "answers": [paraphrase], "docs": [document]})
+    return rows
+
+
+def generate(seed: int) -> dict[str, list[dict]]:
+    """All rows of all files, by file name without extension."""
+    rows: dict[str, list[dict]] = {}
+    for split in SPLITS:
+        rng = random.Random(f"{seed}-{split}")
+        world = World(split, ENTITIES[split], rng)
+        if split == "test":
+            rows["test"] = [question_row(world, f"test-{i}", rng) for i in range(QUESTIONS["test"])]
+            continue
+        scp = [row for entity in world.entities for row in scp_rows(entity, rng)]
+        rng.shuffle(scp)
+        rows[f"scp_{split}"] = scp
+        for stage in ("instruct", "joint"):
+            name = f"{stage}_{split}"
+            total = QUESTIONS.get(name, QUESTIONS["validation"])
+            rows[name] = [
+                question_row(world, f"{name}-{i}", rng, rng.randint(1, 5) if stage == "instruct" else CANDIDATES)
+                for i in range(total)
+            ]
+    return rows
+
+
+def settings(seed: int) -> dict:
+    """What the data depends on; two folders with equal settings hold equal files."""
+    words = repr((ATTRIBUTES, LINKS, SUBJECTS, INTRODUCTIONS, PRONOUNS, NAME_QUESTIONS, BEGINNINGS, ENDINGS))
+    return {
+        "seed": seed,
+        "lexicon": hashlib.sha256(words.encode()).hexdigest()[:16],
+        "entities": ENTITIES,
+        "questions": QUESTIONS,
+        "candidates": CANDIDATES,
+        "two_hop_share": TWO_HOP_SHARE,
+        "named_share": NAMED_SHARE,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def ensure(out: str | os.PathLike, seed: int = 0) -> bool:
+    """Writes the data files to folder `out` unless they are there; returns whether it wrote them.
+
+    The manifest is written last, so a folder without one is unfinished and is written again.
+
+    Raises:
+        ValueError: the folder holds finished data made with other settings.
+    """
+    out = Path(out)
+    manifest = out / "manifest.json"
+    wanted = settings(seed)
+    if manifest.exists():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        if found["settings"] != wanted:
+            differing = sorted(key for key in wanted if found["settings"].get(key) != wanted[key])
+            raise ValueError(
+                f"{out} holds data made with other settings ({', '.join(differing)}): choose another or remove it"
+            )
+        sizes = {name: (out / name).stat().st_size if (out / name).exists() else -1 for name in found["bytes"]}
+        if sizes == found["bytes"]:
+            return False
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for name, rows in generate(seed).items():
+        path = out / f"{name}.jsonl"
+        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        sizes[path.name] = path.stat().st_size
+    _write(manifest, json.dumps({"settings": wanted, "bytes": sizes}, indent=1) + "\n")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the nano world's data files.")
+    parser.add_argument("--out", default="runs/nano/data", help="folder for the JSONL files")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        wrote = ensure(arguments.out, arguments.seed)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{'wrote' if wrote else 'kept'} {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

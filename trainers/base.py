@@ -1,0 +1,193 @@
+"""What the stages share: arguments, the loss with its parts, and evaluation by generation."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
+from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
+
+
+logger = logging.get_logger(__name__)
+
+EXAMPLE_INDEX = "example_index"
+
+
+@dataclass
+class CLaRaTrainingArguments(TrainingArguments):
+    r"""
+    Arguments that all stages share, on top of [`~transformers.TrainingArguments`]. Defaults that differ from it follow
+    the paper: cosine schedule, warm-up over 3% of the steps, one epoch.
+
+    Parameters:
+        > Parameters that control the data
+
+        max_length (`int`, *optional*):
+            Tokens of a prompt with its target; longer targets are cut. `None` keeps everything.
+        dataset_num_proc (`int`, *optional*):
+            Processes that tokenize the data.
+
+        > Parameters that control evaluation
+
+        predict_with_generate (`bool`, *optional*, defaults to `True`):
+            Whether evaluation generates answers, for metrics that need them.
+        generation_max_new_tokens (`int`, *optional*, defaults to `32`):
+            Tokens to generate per answer in evaluation.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Total number of training epochs to perform."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; a share of all steps if below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X steps; a share of all steps if below 1."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: collators need every column."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt with its target; longer targets are cut."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Whether evaluation generates answers."})
+    generation_max_new_tokens: int = field(
+        default=32, metadata={"help": "Tokens to generate per answer in evaluation."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the collators need every column.")
+
+
+class CLaRaTrainer(Trainer):
+    """Base of the stages. A subclass says which parts train and how a row becomes a training example.
+
+    Args:
+        model ([`CLaRaForRetrievalGeneration`]): loaded from a base or an earlier stage; its processor is used.
+        args: the stage's configuration.
+        train_dataset, eval_dataset (`datasets.Dataset`): rows of the stage's schema, in text.
+        kwargs: further arguments of [`~transformers.Trainer`].
+    """
+
+    trainable_parts: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: CLaRaForRetrievalGeneration,
+        args: CLaRaTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        if not isinstance(model, CLaRaForRetrievalGeneration):
+            raise TypeError(f"model must be a CLaRaForRetrievalGeneration, got {type(model).__name__}.")
+        model.train_only(*self.parts_to_train(model, args))
+        self.processor: CLaRaProcessor = model.processor
+        self.eval_rows = eval_dataset
+        self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        options = {"num_proc": args.dataset_num_proc, "desc": "Tokenizing"}
+        if train_dataset is not None:
+            train_dataset = self.prepare_dataset(train_dataset, model, args, options)
+        if eval_dataset is not None:
+            eval_dataset = self.prepare_dataset(eval_dataset, model, args, options)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self.processor,
+            data_collator=kwargs.pop("data_collator", None) or self.make_collator(model, args),
+            **kwargs,
+        )
+
+    def parts_to_train(self, model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments) -> tuple[str, ...]:
+        return self.trainable_parts
+
+    def prepare_dataset(self, dataset: Dataset, model, args, options: dict) -> Dataset:
+        """Tokenized rows in the order of `dataset`, with an `example_index` column."""
+        raise NotImplementedError
+
+    def make_collator(self, model, args):
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
+    ):
+        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_INDEX}
+        outputs: CLaRaOutput = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.ce_loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The sum over this process's tokens was divided by the tokens of all of them, and gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        if outputs.mse_loss is not None:
+            # A mean per micro-batch, unlike the cross entropy, which is already scaled to the accumulated batch.
+            steps = (
+                1 if num_items_in_batch is None or not self.model.training else self.current_gradient_accumulation_steps
+            )
+            loss = loss + self.model.config.mse_weight * outputs.mse_loss / steps
+            self._loss_parts["mse_loss"].append(outputs.mse_loss.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name, values in self._loss_parts.items():
+                logs[name] = torch.stack(values).mean().item()
+            self._loss_parts.clear()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        """Loss, predictions and the rows' positions in the evaluation data.
+
+        Predictions are a tuple: the generated ids `[B, new tokens]` (or, without generation, the most likely token at
+        each supervised position), then, where the stage retrieves, the ranked candidates `[B, k]`.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        self._loss_parts.clear()
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        if self.args.predict_with_generate and self.supports_generation:
+            predictions = self.generate_predictions(inputs[EXAMPLE_INDEX].tolist())
+            return loss.detach(), predictions, inputs[EXAMPLE_INDEX]
+        width = outputs.logits.shape[1] - 1
+        labels = inputs["labels"][:, -width:]
+        guesses = outputs.logits[:, :-1].argmax(dim=-1).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
+        return loss.detach(), guesses, labels
+
+    supports_generation = True
+
+    def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
+        """Generated ids, and more, for the rows of the evaluation data at the given positions."""
+        raise NotImplementedError
+
+    def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""
+        return sequences.masked_fill(sequences == self.model.config.pad_token_id, IGNORE_INDEX)
+
+
+def pad_examples(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
+    """The decoder side of a batch, which all stages share: prompts, labels and positions in the data."""
+    prompts = processor.pad_prompts([row["input_ids"] for row in features], [row["labels"] for row in features])
+    return {**prompts, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
+
+
+def pad_documents(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
+    """Token ids of the batch's documents, every distinct one once, and which belong to which row."""
+    position: dict[tuple[int, ...], int] = {}
+    index = [[position.setdefault(tuple(ids), len(position)) for ids in row["document_ids"]] for row in features]
+    encoded = processor.pad_encodings([list(ids) for ids in position])
+    return {
+        "document_input_ids": encoded["input_ids"],
+        "document_attention_mask": encoded["attention_mask"],
+        "document_index": index_matrix(index),
+    }
+
+
+def token_accuracy(prediction) -> dict[str, float]:
+    """Share of supervised tokens that are the most likely one given those before: `compute_metrics` of SCP."""
+    labels = prediction.label_ids
+    is_target = labels != IGNORE_INDEX
+    return {"token_accuracy": float((prediction.predictions == labels)[is_target].mean())}

@@ -1,0 +1,71 @@
+"""Stage 1, SCP: the compressor learns to keep what a document says (arXiv 2511.18659, section 2).
+
+Rows: `{"data_type": "qa" | "paraphrase", "question": [...], "answers": [...], "docs": [...]}`. The target of a `qa` row
+is the list of its question and answer pairs, that of a `paraphrase` row its one answer.
+"""
+
+import random
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from modeling_clara import CLaRaProcessor
+from modeling_clara.adapters import COMPRESSOR, GENERATOR
+from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+
+from .base import EXAMPLE_INDEX, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, pad_examples
+
+
+@dataclass
+class SCPConfig(CLaRaTrainingArguments):
+    """Arguments of [`SCPTrainer`]; the weight of the MSE term is `mse_weight` of the model's configuration."""
+
+
+class CompressionCollator:
+    """Batches of rows whose documents are compressed in the step and all given to the generator.
+
+    Args:
+        processor ([`CLaRaProcessor`]): pads and knows the memory tokens.
+    """
+
+    def __init__(self, processor: CLaRaProcessor):
+        self.processor = processor
+
+    def __call__(self, features: list[dict]) -> dict:
+        return {**pad_documents(features, self.processor), **pad_examples(features, self.processor)}
+
+
+class CompressionTrainer(CLaRaTrainer):
+    """Trains compressor, generator and memory embeddings on documents that are all given, without retrieval."""
+
+    trainable_parts = (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+
+    def make_collator(self, model, args) -> CompressionCollator:
+        return CompressionCollator(model.processor)
+
+    def with_documents(self, dataset: Dataset) -> list[list[list[int]]]:
+        """Token ids of every row's documents; each distinct document is tokenized once, cut ones reported once."""
+        distinct = list(dict.fromkeys(text for docs in dataset["docs"] for text in docs))
+        ids = dict(zip(distinct, self.processor.encode_documents(distinct), strict=True))
+        return [[ids[text] for text in docs] for docs in dataset["docs"]]
+
+
+class SCPTrainer(CompressionTrainer):
+    """Salient compressor pretraining: loss = cross entropy + `mse_weight` x MSE of document and memory means."""
+
+    supports_generation = False
+
+    def prepare_dataset(self, dataset: Dataset, model, args: SCPConfig, options: dict) -> Dataset:
+        processor, seed, max_length = self.processor, args.data_seed or args.seed, args.max_length
+
+        def tokenize(row: dict, position: int) -> dict:
+            kind = row["data_type"]
+            # Which of several instructions a row gets depends on its position only, so that a resumed run draws alike.
+            variant = random.Random(f"{seed}-{position}").randrange(2**16)
+            slots = processor.slots(len(row["docs"]))
+            target = processor.target(kind, row["answers"], row["question"])
+            example = processor.training_example(kind, slots, target, variant=variant, max_length=max_length)
+            return {**example, EXAMPLE_INDEX: position}
+
+        tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
+        return tokenized.add_column("document_ids", self.with_documents(dataset))
