@@ -122,7 +122,7 @@ def _parse_scp(row: dict[str, Any]) -> dict[str, Any]:
         _check_texts("question", questions)
         if len(questions) != len(row["answers"]):
             raise ValueError(f"there are {len(questions)} questions, but {len(row['answers'])} answers.")
-    elif questions or len(row["answers"]) != 1:
+    elif questions != [] or len(row["answers"]) != 1:
         raise ValueError("a paraphrase has one answer and an empty list as 'question'.")
     return {"data_type": kind, "question": list(questions), "answers": row["answers"], "docs": row["docs"]}
 

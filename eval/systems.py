@@ -146,6 +146,8 @@ class System:
             if given is not None
         ]
         answers = [None] * len(examples)
+        if not asked:
+            return answers
         texts = self.reader.answer([row[1] for row in asked], [row[2] for row in asked], self.name)
         for (index, _, _), text in zip(asked, texts, strict=True):
             answers[index] = text

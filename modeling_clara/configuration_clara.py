@@ -143,11 +143,15 @@ class CLaRaConfig(PreTrainedConfig):
             raise ValueError(
                 f"compression_rate must divide doc_max_length, got {self.compression_rate} and {self.doc_max_length}."
             )
-        for name in ("temperature", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}.")
+        for name, is_allowed, wanted in (
+            ("temperature", lambda value: value > 0, "positive"),
+            ("lora_alpha", lambda value: value > 0, "positive"),
+            ("mse_weight", lambda value: value >= 0, "at least 0"),
+            ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
         choices = {
             "topk_taken_mask": TAKEN_MASKS,
             "checkpoint_format": CHECKPOINT_FORMATS,

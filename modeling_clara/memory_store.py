@@ -122,8 +122,7 @@ class MemoryStore:
         Raises:
             ValueError: a document is empty or not a string (its position is named).
         """
-        _check_documents(documents)
-        return [self._table.key_of(document) for document in documents]
+        return [self._table.key_of(document) for document in _checked(documents)]
 
     def get(self, keys: Sequence[str]) -> torch.Tensor:
         """Memories of `keys`, in their order, repeated keys included.
@@ -201,6 +200,9 @@ class MemoryStore:
             OSError: the disk is full, or too small for what is missing; what was appended before is kept.
         """
         self._check_model()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        documents = _checked(documents)
         keys = self.keys(documents)
         first: dict[str, int] = {}
         for position, key in enumerate(keys):
@@ -221,6 +223,7 @@ class MemoryStore:
             self._compress(missing, keys, documents, arrays, batch_size, show_progress)
         finally:
             self._table.forget()
+        self._table.find([])  # loads the index here, so that workers forked later share it
         return keys
 
     def _check_model(self) -> None:
@@ -311,9 +314,10 @@ class MemoryStore:
         return stored.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else stored.numpy()
 
 
-def _check_documents(documents: Sequence[str]) -> None:
+def _checked(documents: Sequence[str]) -> list[str]:
     if isinstance(documents, str):
         raise ValueError(f"documents must be a list of strings, not the single string {documents[:60]!r}")
+    documents = list(documents)
     for position, document in enumerate(documents):
         if not isinstance(document, str):
             raise ValueError(f"documents[{position}] is {document!r}; it must be a string")
@@ -323,3 +327,4 @@ def _check_documents(documents: Sequence[str]) -> None:
             document.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"documents[{position}] is not valid Unicode: {error}") from error
+    return documents

@@ -114,6 +114,8 @@ class MemoryTable:
     def open(cls, path: Path) -> "MemoryTable":
         try:
             with _reading():
+                if not path.is_dir():
+                    raise NotADirectoryError(path)  # Lance would retry for seconds
                 metadata = json.loads(lance.dataset(str(path)).schema.metadata[METADATA_KEY])
         except (_Unreadable, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a memory store: choose another path") from error
@@ -312,7 +314,7 @@ def _reading() -> Iterator[None]:
     """Turns what Lance and Arrow raise for files that are gone, cut or changed into `_Unreadable`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise _Unreadable(str(error)) from error
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # of Lance's Rust code: no Exception, nor a class to import

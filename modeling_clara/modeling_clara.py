@@ -1,5 +1,6 @@
 """CLaRa: compress documents into memory vectors, retrieve among the vectors, answer from them (arXiv 2511.18659)."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -401,13 +402,19 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
     ) -> tuple[torch.Tensor, ModelOutput | None]:
         """New tokens after padded prompts whose memory slots hold `selected` `[slots, l, H]`, in order."""
         batch = batch.to(self.device)
-        options = {
-            "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id,
-            **generate_kwargs,
-        }
-        if not {"max_new_tokens", "max_length", "generation_config"} & set(options):
-            options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        options = {**generate_kwargs}
+        given = options.get("generation_config")
+        known = options if given is None else {name for name, value in given.to_dict().items() if value is not None}
+        defaults = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        if "max_length" not in known:
+            defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        defaults = {name: value for name, value in defaults.items() if name not in known}
+        if given is None:
+            options |= defaults
+        else:
+            # transformers takes either a configuration or single options.
+            options["generation_config"] = copy.deepcopy(given)
+            options["generation_config"].update(**defaults)
         with use_adapter(self.decoder, GENERATOR):
             output = self.decoder.generate(
                 inputs_embeds=self._prompt_embeddings(batch["input_ids"], selected),

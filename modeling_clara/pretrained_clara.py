@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters import (
@@ -149,7 +149,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype = kwargs.pop("dtype", None)
-        if not isinstance(config, CLaRaConfig):
+        # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
+        if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
             config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         if config.decoder_config is None:

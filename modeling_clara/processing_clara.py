@@ -223,8 +223,8 @@ class CLaRaProcessor(ProcessorMixin):
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "enable_thinking": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:  # jinja2's TemplateError; the template's own sentence is what tells
-            if "System role not supported" not in str(error):
+        except Exception:  # templates without a system role raise, each with a sentence of its own
+            if messages[0]["role"] != "system":
                 raise
         system, user, *rest = messages
         merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
@@ -242,7 +242,11 @@ class CLaRaProcessor(ProcessorMixin):
     def target(self, kind: str, answers: list[str], questions: list[str] | None = None) -> str:
         """The assistant's text: the answer, the paraphrase, or the list of question and answer pairs, one per entry."""
         template = self.config.prompts[kind]["assistant"]
+        self.check_user_texts(answers, "answers")
         if kind == "qa":
+            self.check_user_texts(questions, "questions")
+            if len(questions) != len(answers):
+                raise ValueError(f"{len(questions)} questions have {len(answers)} answers: give one answer for each.")
             pairs = zip(questions, answers, strict=True)
             return "\n".join(fill_template(template, question=question, answer=answer) for question, answer in pairs)
         return fill_template(template, answer=answers[0], paraphrase=answers[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, set_seed
 
 from eval.data import QAExample, load_examples
 from eval.metrics.answer_f1.answer_f1 import score_answer
@@ -87,6 +87,8 @@ def train_recipe(
     if is_finished(training_args.output_dir):
         return
     train, validation = load_split(data_args, loader)
+    # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
+    set_seed(training_args.seed)
     model = load_model(model_args)
     trainer = trainer_class(
         model=model,

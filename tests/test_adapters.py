@@ -239,7 +239,9 @@ def test_copy_adapter_makes_two_adapters_compute_the_same_without_sharing_weight
     copy_adapter(clara.decoder, COMPRESSOR, QUERY_REASONER)
     same = clara.encode_questions(texts[:1])
     assert torch.equal(same, clara.compress(texts[:1])) and not torch.equal(same, asked)
-    pairs = zip(adapter_parameters(clara.decoder, COMPRESSOR), adapter_parameters(clara.decoder, QUERY_REASONER))
+    pairs = zip(
+        adapter_parameters(clara.decoder, COMPRESSOR), adapter_parameters(clara.decoder, QUERY_REASONER), strict=True
+    )
     assert all(old.data_ptr() != new.data_ptr() for old, new in pairs)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from eval.data import DataError, load_examples, read_jsonl
+from eval.data import DataError, load_examples, load_scp, read_jsonl
 
 
 GOOD = {"question": "Who?", "answers": ["Mara"], "docs": ["Mara is here.", "Oren is there."], "pos_index": [0]}
@@ -118,3 +118,39 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
 def test_rows_of_any_schema_come_with_their_line_numbers(tmp_path):
     path = write(tmp_path / "a.jsonl", {"a": 1}, b"", {"b": 2})
     assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"b": 2})]
+
+
+# Rows of the first stage
+
+PAIRS = {"data_type": "qa", "question": ["Who?", "Where?"], "answers": ["Mara", "Here"], "docs": ["Mara is here."]}
+PARAPHRASE = {"data_type": "paraphrase", "question": [], "answers": ["Here is Mara."], "docs": ["Mara is here."]}
+
+
+def test_scp_rows_are_read_as_they_stand(tmp_path):
+    path = write(tmp_path / "scp.jsonl", {**PAIRS, "source": "x"}, PARAPHRASE)
+    assert load_scp(path) == [PAIRS, PARAPHRASE]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**PAIRS, "data_type": "list"}, "'data_type' must be 'qa' or 'paraphrase', but is \"list\""),
+        ({name: PAIRS[name] for name in ("question", "answers", "docs")}, "the field 'data_type' is missing"),
+        ({**PAIRS, "answers": ["Mara"]}, "there are 2 questions, but 1 answers"),
+        ({**PAIRS, "question": "Who?"}, "'question' must be a list of strings"),
+        ({**PAIRS, "question": []}, "'question' is an empty list"),
+        ({**PAIRS, "docs": []}, "'docs' is an empty list"),
+        ({**PARAPHRASE, "question": ["Who?"]}, "a paraphrase has one answer and an empty list as 'question'"),
+        ({**PARAPHRASE, "question": None}, "a paraphrase has one answer and an empty list as 'question'"),
+        ({**PARAPHRASE, "answers": ["a", "b"]}, "a paraphrase has one answer"),
+    ],
+)
+def test_a_broken_scp_line_is_named_with_file_and_number(tmp_path, row, message):
+    path = write(tmp_path / "scp.jsonl", PAIRS, row)
+    with pytest.raises(DataError, match=rf"^{path}, line 2: .*{message}"):
+        load_scp(path)
+
+
+def test_a_file_without_scp_rows_is_named(tmp_path):
+    with pytest.raises(DataError, match="scp.jsonl: the file holds no row"):
+        load_scp(write(tmp_path / "scp.jsonl"))

@@ -174,6 +174,8 @@ def test_text_answers_are_those_of_the_causal_model_alone_whatever_the_batch(cla
         expected.append(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip())
     reader = TextReader(model, clara.processor, batch_size=3, max_new_tokens=6)
     assert Gold("text-gold", reader).answer(examples, None) == expected
+    unknown = [example(1, "x", examples[0].docs, None)]
+    assert Gold("text-gold", reader).answer(unknown, None) == [None]
 
 
 def test_a_system_without_a_reader_only_ranks(examples):

@@ -44,7 +44,7 @@ class CLaRaTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; a share of all steps if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X steps; a share of all steps if below 1."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: collators need every column."})
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt with its target; longer targets are cut."}

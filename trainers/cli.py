@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, logging
 from trl import TrlParser
 
-from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 
 
 logger = logging.get_logger(__name__)
@@ -79,10 +79,16 @@ class CLaRaModelArguments:
     prompts_file: str | None = field(default=None, metadata={"help": "JSON file with prompts."})
 
     def __post_init__(self):
-        if isinstance(self.clara_config, str):
-            self.clara_config = yaml.safe_load(self.clara_config)
-        if self.clara_config is not None and not isinstance(self.clara_config, dict):
-            raise UsageError(f"clara_config must be a mapping of CLaRaConfig fields, got {self.clara_config!r}.")
+        given = self.clara_config
+        try:
+            self.clara_config = yaml.safe_load(given) if isinstance(given, str) else given or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"clara_config is no valid YAML: {given!r}.") from error
+        if not isinstance(self.clara_config, dict):
+            raise UsageError(f"clara_config must be a mapping of CLaRaConfig fields, got {given!r}.")
+        unknown = set(self.clara_config) - {known.name for known in fields(CLaRaConfig)}
+        if unknown:
+            raise UsageError(f"clara_config has unknown fields {sorted(unknown)}: see CLaRaConfig.")
 
 
 class RecipeParser(TrlParser):
@@ -125,20 +131,17 @@ def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
     Raises:
         UsageError: the folder is not there, or its configuration and `clara_config` do not go together.
     """
-    fields = dict(args.clara_config or {})
+    settings = dict(args.clara_config)
     if args.prompts_file:
-        fields["prompts"] = json.loads(Path(args.prompts_file).read_text(encoding="utf-8"))
+        settings["prompts"] = read_json(Path(args.prompts_file))
     name = args.model_name_or_path
-    options = {
-        "dtype": args.dtype,
-        **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
-    }
-    try:
-        if Path(name, CONFIG_NAME).is_file() and read_json(Path(name, CONFIG_NAME)).get("model_type") == "clara":
-            return CLaRaForRetrievalGeneration.from_pretrained(name, **options, **fields)
-        return CLaRaForRetrievalGeneration.from_base(name, **options, **fields)
-    except TypeError as error:
-        raise UsageError(f"clara_config: {error}") from error
+    options = {"dtype": args.dtype}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    config = Path(name, CONFIG_NAME)
+    if config.is_file() and read_json(config).get("model_type") == CLaRaConfig.model_type:
+        return CLaRaForRetrievalGeneration.from_pretrained(name, **options, **settings)
+    return CLaRaForRetrievalGeneration.from_base(name, **options, **settings)
 
 
 def read_json(path: Path) -> dict:

@@ -54,14 +54,16 @@ class Arguments:
 
     out: str = field(default=str(HERE / "pretrained" / "base"), metadata={"help": "folder for the finished model"})
     work: str = field(default="runs/nano/base", metadata={"help": "folder for the training state and the log"})
-    steps: int = field(default=2800, metadata={"help": "optimiser steps"})
+    reading_steps: int = field(default=2500, metadata={"help": "steps of the first phase: reading facts"})
+    binding_steps: int = field(
+        default=1600, metadata={"help": "steps of the second phase: telling documents of one kind apart"}
+    )
     batch_tokens: int = field(default=4096, metadata={"help": "approximate tokens per step, padding included"})
     lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
     optimizer: str = field(default="muon", metadata={"help": "muon (matrices by Muon, the rest by AdamW) or adamw"})
     document_weight: float = field(default=0.1, metadata={"help": "weight of the documents' own next-token loss"})
-    easy_share: float = field(default=0.21, metadata={"help": "share of steps, the first, with at most two documents"})
-    reading_share: float = field(
-        default=0.43, metadata={"help": "share of steps before those with many documents of one kind, to tell apart"}
+    easy_share: float = field(
+        default=0.24, metadata={"help": "share of the first phase, from its start, with at most two documents"}
     )
     hidden_size: int = 192
     intermediate_size: int = 512
@@ -130,7 +132,7 @@ def qa_list(entity: Entity, rng: random.Random) -> str:
 
 
 def conversation(world: World, documents: int, alike: bool, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """`documents` candidate documents, joined, and the turns about them; `alike`: all of one kind, with shared facts."""
+    """`documents` documents, joined, and the turns about them; `alike`: all of one kind, with shared facts."""
     entity = rng.choice(world.entities)
     if alike:
         question = single_question(entity, rng.random() < 0.5, rng)
@@ -251,22 +253,25 @@ def make_optimizers(model: Qwen3ForCausalLM, arguments: Arguments) -> list[torch
 
 
 def rate(step: int, arguments: Arguments) -> float:
-    """Learning rate factor: warm-up over 50 steps, then linear to zero."""
-    return min(1.0, (step + 1) / 50, (arguments.steps - step) / max(1, arguments.steps * 0.7))
+    """Learning rate factor: in each phase a warm-up over 50 steps, then constant, then linear to zero."""
+    total = arguments.reading_steps
+    if step >= total:
+        step, total = step - total, arguments.binding_steps
+    return min(1.0, (step + 1) / 50, (total - step) / (0.7 * total))
 
 
 def batch(step: int, encoder: Encoder, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The training batch of a step; it follows from seed and step alone, so that a resumed run goes on alike."""
     rng = random.Random(f"{arguments.seed}-{step}")
-    progress = step / arguments.steps
-    alike = progress >= arguments.reading_share
-    documents = rng.choice(
-        (1, 1, 2) if progress < arguments.easy_share else (1, 2, 2, 3, 4, 5) if alike else (1, 2, 3, 4, 5)
-    )
+    binding = step >= arguments.reading_steps
+    if binding:
+        documents = rng.choice((1, 2, 2, 3, 3, 4, 5))
+    else:
+        documents = rng.choice((1, 1, 2) if step < arguments.easy_share * arguments.reading_steps else (1, 2, 3, 4, 5))
     world = World("train", SMALL_WORLD, rng)
     length = 40 * documents + 22 * (8 + 3 * documents)
     talks = [
-        conversation(world, documents, alike and rng.random() < 0.7, rng)
+        conversation(world, documents, binding and rng.random() < 0.8, rng)
         for _ in range(max(1, arguments.batch_tokens // length))
     ]
     return encoder(talks)
@@ -316,9 +321,10 @@ def train(arguments: Arguments) -> dict[str, float]:
             optimizer.load_state_dict(saved)
         start, seconds = state["step"], state["seconds"]
 
-    scores = evaluate(model, probes) if start >= arguments.steps else {}
+    steps = arguments.reading_steps + arguments.binding_steps
+    scores = evaluate(model, probes) if start >= steps else {}
     began = time.monotonic() - seconds
-    bar = tqdm(range(start, arguments.steps), initial=start, total=arguments.steps, desc="base", unit="step")
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="base", unit="step")
     for step in bar:
         ids, weights = (tensor.to(device) for tensor in batch(step, encoder, arguments))
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
@@ -332,7 +338,7 @@ def train(arguments: Arguments) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(answer_loss=f"{losses[kept == 1].mean().item():.3f}", tokens=ids.numel())
-        if (step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps:
+        if (step + 1) % arguments.eval_every == 0 or step + 1 == steps:
             scores = evaluate(model, probes)
             line = {"step": step + 1, "seconds": round(time.monotonic() - began), **scores}
             tqdm.write(json.dumps({k: round(v, 3) for k, v in line.items()}))

@@ -68,6 +68,8 @@ def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
         "model_name_or_path": starts[stage],
         "resume": True,
     }
+    if stage == "scp":
+        values["prompts_file"] = NANO / "prompts.json"
     if stage == "text-lora":
         values["clara_checkpoint"] = out / "instruct"
     else:

@@ -1,0 +1,203 @@
+"""The recipes as programs: arguments, folders, and one sentence for what the user can mend."""
+
+import errno
+import json
+import os
+import sys
+
+import pytest
+from conftest import TEXTS
+from transformers import Trainer
+
+from recipes import instruct, joint, scp
+from trainers import cli
+
+
+@pytest.fixture
+def scp_file(tmp_path):
+    rows = [{"data_type": "paraphrase", "question": [], "answers": [text], "docs": [text]} for text in TEXTS]
+    path = tmp_path / "scp.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def qa_file(tmp_path):
+    rows = [{"question": "Who keeps bees?", "answers": ["Mara"], "docs": TEXTS, "pos_index": [0]} for _ in range(4)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, base, scp_file):
+    """A YAML file for two SCP steps on the tiny base, with every line of it as a value to change."""
+    values = {
+        "model_name_or_path": base,
+        "clara_config": {"doc_max_length": 32, "compression_rate": 8, "lora_r": 4, "lora_alpha": 8},
+        "train_file": str(scp_file),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+    def write(**changes) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps({**values, **changes}), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def program(monkeypatch, capsys, main, *arguments: str) -> tuple[int | str | None, str]:
+    """Exit code and error text of a recipe called as a program."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+    try:
+        cli.run(main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err + (code if isinstance(code, str) else "")
+
+
+def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
+    from modeling_clara import CLaRaForRetrievalGeneration
+
+    scp.main(["--config", config(), "--output_dir", str(tmp_path / "other"), "--max_steps", "1", "--seed", "3"])
+    settings = json.loads((tmp_path / "other" / "run.json").read_text())
+    assert (settings["max_steps"], settings["seed"]) == (1, 3)
+    assert not (tmp_path / "run").exists()
+    model = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "other")
+    assert model.compress(TEXTS[:2]).shape == (2, 4, 32)
+    assert not (tmp_path / "other" / "final.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lerning_rate": 0.1}, "lerning_rate"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size"),
+        ({"clara_config": {"doc_max_length": 30, "compression_rate": 8}}, "compression_rate must divide"),
+        ({"clara_config": {"lora_rank": 4}}, "lora_rank"),
+        ({"clara_config": "[1"}, "clara_config"),
+        ({"model_name_or_path": "no/such/folder"}, "no/such/folder"),
+        ({"train_file": "no-such.jsonl"}, "no-such.jsonl"),
+        ({"prompts_file": "no-such.json"}, "no-such.json"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_no_model(changes, words, config, tmp_path, monkeypatch, capsys):
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(**changes))
+    assert code != 0 and words in text and "Traceback" not in text
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1", encoding="utf-8")
+    code, text = program(monkeypatch, capsys, scp.main, "--config", str(broken))
+    assert code != 0 and "broken.yaml" in text
+    code, text = program(monkeypatch, capsys, scp.main, "--config", str(tmp_path / "none.yaml"))
+    assert code != 0 and "none.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "line 6: malformed JSON"),
+        (
+            '{"data_type": "qa", "question": ["a"], "answers": ["b", "c"], "docs": ["d"]}',
+            "line 6: there are 1 questions",
+        ),
+        ('{"data_type": "qa", "question": ["a"], "answers": ["b"]}', "line 6: the field 'docs' is missing"),
+        ('{"data_type": "qa", "question": ["<MEM0>?"], "answers": ["b"], "docs": ["<MEM0>"]}', "reserves"),
+    ],
+)
+def test_data_errors_name_the_line(line, words, config, scp_file, monkeypatch, capsys):
+    with open(scp_file, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config())
+    assert code != 0 and words in text
+
+
+def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypatch, capsys, caplog):
+    scp.main(["--config", config()])
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config())
+    assert code != 0 and "--resume true" in text and "--overwrite true" in text
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5), "--resume", "true")
+    assert code != 0 and "learning_rate" in text
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(), "--resume", "true")
+    assert code == 0 and "reused" in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+    code, _ = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5), "--overwrite", "true")
+    assert code == 0 and (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("important")
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(), "--resume", "true")
+    assert code != 0 and "holds no run" in text and (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file
+
+    options = ["--config", config(max_steps=4, save_steps=2)]
+    scp.main([*options, "--output_dir", str(tmp_path / "whole")])
+    original, calls = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    code, text = program(monkeypatch, capsys, scp.main, *options)
+    assert code != 0 and "--resume true" in text and not (tmp_path / "run" / "config.json").exists()
+    # A later checkpoint that was cut off while it was written is passed over.
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
+    code, _ = program(monkeypatch, capsys, scp.main, *options, "--resume", "true")
+    assert code == 0 and len(calls) == 6
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all((expected[key] == found[key]).all() for key in expected)
+
+
+def test_full_disk_is_said_and_leaves_nothing_that_looks_finished(config, tmp_path, monkeypatch, capsys):
+    def full(self, output_dir=None, _internal_call=False):
+        if output_dir.endswith("final.partial"):
+            os.makedirs(output_dir, exist_ok=True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Trainer, "save_model", full)
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(save_strategy="no"))
+    assert code != 0 and "disk is full" in text
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["x"])
+    scp.main(["--config", config(save_strategy="no"), "--resume", "true"])
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
+    from modeling_clara import CLaRaForRetrievalGeneration
+
+    def stage(main, start, out, **changes):
+        path = config(model_name_or_path=str(start), output_dir=str(tmp_path / out), clara_config=None, **changes)
+        main(["--config", path])
+
+    scp.main(["--config", config(output_dir=str(tmp_path / "scp"))])
+    stage(instruct.main, tmp_path / "scp", "instruct", train_file=str(qa_file))
+    stage(joint.main, tmp_path / "instruct", "joint", train_file=str(qa_file), top_k=2, learning_rate=1e-3)
+    model = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "joint")
+    assert model.config.query_reasoner and model.config.top_k == 2
+    assert CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "instruct").config.query_reasoner is False
+    assert len(model.generate(questions=["Who keeps bees?"], documents=[TEXTS], max_new_tokens=3).texts) == 1
