@@ -12,7 +12,16 @@ from eval.metrics.answer_f1.answer_f1 import score_answer
 from eval.metrics.retrieval_recall.retrieval_recall import score_ranking
 from recipes.nano import world
 from trainers.base import CLaRaTrainer, CLaRaTrainingArguments
-from trainers.cli import CLaRaModelArguments, DataArguments, claim_folder, is_finished, load_model, parse, train_stage
+from trainers.cli import (
+    CLaRaModelArguments,
+    DataArguments,
+    check_folder,
+    claim_folder,
+    is_finished,
+    load_model,
+    parse,
+    train_stage,
+)
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +63,9 @@ def answer_metrics(processor, rows: Dataset) -> Callable[[EvalPrediction], dict[
         scores = [score_answer(text.strip(), answers) for text, answers in zip(texts, chosen["answers"], strict=True)]
         if rankings:
             pairs = zip(rankings[0], chosen["pos_index"], scores, strict=True)
-            scores = [{**score, **recall(ranking, gold)} for ranking, gold, score in pairs]
-        return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+            scores = [{**score, **(recall(ranking, gold) if gold else {})} for ranking, gold, score in pairs]
+        names = dict.fromkeys(name for score in scores for name in score)
+        return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
 
     return compute
 
@@ -83,13 +93,14 @@ def train_recipe(
     """
     types = (DataArguments, config_class, CLaRaModelArguments)
     data_args, training_args, model_args = parse(types, ROOT / default_config, arguments)
-    checkpoint = claim_folder(data_args, model_args, training_args)
-    if is_finished(training_args.output_dir):
+    checkpoint = check_folder(data_args, model_args, training_args)
+    if not data_args.overwrite and is_finished(training_args.output_dir):
         return
     train, validation = load_split(data_args, loader)
     # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
     set_seed(training_args.seed)
     model = load_model(model_args)
+    claim_folder(data_args, model_args, training_args)
     trainer = trainer_class(
         model=model,
         args=training_args,

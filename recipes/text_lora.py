@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from modeling_clara import CLaRaProcessor
 from recipes.common import load_questions, load_split
-from trainers.cli import DataArguments, claim_folder, is_finished, parse, run, train_stage
+from trainers.cli import DataArguments, check_folder, claim_folder, is_finished, parse, run, train_stage
 
 
 @dataclass
@@ -44,11 +44,12 @@ def as_conversations(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
     data_args, training_args, model_args = parse(types, ROOT / "recipes/nano/text_lora.yaml", arguments)
-    checkpoint = claim_folder(data_args, model_args, training_args)
-    if is_finished(training_args.output_dir, "adapter_config.json"):
+    checkpoint = check_folder(data_args, model_args, training_args)
+    if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
         return
     processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
     train, validation = load_split(data_args, load_questions)
+    claim_folder(data_args, model_args, training_args)
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

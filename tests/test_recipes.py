@@ -94,7 +94,7 @@ def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
 def test_mistakes_are_one_sentence_and_leave_no_model(changes, words, config, tmp_path, monkeypatch, capsys):
     code, text = program(monkeypatch, capsys, scp.main, "--config", config(**changes))
     assert code != 0 and words in text and "Traceback" not in text
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):

@@ -139,6 +139,10 @@ def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     config = Path(name, CONFIG_NAME)
+    if Path(name).is_dir() and not config.is_file():
+        raise UsageError(
+            f"model_name_or_path {name} holds no model: finish the stage that writes it, or name another folder."
+        )
     if config.is_file() and read_json(config).get("model_type") == CLaRaConfig.model_type:
         return CLaRaForRetrievalGeneration.from_pretrained(name, **options, **settings)
     return CLaRaForRetrievalGeneration.from_base(name, **options, **settings)
@@ -164,8 +168,15 @@ def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
     return finished
 
 
-def claim_folder(data: DataArguments, model, training: TrainingArguments) -> str | None:
-    """Take `output_dir` for this run and record its arguments there.
+def run_settings(data: DataArguments, model, training: TrainingArguments) -> dict:
+    """The arguments that make a run what it is, as they stand in its `run.json`."""
+    settings = {**asdict(data), **asdict(model), **training.to_dict()}
+    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_folder(data: DataArguments, model, training: TrainingArguments) -> str | None:
+    """Whether `output_dir` may be used for this run; nothing is changed.
 
     Returns:
         The checkpoint to resume from, or `None` to start.
@@ -174,17 +185,21 @@ def claim_folder(data: DataArguments, model, training: TrainingArguments) -> str
         UsageError: the folder holds another run, or one that was not asked to be resumed or overwritten.
     """
     folder = Path(training.output_dir)
-    settings = {**asdict(data), **asdict(model), **training.to_dict()}
-    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
-    settings = json.loads(json.dumps(settings, default=str))
+    if data.overwrite:
+        return None
+    if training.process_index == 0 and folder.exists() and any(folder.iterdir()):
+        check_same_run(folder, run_settings(data, model, training), data.resume)
+    return last_complete_checkpoint(folder) if data.resume else None
+
+
+def claim_folder(data: DataArguments, model, training: TrainingArguments) -> None:
+    """Record this run in `output_dir`, after deleting the run that it is to overwrite."""
     if training.process_index != 0:
-        return last_complete_checkpoint(folder) if data.resume else None
+        return
+    folder = Path(training.output_dir)
     if data.overwrite and folder.exists():
         shutil.rmtree(folder)
-    if folder.exists() and any(folder.iterdir()):
-        check_same_run(folder, settings, data.resume)
-    write_json(folder / RUN_FILE, settings)
-    return last_complete_checkpoint(folder) if data.resume else None
+    write_json(folder / RUN_FILE, run_settings(data, model, training))
 
 
 def check_same_run(folder: Path, settings: dict, resume: bool) -> None:
