@@ -1,6 +1,7 @@
 """How a CLaRa model is made from a base, loaded and saved: in full, or adapter-only over a named base."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .adapters import (
     COMPRESSOR,
     GENERATOR,
     QUERY_REASONER,
+    adapter_parameters,
     add_adapter,
     checkpoint_under_adapter,
     copy_adapter,
@@ -30,6 +32,8 @@ logger = logging.get_logger(__name__)
 ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
 # Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
 MEMORY_EMBEDDING_SPREAD = 0.5
+# Values taken of every frozen matrix for the compressor's fingerprint.
+FINGERPRINT_SAMPLE = 64
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -55,6 +59,12 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         self._processor = None
         self._hub_arguments = {}
         self.post_init()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """`False`: `generate` takes texts and is the model's own, also where transformers mixes its own into remote
+        code; a `generation_config.json` of the checkpoint would mean nothing."""
+        return False
 
     @property
     def adapter_names(self) -> list[str]:
@@ -140,7 +150,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """Load a CLaRa checkpoint, full or adapter-only, frozen and in evaluation mode.
 
         Arguments are those of `PreTrainedModel.from_pretrained`; fields of [`CLaRaConfig`] among them override the
-        checkpoint's, for instance `base_model_name_or_path` where the base has moved.
+        checkpoint's, for instance `base_model_name_or_path` where the base has moved. An adapter-only checkpoint finds
+        a base that is named by a path relative to the checkpoint's own folder.
 
         Raises:
             OSError: no weights at `pretrained_model_name_or_path`.
@@ -161,7 +172,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         with _quiet_load_report():
             if config.checkpoint_format == "adapter":
                 path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
-                base = _load_base(config.base_model_name_or_path, dtype)
+                base = _load_base(place_of_base(config.base_model_name_or_path, name), dtype)
                 state = _decoder_state(cls, base, config)
                 _merge_adapter_file(state, path, base, config)
                 model, info = cls._from_state(
@@ -208,6 +219,20 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             kept[ADDED_OUTPUT_ROWS] = state[f"decoder.{output_key}"][rows].clone()
         return kept
 
+    def compressor_fingerprint(self) -> str:
+        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base."""
+        config = self.config
+        geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
+        digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
+        for key, value in self.decoder.state_dict().items():
+            if ".lora_" not in key:
+                flat = value.detach().flatten()
+                digest.update(key.encode() + repr(list(value.shape)).encode())
+                digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
+        for parameter in [*adapter_parameters(self.decoder, COMPRESSOR), self.memory_embeddings.weight]:
+            digest.update(_bytes_of(parameter.detach()))
+        return digest.hexdigest()
+
 
 @contextmanager
 def _quiet_load_report() -> Iterator[None]:
@@ -223,6 +248,10 @@ def _quiet_load_report() -> Iterator[None]:
 
 def _is_no_load_report(record) -> bool:
     return "LOAD REPORT" not in record.getMessage()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.float().cpu().contiguous().numpy().tobytes()
 
 
 def _check_has_weights(folder: str) -> None:
@@ -247,6 +276,12 @@ def _pad_token_id(tokenizer) -> int:
         if value is not None:
             return value
     raise ValueError("the base's tokenizer has no padding, beginning or end token: set its pad_token.")
+
+
+def place_of_base(base: str | None, checkpoint: str) -> str | None:
+    """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
+    beside = os.path.join(checkpoint, base) if base else None
+    return beside if beside and not os.path.isdir(base) and os.path.isdir(beside) else base
 
 
 def _load_base(name: str | None, dtype) -> PreTrainedModel:

@@ -191,7 +191,7 @@ def test_tokenizer_knows_the_words_and_splits_the_names(tokenizer):
     assert all(len(tokenizer.tokenize(answer)) == 1 for answer in answers)
     names = [w for s in world.SPLITS for category in lexicon.ENDINGS for w in world.name_words(s, category)]
     pieces = [len(tokenizer.tokenize(name)) for name in names]
-    assert min(pieces) >= 2 and pieces.count(2) / len(pieces) > 0.95
+    assert min(pieces) >= 2 and pieces.count(2) / len(pieces) > 0.94
 
 
 def test_chat_template_marks_turns_and_keeps_answers_tokenised_as_alone(tokenizer):
@@ -215,3 +215,8 @@ def test_ensure_reuses_finished_data_repairs_lost_files_and_refuses_other_settin
     with pytest.raises(ValueError, match="other settings.*seed"):
         world.ensure(tmp_path, seed=1)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shipped_tokenizer_is_the_one_that_its_recipe_makes(tokenizer):
+    shipped = json.loads((NANO / "pretrained" / "base" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert shipped == json.loads(tokenizer.backend_tokenizer.to_str())

@@ -44,6 +44,7 @@ for name in request["checkpoints"]:
     again = os.path.join(out, name)
     model.save_pretrained(again)
     saved = AutoModel.from_pretrained(again, trust_remote_code=True)
+    AutoProcessor.from_pretrained(again, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     processor.save_pretrained(os.path.join(out, name + "-processor"))
     AutoProcessor.from_pretrained(os.path.join(out, name + "-processor"), trust_remote_code=True)
@@ -68,6 +69,10 @@ for name in request["checkpoints"]:
         "requires_grad": any(parameter.requires_grad for parameter in model.parameters()),
         "files": sorted(os.listdir(again)),
     }
+path = os.path.join(folder, "adapter-untied")
+other = {"dtype": torch.bfloat16, "base_model_name_or_path": request["other_base"]}
+model = AutoModel.from_pretrained(path, trust_remote_code=True, **other)
+results["overridden"] = [str(model.dtype), model.config.base_model_name_or_path]
 save_file(tensors, os.path.join(out, "tensors.safetensors"))
 json.dump(results, open(os.path.join(out, "results.json"), "w"))
 """
@@ -99,10 +104,11 @@ def models(bases, folder):
 
 
 @pytest.fixture(scope="module")
-def fresh(models, folder, tmp_path_factory):
+def fresh(models, folder, bases, tmp_path_factory):
     """What a process that can only import the published packages makes of the checkpoints."""
     out = tmp_path_factory.mktemp("fresh")
     request = {"checkpoints": list(models), "questions": QUESTIONS, "documents": DOCUMENTS, "texts": TEXTS}
+    request["other_base"] = shutil.copytree(bases["llama"], str(out / "other_base"))
     (folder / "request.json").write_text(json.dumps(request))
     (out / "fresh.py").write_text(FRESH_PROCESS)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
@@ -110,6 +116,7 @@ def fresh(models, folder, tmp_path_factory):
     command = [sys.executable, "-I", str(out / "fresh.py"), str(folder), str(out)]
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "", "a process that trusts the code must not be asked about it"
     return out, json.loads((out / "results.json").read_text()), load_file(out / "tensors.safetensors")
 
 
@@ -152,6 +159,11 @@ def test_the_package_loads_its_checkpoints_bit_equal_frozen_and_without_dropout(
     assert tied == (CHECKPOINTS[name][0] == "qwen3")
     assert type(AutoConfig.from_pretrained(folder / name)) is CLaRaConfig
     assert type(AutoProcessor.from_pretrained(folder / name)) is CLaRaProcessor
+
+
+def test_base_and_dtype_can_be_overridden_there(fresh):
+    out, results, _ = fresh
+    assert results["overridden"] == ["torch.bfloat16", str(out / "other_base")]
 
 
 def test_a_checkpoint_carries_its_code_flat_and_no_store(models, folder):
@@ -349,3 +361,15 @@ def test_adapters_over_a_base_with_a_padded_vocabulary_come_back(tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path / "checkpoint")
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_base_is_found_relative_to_the_checkpoint_s_folder(tmp_path, monkeypatch):
+    build_base(tmp_path / "both" / "base")
+    model = build_clara(str(tmp_path / "both" / "base"), checkpoint_format="adapter")
+    memories = model.compress(["a document"])
+    model.config.base_model_name_or_path = "../base"
+    model.save_pretrained(tmp_path / "both" / "clara")
+    (tmp_path / "both").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "moved" / "clara")
+    assert torch.equal(loaded.compress(["a document"]), memories)

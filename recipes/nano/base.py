@@ -28,7 +28,6 @@ from world import (  # noqa: E402
     Entity,
     Question,
     World,
-    ask,
     candidates,
     closed_said,
     complex_question,
@@ -54,17 +53,12 @@ class Arguments:
 
     out: str = field(default=str(HERE / "pretrained" / "base"), metadata={"help": "folder for the finished model"})
     work: str = field(default="runs/nano/base", metadata={"help": "folder for the training state and the log"})
-    reading_steps: int = field(default=2500, metadata={"help": "steps of the first phase: reading facts"})
-    binding_steps: int = field(
-        default=1600, metadata={"help": "steps of the second phase: telling documents of one kind apart"}
-    )
+    steps: int = field(default=2500, metadata={"help": "optimiser steps"})
     batch_tokens: int = field(default=4096, metadata={"help": "approximate tokens per step, padding included"})
     lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
     optimizer: str = field(default="muon", metadata={"help": "muon (matrices by Muon, the rest by AdamW) or adamw"})
     document_weight: float = field(default=0.1, metadata={"help": "weight of the documents' own next-token loss"})
-    easy_share: float = field(
-        default=0.24, metadata={"help": "share of the first phase, from its start, with at most two documents"}
-    )
+    easy_share: float = field(default=0.24, metadata={"help": "share of steps, the first, with at most two documents"})
     hidden_size: int = 192
     intermediate_size: int = 512
     layers: int = 4
@@ -94,35 +88,38 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerFast) -> Qwen
 
 
 def turns_about(group: list[Entity], first: Question, count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """`first`, then `count - 1` more user and assistant turns about the documents of `group`.
-
-    Among several documents, half of the questions name their subject or ask for a described subject's name: that is
-    where a decoder learns which fact belongs to whom.
-    """
+    """`first` and `count - 1` more turns about the documents of `group`; `first` mostly stays first."""
     turns = [(first.text, first.answers[0])]
     while len(turns) < count:
         entity = rng.choice(group)
-        question = None
         choice = rng.random()
         if len(group) == 1 and choice < 0.15:
             turns.append(rng.choice([(PARAPHRASE_REQUEST, entity.paraphrase), (LIST_REQUEST, qa_list(entity, rng))]))
-        elif choice < 0.25:
+        elif choice < 0.3:
             linked = [key for key, target in entity.links.items() if target in group]
             if linked:
                 question = two_hop_question(entity, rng.choice(linked), rng, facts=rng.randint(1, 2))
-        elif choice < 0.3:
-            turns.append(complex_question(entity, entity.name, rng))
-        elif choice < 0.6:
-            question = single_question(entity, True, rng)
-        elif choice < 0.75:
-            subject, wordings = describe(entity, rng.sample(closed_said(entity), rng.randint(1, 2)), rng)
-            text, answers = ask(entity, "name", subject, rng)
-            question = Question(text, answers, [entity], "single", False, wordings)
+                if sum(matches(other, question) for other in group) == 1:
+                    turns.append((question.text, question.answers[0]))
+        elif choice < 0.4:
+            subject = entity.name if rng.random() < 0.5 else described_subject(entity, group, rng)
+            if subject:
+                turns.append(complex_question(entity, subject, rng))
         else:
-            question = single_question(entity, False, rng, facts=rng.randint(1, 2))
-        if question and sum(matches(other, question) for other in group) == 1:
-            turns.append((question.text, question.answers[0]))
-    return turns
+            question = single_question(entity, rng.random() < 0.3, rng, facts=rng.randint(1, 2))
+            if sum(matches(other, question) for other in group) == 1:
+                turns.append((question.text, question.answers[0]))
+    rest = turns[1:]
+    rng.shuffle(rest)
+    return rest + turns[:1] if rng.random() < 0.2 else turns[:1] + rest
+
+
+def described_subject(entity: Entity, group: list[Entity], rng: random.Random) -> str | None:
+    """The entity by two of its facts, or nothing where these fit another of the group as well."""
+    keys = rng.sample(closed_said(entity), 2)
+    if sum(all(entity.shares(other, key) for key in keys) for other in group) > 1:
+        return None
+    return describe(entity, keys, rng)[0]
 
 
 def qa_list(entity: Entity, rng: random.Random) -> str:
@@ -131,21 +128,14 @@ def qa_list(entity: Entity, rng: random.Random) -> str:
     return "\n".join(PROMPTS["qa"]["assistant"].format(question=q, answer=a) for q, a in pairs)
 
 
-def conversation(world: World, documents: int, alike: bool, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """`documents` documents, joined, and the turns about them; `alike`: all of one kind, with shared facts."""
+def conversation(world: World, documents: int, rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """`documents` candidate documents, joined, and the turns about them."""
     entity = rng.choice(world.entities)
-    if alike:
-        question = single_question(entity, rng.random() < 0.5, rng)
-        others = [other for other in rng.sample(world.of_kind[entity.kind], 30) if not matches(other, question)]
-        others.sort(key=lambda other: -sum(entity.shares(other, key) for key in question.described))
-        group = [entity, *others[: documents - 1]]
-        rng.shuffle(group)
-    elif documents > 1 and rng.random() < 0.4:
+    if documents > 1 and rng.random() < 0.4:
         question = two_hop_question(entity, rng.choice(list(entity.links)), rng)
-        group = candidates(world, question, rng, documents)
     else:
         question = single_question(entity, rng.random() < 0.25, rng)
-        group = candidates(world, question, rng, documents)
+    group = candidates(world, question, rng, documents)
     turns = turns_about(group, question, 8 + 3 * documents, rng)
     return "\n".join(member.document for member in group), turns
 
@@ -253,27 +243,18 @@ def make_optimizers(model: Qwen3ForCausalLM, arguments: Arguments) -> list[torch
 
 
 def rate(step: int, arguments: Arguments) -> float:
-    """Learning rate factor: in each phase a warm-up over 50 steps, then constant, then linear to zero."""
-    total = arguments.reading_steps
-    if step >= total:
-        step, total = step - total, arguments.binding_steps
-    return min(1.0, (step + 1) / 50, (total - step) / (0.7 * total))
+    """Learning rate factor: warm-up over 50 steps, then constant, then linear to zero over the last 70 %."""
+    return min(1.0, (step + 1) / 50, (arguments.steps - step) / max(1, arguments.steps * 0.7))
 
 
 def batch(step: int, encoder: Encoder, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The training batch of a step; it follows from seed and step alone, so that a resumed run goes on alike."""
     rng = random.Random(f"{arguments.seed}-{step}")
-    binding = step >= arguments.reading_steps
-    if binding:
-        documents = rng.choice((1, 2, 2, 3, 3, 4, 5))
-    else:
-        documents = rng.choice((1, 1, 2) if step < arguments.easy_share * arguments.reading_steps else (1, 2, 3, 4, 5))
+    easy = step < arguments.steps * arguments.easy_share
+    documents = rng.choice((1, 1, 2)) if easy else rng.choice((1, 2, 3, 4, 5))
     world = World("train", SMALL_WORLD, rng)
     length = 40 * documents + 22 * (8 + 3 * documents)
-    talks = [
-        conversation(world, documents, binding and rng.random() < 0.8, rng)
-        for _ in range(max(1, arguments.batch_tokens // length))
-    ]
+    talks = [conversation(world, documents, rng) for _ in range(max(1, arguments.batch_tokens // length))]
     return encoder(talks)
 
 
@@ -321,10 +302,9 @@ def train(arguments: Arguments) -> dict[str, float]:
             optimizer.load_state_dict(saved)
         start, seconds = state["step"], state["seconds"]
 
-    steps = arguments.reading_steps + arguments.binding_steps
-    scores = evaluate(model, probes) if start >= steps else {}
+    scores = evaluate(model, probes) if start >= arguments.steps else {}
     began = time.monotonic() - seconds
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="base", unit="step")
+    bar = tqdm(range(start, arguments.steps), initial=start, total=arguments.steps, desc="base", unit="step")
     for step in bar:
         ids, weights = (tensor.to(device) for tensor in batch(step, encoder, arguments))
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
@@ -338,7 +318,7 @@ def train(arguments: Arguments) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(answer_loss=f"{losses[kept == 1].mean().item():.3f}", tokens=ids.numel())
-        if (step + 1) % arguments.eval_every == 0 or step + 1 == steps:
+        if (step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps:
             scores = evaluate(model, probes)
             line = {"step": step + 1, "seconds": round(time.monotonic() - began), **scores}
             tqdm.write(json.dumps({k: round(v, 3) for k, v in line.items()}))
