@@ -22,7 +22,7 @@ def small_world(monkeypatch):
 
 def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, monkeypatch, capsys, caplog):
     out = tmp_path / "nano"
-    arguments = ["--output_dir", str(out), "--base", base, "--max_steps", "2", "--limit", "8"]
+    arguments = ["--output_dir", str(out), "--start", base, "--base", base, "--max_steps", "2", "--limit", "8"]
     original, calls = Trainer.training_step, []
 
     def interrupted(self, *args, **kwargs):

@@ -52,7 +52,7 @@ class Arguments:
     """Settings of the base training."""
 
     out: str = field(default=str(HERE / "pretrained" / "base"), metadata={"help": "folder for the finished model"})
-    work: str = field(default="runs/nano/base", metadata={"help": "folder for the training state and the log"})
+    work: str = field(default="runs/nano-base", metadata={"help": "folder for the training state and the log"})
     steps: int = field(default=2500, metadata={"help": "optimiser steps"})
     batch_tokens: int = field(default=4096, metadata={"help": "approximate tokens per step, padding included"})
     lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})

@@ -49,7 +49,11 @@ class DemoArguments:
     """Settings of the demo; the stages' own are in the YAML files beside it."""
 
     output_dir: str = field(default="runs/nano", metadata={"help": "Folder of data, checkpoints and results."})
-    base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "The base decoder to start from."})
+    start: str = field(
+        default=str(NANO / "pretrained" / "scp"),
+        metadata={"help": "CLaRa checkpoint, or decoder, that SCP starts from."},
+    )
+    base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "Decoder of the raw-text baseline."})
     max_steps: int | None = field(default=None, metadata={"help": "Steps of every stage, for a quick look."})
     limit: int | None = field(default=None, metadata={"help": "Test questions to take, for a quick look."})
     overwrite: bool = field(default=False, metadata={"help": "Start again: delete what the folder holds."})
@@ -58,7 +62,7 @@ class DemoArguments:
 def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
     """The command line of one stage: its YAML, with the folders of this demo."""
     out = Path(args.output_dir)
-    starts = {"scp": args.base, "instruct": out / "scp", "joint": out / "instruct", "text-lora": args.base}
+    starts = {"scp": args.start, "instruct": out / "scp", "joint": out / "instruct", "text-lora": args.base}
     data = {"text-lora": "instruct"}.get(stage, stage)
     values = {
         "config": NANO / f"{stage.replace('-', '_')}.yaml",
@@ -168,10 +172,10 @@ def main(arguments: list[str] | None = None) -> None:
     out = Path(args.output_dir)
     if args.overwrite and out.exists():
         shutil.rmtree(out)
-    elif out.exists() and not (out / "demo.json").exists() and any(out.iterdir()):
+    elif out.exists() and not (out / "demo.json").exists() and {path.name for path in out.iterdir()} - {"data"}:
         raise UsageError(f"output_dir {out} holds something else than this demo: choose another, or --overwrite true.")
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"max_steps": args.max_steps, "base": args.base}
+    settings = {"max_steps": args.max_steps, "start": args.start, "base": args.base}
     if (out / "demo.json").exists() and read_json(out / "demo.json") != settings:
         raise UsageError(f"{out} holds a demo with other settings: pass --overwrite true, or another --output_dir.")
     write_json(out / "demo.json", settings)

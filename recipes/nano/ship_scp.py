@@ -1,0 +1,44 @@
+"""Puts the SCP checkpoint of `scp_full.yaml` into `pretrained/scp`: adapters over the base beside it, without code.
+
+accelerate launch recipes/scp.py --config recipes/nano/scp_full.yaml
+python recipes/nano/ship_scp.py
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from modeling_clara import CLaRaForRetrievalGeneration
+from trainers.cli import read_json, run, write_json
+
+
+OUT = ROOT / "recipes" / "nano" / "pretrained" / "scp"
+
+
+def ship(source: str | Path, out: Path = OUT) -> None:
+    """Write the checkpoint `source` to `out` as an adapter-only one that names its base `../base`."""
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model = CLaRaForRetrievalGeneration.from_pretrained(source)
+    model.config.checkpoint_format = "adapter"
+    model.config.base_model_name_or_path = "../base"
+    model.save_pretrained(beside)
+    for path in beside.glob("*.py"):
+        # It is loaded by the package, which has the code.
+        path.unlink()
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        values = read_json(beside / name)
+        values.pop("auto_map", None)
+        write_json(beside / name, values)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(beside, out)
+
+
+if __name__ == "__main__":
+    run(lambda _: ship(ROOT / "runs" / "nano-scp-full"))
