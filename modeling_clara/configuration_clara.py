@@ -113,11 +113,12 @@ class CLaRaConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        subfolder = f" --subfolder {kwargs['subfolder']}" if kwargs.get("subfolder") else ""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if values.get("model_type") == ORIGINAL_MODEL_TYPE:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a checkpoint of the paper's release; convert it first: "
-                f"python -m modeling_clara.convert_original {pretrained_model_name_or_path} OUT"
+                f"python -m modeling_clara.convert_original {pretrained_model_name_or_path} OUT{subfolder}"
             )
         return values, kwargs
 

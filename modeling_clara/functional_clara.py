@@ -1,9 +1,65 @@
-"""Pure functions of tensors: retrieval scores, positions under left padding, the answer's cross entropy."""
+"""Functions of tensors: banks of memories, retrieval scores, positions, the answer's cross entropy."""
+
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from .processing_clara import IGNORE_INDEX
+from .processing_clara import IGNORE_INDEX, index_matrix
+
+
+def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str) -> None:
+    """Raise unless `memories` is a tensor `[N, *shape]`, where `shape` is the model's number and width of memories.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(memories, torch.Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(memories).__name__}.")
+    if memories.dim() != 3 or tuple(memories.shape[1:]) != shape:
+        raise ValueError(
+            f"{argument} has the shape {list(memories.shape)}, but this model makes [N, {shape[0]}, {shape[1]}]: "
+            "compress the documents with this model."
+        )
+
+
+def memory_bank(
+    memories: torch.Tensor | list[torch.Tensor],
+    num_questions: int,
+    shape: tuple[int, int],
+    device: torch.device,
+    allow_none: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bank `[D, *shape]` and each question's candidates in it `[B, N]`, -1 where a question has fewer.
+
+    Args:
+        memories: `[N, *shape]` shared by all questions, or a list of B tensors `[N_b, *shape]`.
+        allow_none: whether a question may be without candidates.
+
+    Raises:
+        TypeError, ValueError: memories of another type, shape or number, or none where some are needed.
+    """
+    if isinstance(memories, torch.Tensor):
+        check_memories(memories, shape, "memories")
+        counts, bank = [len(memories)], memories.to(device)
+        index = torch.arange(len(memories)).expand(num_questions, -1)
+    else:
+        if not isinstance(memories, (list, tuple)):
+            raise TypeError(f"memories must be a tensor or a list of tensors, got {type(memories).__name__}.")
+        if len(memories) != num_questions:
+            raise ValueError(
+                f"memories has {len(memories)} tensors for {num_questions} questions: give one per question."
+            )
+        for position, rows in enumerate(memories):
+            check_memories(rows, shape, f"memories[{position}]")
+        counts, bank = [len(rows) for rows in memories], torch.cat([rows.to(device) for rows in memories])
+        ends = list(accumulate(counts))
+        index = index_matrix([range(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    if min(counts) == 0 and not allow_none:
+        empty = "memories" if isinstance(memories, torch.Tensor) else f"memories[{counts.index(0)}]"
+        raise ValueError(f"{empty} is empty: give every question at least one candidate.")
+    return bank, index.to(device)
 
 
 def cosine_scores(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor:

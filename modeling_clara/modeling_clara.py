@@ -1,7 +1,6 @@
 """CLaRa: compress documents into memory vectors, retrieve among the vectors, answer from them (arXiv 2511.18659)."""
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -12,10 +11,18 @@ from transformers.utils import ModelOutput, logging
 
 from .adapters import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters, add_adapter, copy_adapter, use_adapter
 from .compat_original import OriginalMethods
-from .functional_clara import contiguous, cosine_scores, cross_entropy, position_ids, positions_to_keep
+from .functional_clara import (
+    check_memories,
+    contiguous,
+    cosine_scores,
+    cross_entropy,
+    memory_bank,
+    position_ids,
+    positions_to_keep,
+)
 from .outputs_clara import CLaRaGenerationOutput, CLaRaOutput, CLaRaRetrievalOutput
 from .pretrained_clara import CLaRaPreTrainedModel
-from .processing_clara import index_matrix
+from .processing_clara import distinct_texts
 from .topk import straight_through_topk
 
 
@@ -23,8 +30,6 @@ logger = logging.get_logger(__name__)
 
 MEMORY_EMBEDDINGS = "memory_embeddings"
 DEFAULT_MAX_NEW_TOKENS = 64
-# Values taken of every frozen matrix for the compressor's fingerprint.
-FINGERPRINT_SAMPLE = 64
 
 
 class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
@@ -70,20 +75,6 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         """Whether gradients reach the compressor's weights or the memory embeddings."""
         parts = (COMPRESSOR, MEMORY_EMBEDDINGS)
         return any(parameter.requires_grad for part in parts for parameter in self.part_parameters(part))
-
-    def compressor_fingerprint(self) -> str:
-        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base."""
-        config = self.config
-        geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
-        digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
-        for key, value in self.decoder.state_dict().items():
-            if ".lora_" not in key:
-                flat = value.detach().flatten()
-                digest.update(key.encode() + repr(list(value.shape)).encode())
-                digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
-        for parameter in [*self.part_parameters(COMPRESSOR), *self.part_parameters(MEMORY_EMBEDDINGS)]:
-            digest.update(_bytes_of(parameter.detach()))
-        return digest.hexdigest()
 
     # The three forward passes
 
@@ -174,7 +165,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             raise ValueError("give document_index and either document_input_ids or memories, not both and not neither.")
         mse_loss = None
         if memories is not None:
-            self._check_memories(memories, "memories")
+            check_memories(memories, self._memory_shape, "memories")
         else:
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.
             with nullcontext() if self.compressor_trains else self._inference():
@@ -248,8 +239,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
-        shape = (len(rows), self.config.num_memory_tokens, self.config.hidden_size)
-        memories = torch.empty(shape, dtype=self.dtype, device=self.device)
+        memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
         starts = logging.tqdm(range(0, len(rows), batch_size), desc="Compressing", disable=not show_progress)
         with self._inference():
             for start in starts:
@@ -280,40 +270,13 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
         return self._encode_rows(adapter, self.processor.encode_questions(questions), batch_size, show_progress=False)
 
-    def _check_memories(self, memories: torch.Tensor, argument: str) -> None:
-        expected = (self.config.num_memory_tokens, self.config.hidden_size)
-        if not isinstance(memories, torch.Tensor):
-            raise TypeError(f"{argument} must be a tensor, got {type(memories).__name__}.")
-        if memories.dim() != 3 or tuple(memories.shape[1:]) != expected:
-            raise ValueError(
-                f"{argument} has the shape {list(memories.shape)}, but this model makes "
-                f"[N, {expected[0]}, {expected[1]}]: compress the documents with this model."
-            )
+    @property
+    def _memory_shape(self) -> tuple[int, int]:
+        return self.config.num_memory_tokens, self.config.hidden_size
 
-    def _candidates(
-        self, memories: torch.Tensor | list[torch.Tensor], num_questions: int, allow_none: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A bank `[D, l, H]` and each question's candidates in it `[B, N]`, from one shared tensor or a list."""
-        if isinstance(memories, torch.Tensor):
-            self._check_memories(memories, "memories")
-            memories = memories.to(self.device)
-            counts, index = [len(memories)], torch.arange(len(memories)).expand(num_questions, -1)
-        else:
-            if not isinstance(memories, (list, tuple)):
-                raise TypeError(f"memories must be a tensor or a list of tensors, got {type(memories).__name__}.")
-            if len(memories) != num_questions:
-                raise ValueError(
-                    f"memories has {len(memories)} tensors for {num_questions} questions: give one per question."
-                )
-            for position, rows in enumerate(memories):
-                self._check_memories(rows, f"memories[{position}]")
-            counts = [len(rows) for rows in memories]
-            offsets = [sum(counts[:position]) for position in range(num_questions)]
-            index = index_matrix([range(start, start + count) for start, count in zip(offsets, counts, strict=True)])
-            memories = torch.cat([rows.to(self.device) for rows in memories])
-        if min(counts) == 0 and not allow_none:
-            raise ValueError(f"memories[{counts.index(0)}] is empty: give every question at least one candidate.")
-        return memories.to(self.dtype), index.to(self.device)
+    def _bank(self, memories, num_questions: int, allow_none: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        bank, index = memory_bank(memories, num_questions, self._memory_shape, self.device, allow_none)
+        return bank.to(self.dtype), index
 
     def _rank(
         self, questions: list[str], bank: torch.Tensor, index: torch.Tensor, top_k: int | None
@@ -339,7 +302,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         """
         self.processor.check_user_texts(questions, "questions")
         with torch.no_grad():
-            return self._rank(questions, *self._candidates(memories, len(questions)), top_k)
+            return self._rank(questions, *self._bank(memories, len(questions)), top_k)
 
     def generate(
         self,
@@ -370,11 +333,10 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         self.processor.check_user_texts(questions, "questions")
         if documents is not None:
             self.processor.check_candidates(questions, documents)
-            distinct = {text: row for row, text in enumerate(dict.fromkeys(text for row in documents for text in row))}
-            bank = self.compress(list(distinct))
-            index = index_matrix([[distinct[text] for text in row] for row in documents]).to(self.device)
+            distinct, index = distinct_texts(documents)
+            bank, index = self.compress(distinct), index.to(self.device)
         else:
-            bank, index = self._candidates(memories, len(questions), allow_none=not rerank)
+            bank, index = self._bank(memories, len(questions), allow_none=not rerank)
         with self._inference():
             scores = None
             chosen = torch.arange(index.shape[1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
@@ -422,7 +384,3 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 **options,
             )
         return (output.sequences, output) if isinstance(output, ModelOutput) else (output, None)
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.float().cpu().contiguous().numpy().tobytes()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -25,13 +25,19 @@ from .adapters import (
 )
 from .configuration_clara import CLaRaConfig
 from .processing_clara import CLaRaProcessor
+from .weights_clara import (
+    ADDED_INPUT_ROWS,
+    ADDED_OUTPUT_ROWS,
+    decoder_state,
+    embedding_keys,
+    fill_added_rows,
+    merge_adapter_file,
+    saved_rows,
+)
 
 
 logger = logging.get_logger(__name__)
 
-ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
-# Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
-MEMORY_EMBEDDING_SPREAD = 0.5
 # Values taken of every frozen matrix for the compressor's fingerprint.
 FINGERPRINT_SAMPLE = 64
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -136,8 +142,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             eos_token_id=_end_token_ids(base, tokenizer),
             pad_token_id=_pad_token_id(tokenizer),
         )
-        state = _decoder_state(cls, base, config)
-        _fill_added_rows(state, base, config, first_added)
+        state = decoder_state(cls, base, config)
+        fill_added_rows(state, base, config, first_added)
         with _quiet_load_report():
             model, _ = cls._from_state(config, state, base.dtype, attn_implementation)
         if config.query_reasoner:
@@ -154,7 +160,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         a base that is named by a path relative to the checkpoint's own folder.
 
         Raises:
-            OSError: no weights at `pretrained_model_name_or_path`.
+            OSError: no weights at `pretrained_model_name_or_path`, or damaged ones.
             ValueError: weights are missing, or made for another decoder.
         """
         name = os.fspath(pretrained_model_name_or_path)
@@ -169,12 +175,12 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
         if dtype in (None, "auto"):
             dtype = config.dtype or "auto"
-        with _quiet_load_report():
+        with _quiet_load_report(), _damage_told(name):
             if config.checkpoint_format == "adapter":
                 path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
                 base = _load_base(place_of_base(config.base_model_name_or_path, name), dtype)
-                state = _decoder_state(cls, base, config)
-                _merge_adapter_file(state, path, base, config)
+                state = decoder_state(cls, base, config)
+                merge_adapter_file(state, path, base, config)
                 model, info = cls._from_state(
                     config, state, base.dtype, kwargs.get("attn_implementation"), kwargs.get("device_map")
                 )
@@ -212,7 +218,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens."""
         state = self.state_dict() if state_dict is None else state_dict
         kept = {key: value for key, value in state.items() if _is_own_weight(key)}
-        rows = _saved_rows(self.config)
+        rows = saved_rows(self.config)
         input_key, output_key = embedding_keys(self.decoder)
         kept[ADDED_INPUT_ROWS] = state[f"decoder.{input_key}"][rows].clone()
         if output_key is not None:
@@ -246,6 +252,17 @@ def _quiet_load_report() -> Iterator[None]:
         report.removeFilter(_is_no_load_report)
 
 
+@contextmanager
+def _damage_told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"the weights of {name}, or of its base, are damaged or were not written to their end ({error}): save or "
+            "fetch them again."
+        ) from error
+
+
 def _is_no_load_report(record) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
@@ -264,11 +281,6 @@ def _check_has_weights(folder: str) -> None:
 
 def _is_own_weight(key: str) -> bool:
     return ".lora_" in key or key.startswith("memory_embeddings.")
-
-
-def _saved_rows(config: CLaRaConfig) -> list[int]:
-    """Rows of the embedding matrices that an adapter-only checkpoint holds."""
-    return config.added_token_ids if config.saved_embedding_rows == "added" else list(range(config.vocab_size))
 
 
 def _pad_token_id(tokenizer) -> int:
@@ -301,77 +313,6 @@ def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
     declared = base.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
-
-
-def embedding_keys(decoder: PreTrainedModel) -> tuple[str, str | None]:
-    """Names of the input and output embedding matrices in the decoder's state; the latter is `None` if tied."""
-    names = {module: name for name, module in decoder.named_modules()}
-    inputs, outputs = decoder.get_input_embeddings(), decoder.get_output_embeddings()
-    tied = outputs is None or outputs.weight is inputs.weight or decoder.config.get_text_config().tie_word_embeddings
-    return f"{names[inputs]}.weight", None if tied else f"{names[outputs]}.weight"
-
-
-def _decoder_state(cls, base: PreTrainedModel, config: CLaRaConfig) -> dict[str, torch.Tensor]:
-    """The base's weights under the names they have in a CLaRa model, with as many embedding rows as `config` says."""
-    with torch.device("meta"):
-        names = set(cls(config).state_dict())
-    tied_away = set(base.all_tied_weights_keys) if embedding_keys(base)[1] is None else set()
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    vocabulary = [name for name, module in base.named_modules() if any(module is end for end in ends)]
-    state = {}
-    for key, value in base.state_dict().items():
-        if key in tied_away:
-            continue
-        module, _, leaf = key.rpartition(".")
-        if module in vocabulary:
-            value = fit_rows(value, config.vocab_size)
-        wrapped = f"decoder.{module}.base_layer.{leaf}"
-        state[wrapped if wrapped in names else f"decoder.{key}"] = value
-    return state
-
-
-def fit_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """An embedding matrix with `rows` rows: filled up with zeros, or cut where the base's vocabulary is padded."""
-    missing = rows - matrix.shape[0]
-    return matrix[:rows] if missing <= 0 else torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])])
-
-
-def _fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, first_added: int) -> None:
-    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it."""
-    generator = torch.Generator().manual_seed(0)
-    for key in embedding_keys(base):
-        if key is not None:
-            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
-            matrix[config.added_token_ids] = matrix[:first_added].float().mean(dim=0).to(matrix.dtype)
-    rows = state[f"decoder.{embedding_keys(base)[0]}"]
-    known = rows[:first_added].float()
-    noise = torch.randn(len(config.memory_token_ids), known.shape[1], generator=generator)
-    memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
-    state["memory_embeddings.weight"] = memory.to(rows.dtype)
-
-
-def _merge_adapter_file(state: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:
-    """Add the weights of an adapter-only checkpoint to the base's, and put the rows of the added tokens in place."""
-    own = load_file(path)
-    rows = _saved_rows(config)
-    for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), embedding_keys(base), strict=True):
-        if (name in own) != (key is not None):
-            made_for, found = ("untied", "tied") if name in own else ("tied", "untied")
-            raise ValueError(
-                f"{path} was made for a decoder with {made_for} embeddings, but the base "
-                f"{config.base_model_name_or_path!r} has {found} ones: pass base_model_name_or_path= with its own base."
-            )
-        if key is not None:
-            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
-            added = own.pop(name)
-            if added.shape[1] != matrix.shape[1]:
-                raise ValueError(
-                    f"{path} was made for a decoder of hidden size {added.shape[1]}, but the base "
-                    f"{config.base_model_name_or_path!r} has {matrix.shape[1]}: pass base_model_name_or_path= with its "
-                    "own base."
-                )
-            matrix[rows] = added.to(matrix.dtype)
-    state.update(own)
 
 
 def _check_complete(info: dict, config: CLaRaConfig, name: str) -> None:

@@ -110,7 +110,8 @@ class CLaRaProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
         if config is None:
             config = CLaRaConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub), config)
+        # Without the configuration, AutoTokenizer would load it itself and ask whether to trust its code.
+        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **hub), config)
 
     # Encoder side: documents and questions
 
@@ -325,14 +326,14 @@ class CLaRaProcessor(ProcessorMixin):
             TypeError, ValueError: texts that are no strings, empty, or hold reserved tokens; lists of unequal length.
         """
         self.check_candidates(questions, documents)
-        position = {text: row for row, text in enumerate(dict.fromkeys(text for row in documents for text in row))}
-        encoded = self.pad_encodings(self.encode_documents(list(position)))
+        distinct, index = distinct_texts(documents)
+        encoded = self.pad_encodings(self.encode_documents(distinct))
         query = self.pad_encodings(self.encode_questions(questions))
         counts = [min(self.config.top_k, len(row)) for row in documents]
         batch = {
             "document_input_ids": encoded["input_ids"],
             "document_attention_mask": encoded["attention_mask"],
-            "document_index": index_matrix([[position[text] for text in row] for row in documents]),
+            "document_index": index,
             "query_input_ids": query["input_ids"],
             "query_attention_mask": query["attention_mask"],
         }
@@ -355,3 +356,9 @@ def index_matrix(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([list(row) + [-1] * (width - len(row)) for row in rows], dtype=torch.long).view(
         len(rows), width
     )
+
+
+def distinct_texts(rows: list[list[str]]) -> tuple[list[str], torch.Tensor]:
+    """The distinct texts of `rows`, and which of them each row holds: their [`index_matrix`]."""
+    position = {text: row for row, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
+    return list(position), index_matrix([[position[text] for text in row] for row in rows])

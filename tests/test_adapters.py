@@ -90,7 +90,7 @@ def test_each_forward_equals_a_plain_decoder_with_its_adapter_merged_by_hand(bas
     assert (states[COMPRESSOR] - states[QUERY_REASONER]).abs().max() > 1e-2
 
 
-def test_a_joint_step_reads_documents_questions_and_prompts_each_under_its_own_adapter(clara, texts, monkeypatch):
+def test_a_joint_step_reads_documents_questions_and_prompts_each_under_its_own_adapter(clara, texts):
     used = []
     layer = next(lora_layers(clara.decoder))
     layer.register_forward_hook(lambda module, inputs, output: used.append(list(module._active_adapter)))
@@ -161,6 +161,7 @@ def test_train_only_names_the_parts_it_knows(clara):
     assert not any(train_flags(clara).values())
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize(
     "parts, make_batch, dropout",

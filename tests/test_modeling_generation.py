@@ -293,7 +293,7 @@ def test_an_answer_ends_at_the_bases_end_tokens_and_its_other_defaults_are_not_u
         ({"memories": [[1.0]]}, TypeError, r"memories\[0\] must be a tensor, got list"),
         ({"memories": "bank"}, TypeError, "memories must be a tensor or a list of tensors, got str"),
         ({"memories": [torch.zeros(1, 4, 32)] * 2}, ValueError, "memories has 2 tensors for 1 questions"),
-        ({"memories": torch.zeros(0, 4, 32)}, ValueError, r"empty: give every question at least one candidate"),
+        ({"memories": torch.zeros(0, 4, 32)}, ValueError, "memories is empty: give every question at least one"),
         ({"memories": [torch.zeros(0, 4, 32)]}, ValueError, r"memories\[0\] is empty: give every question"),
         ({"memories": torch.zeros(2, 4, 32), "top_k": 0}, ValueError, "top_k must be .* at least 1, got 0"),
         ({"memories": torch.zeros(2, 4, 32), "top_k": 1.5}, ValueError, "top_k must be a whole number .*, got 1.5"),

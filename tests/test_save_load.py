@@ -304,6 +304,15 @@ def test_a_folder_without_weights_is_told(models, folder, tmp_path, name):
         AutoModel.from_pretrained(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
+def test_a_file_that_was_not_written_to_its_end_is_told(models, folder, tmp_path, name):
+    shutil.copytree(folder / name, tmp_path / "broken")
+    path = tmp_path / "broken" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="the weights of .*broken, or of its base, are damaged or were not written to"):
+        AutoModel.from_pretrained(tmp_path / "broken")
+
+
 def test_a_folder_without_a_configuration_is_told(tmp_path):
     with pytest.raises(OSError, match="holds no CLaRa checkpoint: its config.json, if any, has no decoder_config"):
         CLaRaForRetrievalGeneration.from_pretrained(tmp_path)

@@ -219,3 +219,12 @@ def test_workers_read_the_store(base, tmp_path):
     trainer = make_trainer("joint", base, tmp_path, max_steps=2, dataloader_num_workers=2)
     trainer.train()
     assert isinstance(trainer.store, MemoryStore) and trainer.state.global_step == 2
+
+
+def test_query_reasoner_can_have_its_own_learning_rate(base, tmp_path):
+    model = build_clara(base, lora_dropout=0.0)
+    before = snapshot(model)
+    trainer = make_trainer("joint", base, tmp_path, model, max_steps=2, learning_rate=0.0, query_learning_rate=1e-2)
+    trainer.train()
+    changed = {part_of(key) for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"query_reasoner"}

@@ -34,6 +34,10 @@ class JointConfig(CLaRaTrainingArguments):
         topk_taken_mask (`str`, *optional*):
             `exact` or `published`, see [`~modeling_clara.straight_through_topk`]; the model configuration's by default.
 
+        query_learning_rate (`float`, *optional*):
+            Initial learning rate of the query reasoner; `learning_rate` by default. The gradient that reaches it
+            through the top-k is weaker than the generator's.
+
         > Parameters that control the memories
 
         online (`bool`, *optional*, defaults to `False`):
@@ -50,6 +54,9 @@ class JointConfig(CLaRaTrainingArguments):
     top_k: int | None = field(default=None, metadata={"help": "Documents selected per question."})
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the straight-through top-k."})
     topk_taken_mask: str | None = field(default=None, metadata={"help": "exact or published."})
+    query_learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate of the query reasoner; learning_rate by default."}
+    )
     online: bool = field(default=False, metadata={"help": "Compress candidates in every step instead of once."})
     train_compressor: bool = field(default=False, metadata={"help": "Train the compressor too; needs online."})
     memory_store: str | None = field(default=None, metadata={"help": "Folder of the memory store."})
@@ -104,6 +111,19 @@ class JointTrainer(CLaRaTrainer):
     def parts_to_train(self, model, args: JointConfig) -> tuple[str, ...]:
         unfrozen = (COMPRESSOR, MEMORY_EMBEDDINGS) if args.train_compressor else ()
         return (QUERY_REASONER, GENERATOR, *unfrozen)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.query_learning_rate is not None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            query = self.model.part_parameters(QUERY_REASONER)
+            theirs = {id(parameter) for parameter in query}
+            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in theirs]
+            options["params"] = [
+                {"params": rest, "weight_decay": self.args.weight_decay},
+                {"params": query, "weight_decay": self.args.weight_decay, "lr": self.args.query_learning_rate},
+            ]
+            self.optimizer_cls_and_kwargs = optimizer_class, options
+        return super().create_optimizer(model)
 
     def make_collator(self, model, args) -> JointCollator:
         return JointCollator(model.processor, self.store)

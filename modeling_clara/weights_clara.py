@@ -1,0 +1,88 @@
+"""The weights of a base under the names of a CLaRa model, and the rows of the tokens that are added to it."""
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from .configuration_clara import CLaRaConfig
+
+
+ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
+# Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
+MEMORY_EMBEDDING_SPREAD = 0.5
+
+
+def embedding_keys(decoder: PreTrainedModel) -> tuple[str, str | None]:
+    """Names of the input and output embedding matrices in the decoder's state; the latter is `None` if tied."""
+    names = {module: name for name, module in decoder.named_modules()}
+    inputs, outputs = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+    tied = outputs is None or outputs.weight is inputs.weight or decoder.config.get_text_config().tie_word_embeddings
+    return f"{names[inputs]}.weight", None if tied else f"{names[outputs]}.weight"
+
+
+def decoder_state(cls, base: PreTrainedModel, config: CLaRaConfig) -> dict[str, torch.Tensor]:
+    """The base's weights under the names they have in a CLaRa model, with as many embedding rows as `config` says."""
+    with torch.device("meta"):
+        names = set(cls(config).state_dict())
+    tied_away = set(base.all_tied_weights_keys) if embedding_keys(base)[1] is None else set()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    vocabulary = [name for name, module in base.named_modules() if any(module is end for end in ends)]
+    state = {}
+    for key, value in base.state_dict().items():
+        if key in tied_away:
+            continue
+        module, _, leaf = key.rpartition(".")
+        if module in vocabulary:
+            value = fit_rows(value, config.vocab_size)
+        wrapped = f"decoder.{module}.base_layer.{leaf}"
+        state[wrapped if wrapped in names else f"decoder.{key}"] = value
+    return state
+
+
+def fit_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """An embedding matrix with `rows` rows: filled up with zeros, or cut where the base's vocabulary is padded."""
+    missing = rows - matrix.shape[0]
+    return matrix[:rows] if missing <= 0 else torch.cat([matrix, matrix.new_zeros(missing, *matrix.shape[1:])])
+
+
+def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, first_added: int) -> None:
+    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it."""
+    generator = torch.Generator().manual_seed(0)
+    for key in embedding_keys(base):
+        if key is not None:
+            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
+            matrix[config.added_token_ids] = matrix[:first_added].float().mean(dim=0).to(matrix.dtype)
+    rows = state[f"decoder.{embedding_keys(base)[0]}"]
+    known = rows[:first_added].float()
+    noise = torch.randn(len(config.memory_token_ids), known.shape[1], generator=generator)
+    memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
+    state["memory_embeddings.weight"] = memory.to(rows.dtype)
+
+
+def merge_adapter_file(state: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:
+    """Add the weights of an adapter-only checkpoint to the base's, and put the rows of the added tokens in place."""
+    own = load_file(path)
+    rows = saved_rows(config)
+    for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), embedding_keys(base), strict=True):
+        if (name in own) != (key is not None):
+            made_for, found = ("untied", "tied") if name in own else ("tied", "untied")
+            raise ValueError(
+                f"{path} was made for a decoder with {made_for} embeddings, but the base "
+                f"{config.base_model_name_or_path!r} has {found} ones: pass base_model_name_or_path= with its own base."
+            )
+        if key is not None:
+            matrix = state[f"decoder.{key}"] = state[f"decoder.{key}"].clone()
+            added = own.pop(name)
+            if added.shape[1] != matrix.shape[1]:
+                raise ValueError(
+                    f"{path} was made for a decoder of hidden size {added.shape[1]}, but the base "
+                    f"{config.base_model_name_or_path!r} has {matrix.shape[1]}: pass base_model_name_or_path= with its "
+                    "own base."
+                )
+            matrix[rows] = added.to(matrix.dtype)
+    state.update(own)
+
+
+def saved_rows(config: CLaRaConfig) -> list[int]:
+    """Rows of the embedding matrices that an adapter-only checkpoint holds."""
+    return config.added_token_ids if config.saved_embedding_rows == "added" else list(range(config.vocab_size))
