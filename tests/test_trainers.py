@@ -189,7 +189,7 @@ def test_evaluation_reports_the_stage_s_metrics(stage, base, tmp_path):
     expected = {
         "scp": {"eval_token_accuracy"},
         "instruct": {"eval_f1", "eval_em"},
-        "joint": {"eval_f1", "eval_em", "eval_recall@1"},
+        "joint": {"eval_f1", "eval_em", "eval_recall@1", "eval_recall@3"},
     }[stage]
     assert expected <= set(metrics) and all(0 <= metrics[name] <= 1 for name in expected)
     assert metrics["eval_loss"] > 0

@@ -19,6 +19,10 @@ from modeling_clara.processing_clara import index_matrix
 from .base import EXAMPLE_INDEX, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, pad_examples
 
 
+# Candidates that evaluation ranks, for Recall@5 where fewer are selected.
+RANKING_DEPTH = 5
+
+
 @dataclass
 class JointConfig(CLaRaTrainingArguments):
     r"""
@@ -146,12 +150,25 @@ class JointTrainer(CLaRaTrainer):
         known = dict(zip(distinct, ids, strict=True))
         return tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
 
+    def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:
+        """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""
+        if self.store is not None:
+            return [self.store.get(self.eval_dataset[row]["keys"]) for row in rows]
+        documents = [self.eval_rows[row]["docs"] for row in rows]
+        distinct = list(dict.fromkeys(text for docs in documents for text in docs))
+        memories = dict(zip(distinct, self.model.compress(distinct), strict=True))
+        return [torch.stack([memories[text] for text in docs]) for docs in documents]
+
     def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
-        batch = self.eval_rows[rows]
-        options = {"max_new_tokens": self.args.generation_max_new_tokens}
-        if self.store is None:
-            answers = self.model.generate(questions=batch["question"], documents=batch["docs"], **options)
-        else:
-            memories = [self.store.get(self.eval_dataset[row]["keys"]) for row in rows]
-            answers = self.model.generate(questions=batch["question"], memories=memories, **options)
-        return self.generated_ids(answers.sequences), answers.indices
+        questions, memories = self.eval_rows[rows]["question"], self.candidate_memories(rows)
+        top_k = self.model.config.top_k
+        depth = min(max(top_k, RANKING_DEPTH), max(len(candidates) for candidates in memories))
+        ranking = self.model.retrieve(questions, memories, top_k=depth).indices
+        chosen = [
+            candidates[order[order >= 0][:top_k].to(candidates.device)]
+            for candidates, order in zip(memories, ranking, strict=True)
+        ]
+        answers = self.model.generate(
+            questions=questions, memories=chosen, rerank=False, max_new_tokens=self.args.generation_max_new_tokens
+        )
+        return self.generated_ids(answers.sequences), ranking

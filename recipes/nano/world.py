@@ -38,7 +38,9 @@ ENTITIES = {
     "validation": {"person": 150, "place": 100, "company": 100, "work": 100},
     "test": {"person": 300, "place": 200, "company": 200, "work": 200},
 }
-QUESTIONS = {"instruct_train": 6000, "joint_train": 6000, "test": 600, "validation": 300}
+QUESTIONS = {"instruct_train": 6000, "joint_train": 24000, "test": 600, "validation": 300}
+# Instruction rows stand for what a retriever found: with this chance the gold documents come first.
+GOLD_FIRST_SHARE = 0.6
 CANDIDATES = 20
 TWO_HOP_SHARE = 0.25
 NAMED_SHARE = 0.25
@@ -280,10 +282,12 @@ def candidates(world: World, question: Question, rng: random.Random, count: int 
     return result
 
 
-def question_row(world: World, name: str, rng: random.Random, count: int = CANDIDATES) -> dict:
-    """One row of the question files."""
+def question_row(world: World, name: str, rng: random.Random, count: int = CANDIDATES, gold_first: float = 0.0) -> dict:
+    """One row of the question files; `gold_first` is the chance that the gold documents lead the others."""
     question = random_question(world, rng)
     docs = candidates(world, question, rng, max(count, len(question.gold)))
+    if gold_first and rng.random() < gold_first:
+        docs.sort(key=lambda entity: entity not in question.gold)
     return {
         "id": name,
         "type": question.type,
@@ -341,7 +345,9 @@ def generate(seed: int) -> dict[str, list[dict]]:
             name = f"{stage}_{split}"
             total = QUESTIONS.get(name, QUESTIONS["validation"])
             rows[name] = [
-                question_row(world, f"{name}-{i}", rng, rng.randint(1, 5) if stage == "instruct" else CANDIDATES)
+                question_row(world, f"{name}-{i}", rng, rng.randint(1, 5), GOLD_FIRST_SHARE)
+                if stage == "instruct"
+                else question_row(world, f"{name}-{i}", rng)
                 for i in range(total)
             ]
     return rows
@@ -358,6 +364,7 @@ def settings(seed: int) -> dict:
         "candidates": CANDIDATES,
         "two_hop_share": TWO_HOP_SHARE,
         "named_share": NAMED_SHARE,
+        "gold_first_share": GOLD_FIRST_SHARE,
     }
 
 
