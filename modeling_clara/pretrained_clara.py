@@ -178,7 +178,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         with _quiet_load_report(), _damage_told(name):
             if config.checkpoint_format == "adapter":
                 path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
-                base = _load_base(place_of_base(config.base_model_name_or_path, name), dtype)
+                # The place as seen from here, so that the model can be saved somewhere else.
+                config = copy.deepcopy(config)
+                config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
+                base = _load_base(config.base_model_name_or_path, dtype)
                 state = decoder_state(cls, base, config)
                 merge_adapter_file(state, path, base, config)
                 model, info = cls._from_state(
@@ -293,7 +296,7 @@ def _pad_token_id(tokenizer) -> int:
 def place_of_base(base: str | None, checkpoint: str) -> str | None:
     """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
     beside = os.path.join(checkpoint, base) if base else None
-    return beside if beside and not os.path.isdir(base) and os.path.isdir(beside) else base
+    return os.path.normpath(beside) if beside and not os.path.isdir(base) and os.path.isdir(beside) else base
 
 
 def _load_base(name: str | None, dtype) -> PreTrainedModel:

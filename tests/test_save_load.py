@@ -382,3 +382,6 @@ def test_base_is_found_relative_to_the_checkpoint_s_folder(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "moved" / "clara")
     assert torch.equal(loaded.compress(["a document"]), memories)
+    loaded.save_pretrained(tmp_path / "elsewhere" / "again")
+    again = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "elsewhere" / "again")
+    assert torch.equal(again.compress(["a document"]), memories)
