@@ -166,6 +166,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype = kwargs.pop("dtype", None)
+        # How to save from now on; how the checkpoint was saved stands in its own configuration.
+        save_format = kwargs.pop("checkpoint_format", None)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
@@ -195,6 +197,9 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 model.requires_grad_(False)
         _check_complete(info, config, name)
         model._hub_arguments = hub
+        if save_format is not None:
+            model.config.checkpoint_format = save_format
+            model.config.validate_ranges()
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
