@@ -3,6 +3,11 @@
 import copy
 import os
 
+
+# One thread, here and in the processes that tests start: results that must be equal bit for bit then do not depend on
+# how a sum was split, and tiny models are faster so.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
