@@ -86,7 +86,8 @@ def convert(
     config = _make_config(original, decoder, templates)
     with torch.device("meta"):
         model = CLaRaForRetrievalGeneration(config)
-    model.to(decoder.config.dtype or torch.bfloat16)
+    # The published code computes in the type that it saves, whatever the base's.
+    model.to(next(iter(original.layers.values())).dtype)
     state = _make_state(original, model)
     config.saved_embedding_rows, rows = _rows_to_save(original.layers, decoder.name, min(config.added_token_ids))
     with written_beside(out) as folder:

@@ -117,18 +117,18 @@ VARIANTS = {prompts["paraphrase"]["user"]!r}
 
 
 class Model:
-    def ask(self, docs, query, answer):
+    def ask(self, docs, questions, answers):
         """Notes on {{docs}}."""
-        prompt_system = {prompts["qa"]["system"]!r}
-        prompt_user = f"Notes:\\n{{docs}}"
-        messages = [{{"role": "system", "content": prompt_system}}, {{"role": "user", "content": prompt_user}}]
-        pairs = [f"Q: {{q}}\\nR: {{a}}" for q, a in zip(query, answer)]
+        system_text = {prompts["qa"]["system"]!r}
+        user_text = f"Notes:\\n{{docs}}"
+        messages = [{{"role": "system", "content": system_text}}, {{"role": "user", "content": user_text}}]
+        pairs = [f"Q: {{q}}\\nR: {{a}}" for q, a in zip(questions, answers)]
         return messages, "\\n".join(pairs)
 
     def say_again(self, docs, answer):
-        prompt_system = {prompts["paraphrase"]["system"]!r}
-        prompt_user = choice(VARIANTS).format(docs=docs)
-        return [{{"role": "system", "content": prompt_system}}, {{"role": "user", "content": prompt_user}}]
+        system_text = {prompts["paraphrase"]["system"]!r}
+        user_text = pick(VARIANTS).format(docs=docs)
+        return [{{"role": "system", "content": system_text}}, {{"role": "user", "content": user_text}}]
 
     def reply(self, docs, query, answer=None):
         system = {prompts["answer"]["system"]!r}
