@@ -69,8 +69,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
 
 
-def load_examples(path: str | Path) -> list[QAExample]:
-    """Reads and checks a whole file of questions.
+def load_examples(path: str | Path, needs_answers: bool = True) -> list[QAExample]:
+    """Reads and checks a whole file of questions; `needs_answers=False` where only retrieval is trained.
 
     Raises:
         DataError: a line breaks the schema, an id is used twice, or there is no question at all.
@@ -78,7 +78,7 @@ def load_examples(path: str | Path) -> list[QAExample]:
     examples, lines = [], {}
     for number, row in read_jsonl(path):
         try:
-            example = parse_example(row, default_id=str(number))
+            example = parse_example(row, str(number), needs_answers)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         if example.id in lines:
@@ -127,12 +127,14 @@ def _parse_scp(row: dict[str, Any]) -> dict[str, Any]:
     return {"data_type": kind, "question": list(questions), "answers": row["answers"], "docs": row["docs"]}
 
 
-def parse_example(row: dict[str, Any], default_id: str) -> QAExample:
-    """Checks one row of the schema.
+def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = True) -> QAExample:
+    """Checks one row of the schema; with `needs_answers=False` it may be without `answers`.
 
     Raises:
         ValueError: says which field is wrong, and how.
     """
+    if not needs_answers:
+        row = {"answers": [], **row}
     for name in REQUIRED:
         if name not in row:
             raise ValueError(f"the field {name!r} is missing.")
@@ -143,7 +145,8 @@ def parse_example(row: dict[str, Any], default_id: str) -> QAExample:
     if kind is not None:
         _check_text("type", kind)
     _check_text("question", row["question"])
-    _check_texts("answers", row["answers"])
+    if needs_answers or row["answers"] != []:
+        _check_texts("answers", row["answers"])
     _check_texts("docs", row["docs"])
     return QAExample(
         id=str(identifier),

@@ -66,7 +66,9 @@ def cosine_scores(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor
     """Cosine of flattened queries `[B, l, H]` and memories `[D, l, H]`: `[B, D]`, float32 (float64 for float64)."""
     dtype = torch.promote_types(queries.dtype, torch.float32)
     queries, memories = (nn.functional.normalize(rows.flatten(1).to(dtype), dim=-1) for rows in (queries, memories))
-    return queries @ memories.T
+    # Autocast would multiply in half precision, whose steps near 1 are a fifth of the temperature.
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries @ memories.T
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -126,8 +126,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         document_input_ids: torch.Tensor | None = None,
         document_attention_mask: torch.Tensor | None = None,
@@ -143,10 +143,10 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
 
         Documents come as token ids, compressed in the step, or as `memories` made earlier. With a query, the candidates
         are scored and the best `top_k` fill the prompt's slots through the straight-through top-k; without one, all
-        given documents fill the slots in order.
+        given documents fill the slots in order. With a query and no prompts, only the scores are computed.
 
         Args:
-            input_ids, attention_mask (`[B, L]` int64): chat prompts with memory slots, padded on the left.
+            input_ids, attention_mask (`[B, L]` int64, *optional*): chat prompts with memory slots, padded on the left.
             labels (`[B, L]` int64, *optional*): targets, -100 where nothing is to be predicted.
             document_input_ids, document_attention_mask (`[D, Ld]` int64): the batch's distinct documents.
             memories (`[D, l, H]`): in place of the two above.
@@ -158,11 +158,13 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 divided by it, else their mean.
 
         Raises:
-            ValueError: neither or both of documents and memories, memories of another width or rate, or slots that do
-                not match the documents.
+            ValueError: neither or both of documents and memories, memories of another width or rate, slots that do not
+                match the documents, or neither prompts nor a query.
         """
         if (document_input_ids is None) == (memories is None) or document_index is None:
             raise ValueError("give document_index and either document_input_ids or memories, not both and not neither.")
+        if input_ids is None and query_input_ids is None:
+            raise ValueError("give input_ids, query_input_ids or both: without prompts only a query can be scored.")
         mse_loss = None
         if memories is not None:
             check_memories(memories, self._memory_shape, "memories")
@@ -181,6 +183,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             query = self._encode_questions(query_input_ids, query_attention_mask)
             scores = cosine_scores(query, memories).gather(1, document_index.clamp(min=0))
             scores = scores.masked_fill(~is_candidate, float("-inf"))
+            if input_ids is None:
+                return CLaRaOutput(scores=scores)
             weights, indices = straight_through_topk(
                 scores,
                 self._slots(is_candidate),

@@ -29,6 +29,13 @@ def test_cosine_scores_flatten_memories_and_are_at_least_float32():
     assert cosine_scores(queries, torch.zeros(1, 3, 4)).tolist() == [[0.0], [0.0]]
 
 
+def test_cosine_scores_keep_full_precision_under_autocast():
+    queries, memories = torch.randn(2, 3, 4), torch.randn(5, 3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = cosine_scores(queries, memories)
+    assert scores.dtype == torch.float32 and torch.equal(scores, cosine_scores(queries, memories))
+
+
 def test_positions_count_from_the_first_attended_token():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
