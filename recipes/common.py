@@ -32,6 +32,11 @@ def load_questions(path: str) -> list[dict]:
     return [qa_row(example) for example in load_examples(path)]
 
 
+def load_labelled_questions(path: str) -> list[dict]:
+    """The same for training a retriever from labels: rows need no answers."""
+    return [qa_row(example) for example in load_examples(path, needs_answers=False)]
+
+
 def qa_row(example: QAExample) -> dict:
     return {
         "question": example.question,
@@ -62,12 +67,31 @@ def answer_metrics(processor, rows: Dataset) -> Callable[[EvalPrediction], dict[
         chosen = rows[prediction.label_ids.tolist()]
         scores = [score_answer(text.strip(), answers) for text, answers in zip(texts, chosen["answers"], strict=True)]
         if rankings:
-            pairs = zip(rankings[0], chosen["pos_index"], scores, strict=True)
-            scores = [{**score, **(recall(ranking, gold) if gold else {})} for ranking, gold, score in pairs]
-        names = dict.fromkeys(name for score in scores for name in score)
-        return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
+            found = recalls(rankings[0], chosen["pos_index"])
+            scores = [{**score, **own} for score, own in zip(scores, found, strict=True)]
+        return means(scores)
 
     return compute
+
+
+def ranking_metrics(processor, rows: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` over ranked candidates alone: Recall@k."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        return means(recalls(prediction.predictions, rows[prediction.label_ids.tolist()]["pos_index"]))
+
+    return compute
+
+
+def recalls(rankings: np.ndarray, golds: list[list[int]]) -> list[dict[str, float]]:
+    """Recall@k of every question; none where its gold documents are not known."""
+    return [recall(ranking, gold) if gold else {} for ranking, gold in zip(rankings, golds, strict=True)]
+
+
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every score over the questions that have it."""
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
 
 
 def recall(ranking: np.ndarray, gold: list[int]) -> dict[str, float]:

@@ -45,6 +45,16 @@ def test_gold_may_be_unknown(tmp_path, row):
     assert example.pos_index is None and example.gold == []
 
 
+def test_answers_may_be_missing_only_where_only_retrieval_is_trained(tmp_path):
+    for row in (without("answers"), changed(answers=[])):
+        (example,) = load_examples(write(tmp_path / "a.jsonl", row), needs_answers=False)
+        assert example.answers == []
+    with pytest.raises(DataError, match="'answers' must be a list of strings"):
+        load_examples(write(tmp_path / "a.jsonl", changed(answers="Mara")), needs_answers=False)
+    with pytest.raises(DataError, match="the field 'answers' is missing"):
+        load_examples(write(tmp_path / "a.jsonl", without("answers")))
+
+
 def test_gzip_unicode_and_a_byte_order_mark_are_read(tmp_path):
     row = changed(question="Où est 東京?")
     path = tmp_path / "a.jsonl.gz"

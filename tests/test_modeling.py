@@ -136,6 +136,17 @@ def test_a_joint_step_over_ragged_candidates_equals_every_question_computed_alon
         assert output.topk_indices[row].tolist() == choice.tolist() + [-1] * (2 - len(choice))
 
 
+def test_a_query_without_prompts_gives_the_joint_step_s_scores_and_their_gradients_alone(clara, texts):
+    clara.train_only(QUERY_REASONER)
+    batch = with_cached_memories(clara, joint_batch(clara, [texts[:4], texts[1:2]]))
+    expected = clara(**batch)
+    scoring = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
+    found = clara(**scoring)
+    assert torch.equal(found.scores, expected.scores) and set(found.keys()) == {"scores"}
+    found.scores[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in clara.part_parameters(QUERY_REASONER))
+
+
 def test_padding_candidates_change_nothing_however_many_there_are(double_clara, texts):
     batch = with_cached_memories(double_clara, joint_batch(double_clara, [texts[:4], texts[1:2], texts[2:5]]))
     double_clara.train_only(QUERY_REASONER, GENERATOR)
@@ -320,6 +331,12 @@ def test_forward_refuses_what_does_not_fit_in_one_sentence(untouched_clara, text
     batch = with_cached_memories(untouched_clara, joint_batch(untouched_clara, [texts[:4]]))
     with pytest.raises(ValueError, match=message):
         untouched_clara(**{**batch, **change})
+
+
+def test_forward_without_prompts_and_without_a_query_is_refused(untouched_clara):
+    memories = {"memories": torch.zeros(1, 4, 32), "document_index": torch.tensor([[0]])}
+    with pytest.raises(ValueError, match="give input_ids, query_input_ids or both"):
+        untouched_clara(**memories)
 
 
 def test_bfloat16_runs_everywhere_and_stays_near_float32(base, untouched_clara, texts):

@@ -1,4 +1,4 @@
-"""The three stages on a tiny random model: what trains, what stays, resuming, and evaluation by generation."""
+"""The stages on a tiny random model: what trains, what stays, resuming, and evaluation by generation."""
 
 import copy
 
@@ -8,8 +8,10 @@ from conftest import TEXTS, build_clara
 from datasets import Dataset
 
 from modeling_clara.memory_store import MemoryStore
-from recipes.common import answer_metrics
+from recipes.common import answer_metrics, ranking_metrics
 from trainers import (
+    ContrastiveConfig,
+    ContrastiveTrainer,
     InstructionConfig,
     InstructionTrainer,
     JointConfig,
@@ -43,6 +45,7 @@ STAGES = {
     "scp": (SCPTrainer, SCPConfig, SCP_ROWS, ("compressor", "generator", "memory_embeddings")),
     "instruct": (InstructionTrainer, InstructionConfig, QUESTIONS, ("compressor", "generator", "memory_embeddings")),
     "joint": (JointTrainer, JointConfig, QUESTIONS, ("query_reasoner", "generator")),
+    "contrastive": (ContrastiveTrainer, ContrastiveConfig, QUESTIONS, ("query_reasoner",)),
 }
 
 
@@ -62,7 +65,8 @@ def make_trainer(stage: str, base: str, folder, model=None, rows=None, eval_rows
     model = model or build_clara(base, lora_dropout=0.1)
     options = {"compute_metrics": None}
     if eval_rows is not None:
-        metrics = token_accuracy if stage == "scp" else answer_metrics(model.processor, eval_rows)
+        make_metrics = ranking_metrics if stage == "contrastive" else answer_metrics
+        metrics = token_accuracy if stage == "scp" else make_metrics(model.processor, eval_rows)
         options = {"eval_dataset": eval_rows, "compute_metrics": metrics}
     return trainer_class(model=model, args=args, train_dataset=rows or stage_rows, **options)
 
@@ -190,15 +194,17 @@ def test_evaluation_reports_the_stage_s_metrics(stage, base, tmp_path):
         "scp": {"eval_token_accuracy"},
         "instruct": {"eval_f1", "eval_em"},
         "joint": {"eval_f1", "eval_em", "eval_recall@1", "eval_recall@3"},
+        "contrastive": {"eval_recall@1", "eval_recall@3"},
     }[stage]
     assert expected <= set(metrics) and all(0 <= metrics[name] <= 1 for name in expected)
     assert metrics["eval_loss"] > 0
 
 
-def test_in_training_recall_equals_retrieval_with_the_model(base, tmp_path):
+@pytest.mark.parametrize("stage", ["joint", "contrastive"])
+def test_in_training_recall_equals_retrieval_with_the_model(stage, base, tmp_path):
     rows = QUESTIONS.select(range(6))
     model = build_clara(base, lora_dropout=0.0)
-    trainer = make_trainer("joint", base, tmp_path, model, eval_rows=rows, top_k=1)
+    trainer = make_trainer(stage, base, tmp_path, model, eval_rows=rows)
     metrics = trainer.evaluate()
     hits = []
     for row in rows:

@@ -1,0 +1,125 @@
+"""The supervised twin of joint training: the query reasoner learns from relevance labels (Sup- in arXiv 2511.18659).
+
+Rows: `{"question": str, "docs": [...], "pos_index": [...]}` with the candidates in `docs` and the positions of the
+relevant ones in `pos_index`; answers are not needed. Compressor and generator stay as the starting checkpoint has them.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+
+from modeling_clara.adapters import QUERY_REASONER
+
+from .base import EXAMPLE_INDEX
+from .losses import contrastive_loss
+from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments
+
+
+@dataclass
+class ContrastiveConfig(RetrievalTrainingArguments):
+    r"""
+    Arguments of [`ContrastiveTrainer`].
+
+    Parameters:
+        > Parameters that control the loss
+
+        temperature (`float`, *optional*, defaults to `0.02`):
+            Temperature of the contrastive loss. That of the checkpoint's top-k stays as it is.
+        in_batch_negatives (`bool`, *optional*, defaults to `False`):
+            Whether the candidates of the other questions of a process's batch count as negatives too. A document that
+            is among a question's own positives never does. The loss then depends on the batch size per device.
+    """
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
+    temperature: float = field(default=0.02, metadata={"help": "Temperature of the contrastive loss."})
+    in_batch_negatives: bool = field(
+        default=False, metadata={"help": "Take the other questions' candidates as negatives too."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature!r}.")
+
+
+class ContrastiveCollator(CandidateCollator):
+    """Batches of questions with their distinct candidates, and which of those are relevant.
+
+    Args:
+        processor, store: see [`CandidateCollator`].
+        in_batch_negatives (`bool`): whether every question gets the candidates of all.
+    """
+
+    def __init__(self, processor, store, in_batch_negatives: bool = False):
+        super().__init__(processor, store)
+        self.in_batch_negatives = in_batch_negatives
+
+    def __call__(self, features: list[dict]) -> dict:
+        """`is_positive` `[B, N]` bool beside what `forward` takes. One document is one candidate, however often it is
+        listed: its key tells, in this question's list and in the others'."""
+        positives = [{row["keys"][place] for place in row["pos_index"]} for row in features]
+        keys = [list(dict.fromkeys(row["keys"])) for row in features]
+        if self.in_batch_negatives:
+            keys = [list(dict.fromkeys(key for row in keys for key in row))] * len(features)
+        batch = self.candidates([{**row, "keys": own} for row, own in zip(features, keys, strict=True)])
+        is_positive = torch.zeros_like(batch["document_index"], dtype=torch.bool)
+        for row, (own, gold) in enumerate(zip(keys, positives, strict=True)):
+            is_positive[row, : len(own)] = torch.tensor([key in gold for key in own])
+        batch["is_positive"] = is_positive
+        return {**batch, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
+
+
+class ContrastiveTrainer(RetrievalTrainer):
+    """Training of the query reasoner alone, by [`~trainers.losses.contrastive_loss`] over the candidates."""
+
+    trainable_parts = (QUERY_REASONER,)
+
+    def make_collator(self, model, args: ContrastiveConfig) -> ContrastiveCollator:
+        return ContrastiveCollator(model.processor, self.store, args.in_batch_negatives)
+
+    def prepare_dataset(self, dataset: Dataset, model, args: ContrastiveConfig, options: dict) -> Dataset:
+        processor = self.processor
+        labels = dataset["pos_index"] if "pos_index" in dataset.column_names else [None] * len(dataset)
+        # Before the documents are compressed, which takes long.
+        for position, gold in enumerate(labels):
+            check_positives(gold, dataset[position], position)
+
+        def tokenize(row: dict, position: int) -> dict:
+            query = processor.encode_questions([row["question"]])[0]
+            return {"query_ids": query, "pos_index": row["pos_index"], EXAMPLE_INDEX: position}
+
+        tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
+        return self.add_candidates(tokenized, dataset, args)
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_INDEX}
+        is_positive = inputs.pop("is_positive")
+        outputs = model(**inputs)
+        is_candidate = inputs["document_index"] >= 0
+        loss = contrastive_loss(outputs.scores, is_positive, is_candidate, self.args.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        """Loss, the ranked candidates `[B, k]` and the rows' positions in the evaluation data; no answers."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, self.rank(inputs[EXAMPLE_INDEX].tolist())[1], inputs[EXAMPLE_INDEX]
+
+
+def check_positives(pos_index: list[int] | None, row: dict, position: int) -> None:
+    """Raise unless the row names at least one relevant document among its own.
+
+    Raises:
+        ValueError: says which row it is and what is wrong.
+    """
+    where = f"row {position} (question {row['question'][:60]!r})"
+    if not pos_index:
+        raise ValueError(f"{where} has no pos_index: give the positions of its relevant documents, or leave it out.")
+    count = len(row["docs"])
+    wrong = [index for index in pos_index if not 0 <= index < count]
+    if wrong:
+        raise ValueError(f"{where} has pos_index {wrong[0]}, but {count} docs: positions count from 0.")

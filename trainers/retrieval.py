@@ -1,0 +1,112 @@
+"""What training a retriever needs, with labels or without: candidates, their memories, and their ranking."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
+from modeling_clara.memory_store import MemoryStore
+from modeling_clara.processing_clara import index_matrix
+
+from .base import CLaRaTrainer, CLaRaTrainingArguments, pad_documents
+
+
+# Candidates that evaluation ranks, for Recall@5 where fewer are selected.
+RANKING_DEPTH = 5
+
+
+@dataclass
+class RetrievalTrainingArguments(CLaRaTrainingArguments):
+    r"""
+    Arguments of the stages that train the query reasoner.
+
+    Parameters:
+        > Parameters that control the memories
+
+        memory_store (`str`, *optional*):
+            Folder of the memory store; `memories` in the output folder by default.
+        memory_batch_size (`int`, *optional*, defaults to `64`):
+            Documents per forward pass when the store is filled.
+    """
+
+    memory_store: str | None = field(default=None, metadata={"help": "Folder of the memory store."})
+    memory_batch_size: int = field(default=64, metadata={"help": "Documents per forward pass filling the store."})
+
+
+class CandidateCollator:
+    """Questions and the memories of their candidates, each distinct document once.
+
+    Args:
+        processor ([`CLaRaProcessor`]): pads and knows the memory tokens.
+        store (`MemoryStore`, *optional*): where the memories of the rows' `keys` are read; without one, the rows'
+            `document_ids` are batched for compression in the step.
+    """
+
+    def __init__(self, processor: CLaRaProcessor, store: MemoryStore | None = None):
+        self.processor = processor
+        self.store = store
+
+    def candidates(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        """The retrieval side of a batch: what `forward` needs to score the candidates."""
+        query = self.processor.pad_encodings([row["query_ids"] for row in features])
+        batch = {"query_input_ids": query["input_ids"], "query_attention_mask": query["attention_mask"]}
+        if self.store is None:
+            return {**batch, **pad_documents(features, self.processor)}
+        position = {key: row for row, key in enumerate(dict.fromkeys(k for f in features for k in f["keys"]))}
+        return {
+            **batch,
+            "memories": self.store.get(list(position)),
+            "document_index": index_matrix([[position[key] for key in row["keys"]] for row in features]),
+        }
+
+
+class RetrievalTrainer(CLaRaTrainer):
+    """Base of the stages that train the query reasoner over candidates. Without a store, candidates are compressed in
+    every step."""
+
+    def __init__(
+        self,
+        model: CLaRaForRetrievalGeneration,
+        args: RetrievalTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        model.add_query_reasoner()
+        self.store = self.open_store(model, args)
+        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+
+    def open_store(self, model, args: RetrievalTrainingArguments) -> MemoryStore | None:
+        return MemoryStore.open(args.memory_store or os.path.join(args.output_dir, "memories"), model)
+
+    def add_candidates(self, tokenized: Dataset, dataset: Dataset, args: RetrievalTrainingArguments) -> Dataset:
+        """`tokenized` with a column for the candidates of `dataset`: keys in the store, else token ids."""
+        distinct = list(dict.fromkeys(text for docs in dataset["docs"] for text in docs))
+        if self.store is None:
+            ids, column = self.processor.encode_documents(distinct), "document_ids"
+        else:
+            ids, column = self.store.add(distinct, batch_size=args.memory_batch_size), "keys"
+        known = dict(zip(distinct, ids, strict=True))
+        return tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
+
+    def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:
+        """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""
+        if self.store is not None:
+            return [self.store.get(self.eval_dataset[row]["keys"]) for row in rows]
+        documents = [self.eval_rows[row]["docs"] for row in rows]
+        distinct = list(dict.fromkeys(text for docs in documents for text in docs))
+        memories = dict(zip(distinct, self.model.compress(distinct), strict=True))
+        return [torch.stack([memories[text] for text in docs]) for docs in documents]
+
+    def rank(self, rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Candidates of evaluation rows, ranked as a user of the model would.
+
+        Returns:
+            their memories `[N_b, l, H]`, and the positions of the best ones `[B, k]`, best first, -1 beyond a row's
+            candidates; k is at least `top_k` and `RANKING_DEPTH`, if there are as many candidates.
+        """
+        memories = self.candidate_memories(rows)
+        depth = min(max(self.model.config.top_k, RANKING_DEPTH), max(len(candidates) for candidates in memories))
+        return memories, self.model.retrieve(self.eval_rows[rows]["question"], memories, top_k=depth).indices
