@@ -53,6 +53,15 @@ def copy_adapter(decoder: nn.Module, source: str, target: str) -> None:
             new.copy_(old)
 
 
+def remove_adapter(decoder: nn.Module, name: str) -> None:
+    """Take adapter `name` off the layers of `decoder`, which must keep another one."""
+    for layer in lora_layers(decoder):
+        # PEFT picks another active adapter for a removed one, with a warning and with gradients: pick it here.
+        layer._active_adapter = [other for other in layer.lora_A if other != name][:1]
+        layer.delete_adapter(name)
+    del decoder.peft_config[name]
+
+
 @contextmanager
 def use_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
     """Run the forward passes of the block under adapter `name`; `requires_grad` stays as it is.

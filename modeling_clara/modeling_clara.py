@@ -9,7 +9,16 @@ from torch import nn
 from transformers import BatchFeature
 from transformers.utils import ModelOutput, logging
 
-from .adapters import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters, add_adapter, copy_adapter, use_adapter
+from .adapters import (
+    COMPRESSOR,
+    GENERATOR,
+    QUERY_REASONER,
+    adapter_parameters,
+    add_adapter,
+    copy_adapter,
+    remove_adapter,
+    use_adapter,
+)
 from .compat_original import OriginalMethods
 from .functional_clara import (
     check_memories,
@@ -50,6 +59,12 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         self.config.query_reasoner = True
         self.requires_grad_(False)
         self.train(self.training)
+
+    def remove_query_reasoner(self) -> None:
+        """Take the query reasoner off, so that the compressor reads questions; nothing if there is none."""
+        if self.config.query_reasoner:
+            remove_adapter(self.decoder, QUERY_REASONER)
+            self.config.query_reasoner = False
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
         """Parameters of one trainable part: an adapter's, or the memory embeddings.

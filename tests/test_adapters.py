@@ -261,3 +261,20 @@ def test_a_joint_steps_gradient_reaches_the_query_reasoner_only_through_the_sele
     assert torch.equal(hard, loss)
     hard.backward()
     assert all(parameter.grad is None for parameter in clara.part_parameters(QUERY_REASONER))
+
+
+def test_a_removed_adapter_leaves_the_others_as_they_were_and_can_be_added_again(clara, texts):
+    clara.eval()
+    memories, gradients = clara.compress(texts), [p.requires_grad for p in clara.part_parameters("generator")]
+    for layer in lora_layers(clara.decoder):
+        layer._active_adapter = ["query_reasoner"]
+    clara.remove_query_reasoner()
+    assert not any("query_reasoner" in key for key, _ in clara.named_modules())
+    assert torch.equal(clara.compress(texts), memories)
+    assert [p.requires_grad for p in clara.part_parameters("generator")] == gradients
+    read_by_compressor = clara.encode_questions(texts)
+    clara.remove_query_reasoner()
+    clara.add_query_reasoner()
+    pairs = zip(clara.part_parameters("query_reasoner"), clara.part_parameters("compressor"), strict=True)
+    assert all(torch.equal(new, old) for new, old in pairs)
+    assert torch.equal(clara.encode_questions(texts), read_by_compressor)

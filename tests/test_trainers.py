@@ -7,6 +7,7 @@ import torch
 from conftest import TEXTS, build_clara
 from datasets import Dataset
 
+from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.memory_store import MemoryStore
 from recipes.common import answer_metrics, ranking_metrics
 from trainers import (
@@ -234,3 +235,37 @@ def test_query_reasoner_can_have_its_own_learning_rate(base, tmp_path):
     trainer.train()
     changed = {part_of(key) for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"query_reasoner"}
+
+
+@pytest.mark.parametrize("stage", ["scp", "instruct"])
+def test_a_query_reasoner_never_outlives_the_compressor_that_it_was_made_for(stage, base, tmp_path):
+    model = build_clara(base, lora_dropout=0.0)
+    assert model.config.query_reasoner
+    trainer = make_trainer(stage, base, tmp_path, model, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "saved")
+    assert loaded.config.query_reasoner is False
+    assert not any(".query_reasoner." in key for key in loaded.state_dict())
+    # Questions are read by the new compressor, and a later stage starts from it.
+    found = loaded.encode_questions(["Who keeps bees?"])
+    loaded.add_query_reasoner()
+    assert torch.equal(loaded.encode_questions(["Who keeps bees?"]), found)
+
+
+@pytest.mark.parametrize("stage", ["scp", "instruct"])
+def test_mse_weight_is_an_argument(stage, base, tmp_path):
+    losses = {}
+    for weight in (None, 0.0, 2.0):
+        model = build_clara(base, lora_dropout=0.0)
+        trainer = make_trainer(stage, base, tmp_path / str(weight), model, max_steps=1, mse_weight=weight)
+        trainer.train()
+        assert trainer.model.config.mse_weight == (0.1 if weight is None else weight)
+        losses[weight] = trainer.state.log_history[0]
+    mse = losses[0.0]["mse_loss"]
+    assert mse > 0.01
+    for weight, logged in losses.items():
+        weight = 0.1 if weight is None else weight
+        assert logged["loss"] == pytest.approx(losses[0.0]["loss"] + weight * mse, abs=1e-4)
+    with pytest.raises(ValueError, match="mse_weight must be at least 0, got -1"):
+        make_trainer(stage, base, tmp_path, mse_weight=-1.0)

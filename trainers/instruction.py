@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 
-from .base import EXAMPLE_INDEX, CLaRaTrainingArguments
-from .scp import CompressionTrainer
+from .base import EXAMPLE_INDEX
+from .scp import CompressionTrainer, CompressionTrainingArguments
 
 
 @dataclass
-class InstructionConfig(CLaRaTrainingArguments):
+class InstructionConfig(CompressionTrainingArguments):
     """Arguments of [`InstructionTrainer`]."""
 
 

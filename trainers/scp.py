@@ -5,20 +5,39 @@ is the list of its question and answer pairs, that of a `paraphrase` row its one
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Dataset
+from transformers.utils import logging
 
-from modeling_clara import CLaRaProcessor
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
 from .base import EXAMPLE_INDEX, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, pad_examples
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
-class SCPConfig(CLaRaTrainingArguments):
-    """Arguments of [`SCPTrainer`]; the weight of the MSE term is `mse_weight` of the model's configuration."""
+class CompressionTrainingArguments(CLaRaTrainingArguments):
+    r"""
+    Arguments of the stages that train the compressor.
+
+    Parameters:
+        > Parameters that control the loss
+
+        mse_weight (`float`, *optional*):
+            Weight of the mean-squared error between document and memory means; the model configuration's by default.
+    """
+
+    mse_weight: float | None = field(default=None, metadata={"help": "Weight of the MSE term."})
+
+
+@dataclass
+class SCPConfig(CompressionTrainingArguments):
+    """Arguments of [`SCPTrainer`]."""
 
 
 class CompressionCollator:
@@ -36,9 +55,29 @@ class CompressionCollator:
 
 
 class CompressionTrainer(CLaRaTrainer):
-    """Trains compressor, generator and memory embeddings on documents that are all given, without retrieval."""
+    """Trains compressor, generator and memory embeddings on documents that are all given, without retrieval.
+
+    A query reasoner that the model brings is taken off: it belongs to the memories of the compressor as it was. Until
+    joint training starts a new one, the compressor reads questions.
+    """
 
     trainable_parts = (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+
+    def __init__(
+        self,
+        model: CLaRaForRetrievalGeneration,
+        args: CompressionTrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        if model.config.query_reasoner:
+            logger.warning("The query reasoner is taken off: it would not follow the compressor, which trains.")
+            model.remove_query_reasoner()
+        if args.mse_weight is not None:
+            model.config.mse_weight = args.mse_weight
+            model.config.validate_ranges()
+        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     def make_collator(self, model, args) -> CompressionCollator:
         return CompressionCollator(model.processor)
