@@ -4,10 +4,12 @@ Rows: `{"question": str, "answers": [...], "docs": [...]}` with the candidates i
 The compressor is frozen, so each document is compressed once, before training, into a `MemoryStore`.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.memory_store import MemoryStore
@@ -15,6 +17,9 @@ from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
 from .base import EXAMPLE_INDEX, pad_examples
 from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments
+
+
+TEMPERATURE_SCHEDULES = ("linear", "cosine")
 
 
 @dataclass
@@ -31,7 +36,17 @@ class JointConfig(RetrievalTrainingArguments):
             Temperature of the straight-through top-k; the model configuration's by default.
         topk_taken_mask (`str`, *optional*):
             `exact` or `published`, see [`~modeling_clara.straight_through_topk`]; the model configuration's by default.
+        temperature_end (`float`, *optional*):
+            Temperature of the last step; it stays as at the start by default. The checkpoint keeps the last one.
+        temperature_schedule (`str`, *optional*, defaults to `"linear"`):
+            How the temperature gets there, `linear` or `cosine`, over the steps.
 
+        > Parameters that control what trains
+
+        freeze_query_reasoner (`bool`, *optional*, defaults to `False`):
+            Whether retrieval stays as it is, and only the generator trains (an ablation of the paper).
+        freeze_generator (`bool`, *optional*, defaults to `False`):
+            Whether the generator stays as it is, and only the query reasoner trains, through it.
         query_learning_rate (`float`, *optional*):
             Initial learning rate of the query reasoner; `learning_rate` by default. The gradient that reaches it
             through the top-k is weaker than the generator's.
@@ -48,6 +63,10 @@ class JointConfig(RetrievalTrainingArguments):
     top_k: int | None = field(default=None, metadata={"help": "Documents selected per question."})
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the straight-through top-k."})
     topk_taken_mask: str | None = field(default=None, metadata={"help": "exact or published."})
+    temperature_end: float | None = field(default=None, metadata={"help": "Temperature of the last step."})
+    temperature_schedule: str = field(default="linear", metadata={"help": "linear or cosine."})
+    freeze_query_reasoner: bool = field(default=False, metadata={"help": "Train the generator only."})
+    freeze_generator: bool = field(default=False, metadata={"help": "Train the query reasoner only."})
     query_learning_rate: float | None = field(
         default=None, metadata={"help": "Initial learning rate of the query reasoner; learning_rate by default."}
     )
@@ -58,6 +77,16 @@ class JointConfig(RetrievalTrainingArguments):
         super().__post_init__()
         if self.train_compressor and not self.online:
             raise ValueError("train_compressor needs online: stored memories do not follow a compressor that changes.")
+        if self.temperature_schedule not in TEMPERATURE_SCHEDULES:
+            raise ValueError(
+                f"temperature_schedule must be one of {TEMPERATURE_SCHEDULES}, got {self.temperature_schedule!r}."
+            )
+        if self.temperature_end is not None and not self.temperature_end > 0:
+            raise ValueError(f"temperature_end must be positive, got {self.temperature_end!r}.")
+        if self.freeze_query_reasoner and self.freeze_generator and not self.train_compressor:
+            raise ValueError("freeze_query_reasoner and freeze_generator leave nothing to train: set one of them only.")
+        if self.freeze_query_reasoner and self.query_learning_rate is not None:
+            raise ValueError("query_learning_rate has no use with freeze_query_reasoner: leave one of them out.")
 
 
 class JointCollator(CandidateCollator):
@@ -65,6 +94,30 @@ class JointCollator(CandidateCollator):
 
     def __call__(self, features: list[dict]) -> dict:
         return {**self.candidates(features), **pad_examples(features, self.processor)}
+
+
+def scheduled_temperature(start: float, end: float, progress: float, schedule: str) -> float:
+    """The temperature at `progress`, from 0 at the first step to 1 at the last, on a `linear` or `cosine` way."""
+    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share
+
+
+class TemperatureSchedule(TrainerCallback):
+    """Sets the model's temperature before every step, from the step's number alone, so that resuming is exact.
+
+    Args:
+        model ([`~modeling_clara.CLaRaForRetrievalGeneration`]): its temperature now is that of the first step.
+        end (`float`): that of the last.
+        schedule (`str`): `linear` or `cosine`.
+    """
+
+    def __init__(self, model, end: float, schedule: str):
+        self.config = model.config
+        self.start, self.end, self.schedule = model.config.temperature, end, schedule
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        progress = state.global_step / max(state.max_steps - 1, 1)
+        self.config.temperature = scheduled_temperature(self.start, self.end, progress, self.schedule)
 
 
 class JointTrainer(RetrievalTrainer):
@@ -76,13 +129,20 @@ class JointTrainer(RetrievalTrainer):
                 setattr(model.config, name, getattr(args, name))
         model.config.validate_ranges()
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+        if args.temperature_end is not None:
+            self.add_callback(TemperatureSchedule(model, args.temperature_end, args.temperature_schedule))
 
     def open_store(self, model, args: JointConfig) -> MemoryStore | None:
         return None if args.online else super().open_store(model, args)
 
     def parts_to_train(self, model, args: JointConfig) -> tuple[str, ...]:
-        unfrozen = (COMPRESSOR, MEMORY_EMBEDDINGS) if args.train_compressor else ()
-        return (QUERY_REASONER, GENERATOR, *unfrozen)
+        trains = {
+            QUERY_REASONER: not args.freeze_query_reasoner,
+            GENERATOR: not args.freeze_generator,
+            COMPRESSOR: args.train_compressor,
+            MEMORY_EMBEDDINGS: args.train_compressor,
+        }
+        return tuple(part for part, does in trains.items() if does)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.query_learning_rate is not None:
