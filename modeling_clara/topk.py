@@ -53,16 +53,28 @@ def straight_through_topk(
     indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     slot_is_filled = candidate_mask.gather(1, indices)
     hard = torch.nn.functional.one_hot(indices, scores.shape[1])
-    taken = hard.cumsum(dim=1) - hard
+    soft = slot_softmax(logits, hard, slot_is_filled, taken_mask)
+    weights = (hard + (soft - soft.detach())) * slot_is_filled.unsqueeze(-1)
+    return weights, indices.masked_fill(~slot_is_filled, -1)
 
-    slot_logits = logits.unsqueeze(1).expand(-1, k, -1)
+
+def slot_softmax(
+    logits: torch.Tensor, hard: torch.Tensor, slot_is_filled: torch.Tensor, taken_mask: str
+) -> torch.Tensor:
+    """The soft rows `[batch, k, candidates]` behind slots that hold the one-hot rows `hard`, best first.
+
+    Args:
+        logits (`[batch, candidates]`, floating): scores divided by the temperature, -inf where there is no candidate.
+        hard (`[batch, k, candidates]` int64): what each slot holds.
+        slot_is_filled (`[batch, k]` bool): where it holds anything; the soft rows of others mean nothing.
+        taken_mask: as in [`straight_through_topk`].
+    """
+    taken = hard.cumsum(dim=1) - hard
+    slot_logits = logits.unsqueeze(1).expand(-1, hard.shape[1], -1)
     if taken_mask == "exact":
         slot_logits = slot_logits.masked_fill(taken.bool(), float("-inf"))
     else:
-        slot_logits = slot_logits + torch.log((1 - taken).to(scores.dtype) + PUBLISHED_EPSILON)
+        slot_logits = slot_logits + torch.log((1 - taken).to(logits.dtype) + PUBLISHED_EPSILON)
     # A slot without a candidate has nothing but -inf: give it finite logits, and no weight afterwards.
     slot_logits = slot_logits.masked_fill(~slot_is_filled.unsqueeze(-1), 0.0)
-    soft = slot_logits.softmax(dim=-1)
-
-    weights = (hard + (soft - soft.detach())) * slot_is_filled.unsqueeze(-1)
-    return weights, indices.masked_fill(~slot_is_filled, -1)
+    return slot_logits.softmax(dim=-1)

@@ -39,6 +39,7 @@ def load_labelled_questions(path: str) -> list[dict]:
 
 def qa_row(example: QAExample) -> dict:
     return {
+        "id": example.id,
         "question": example.question,
         "answers": example.answers,
         "docs": example.docs,

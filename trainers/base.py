@@ -1,6 +1,5 @@
 """What the stages share: arguments, the loss with its parts, and evaluation by generation."""
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +10,13 @@ from transformers.utils import logging
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 
+from .watch import LocalLog, TrainingWatch
+
 
 logger = logging.get_logger(__name__)
 
 EXAMPLE_INDEX = "example_index"
+IS_POSITIVE = "is_positive"
 
 
 @dataclass
@@ -85,8 +87,8 @@ class CLaRaTrainer(Trainer):
             raise TypeError(f"model must be a CLaRaForRetrievalGeneration, got {type(model).__name__}.")
         model.train_only(*self.parts_to_train(model, args))
         self.processor: CLaRaProcessor = model.processor
-        self.eval_rows = eval_dataset
-        self._loss_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.train_rows, self.eval_rows = train_dataset, eval_dataset
+        self.watch = TrainingWatch(self)
         options = {"num_proc": args.dataset_num_proc, "desc": "Tokenizing"}
         if train_dataset is not None:
             train_dataset = self.prepare_dataset(train_dataset, model, args, options)
@@ -101,6 +103,8 @@ class CLaRaTrainer(Trainer):
             data_collator=kwargs.pop("data_collator", None) or self.make_collator(model, args),
             **kwargs,
         )
+        self.add_callback(self.watch)
+        self.add_callback(LocalLog)
 
     def parts_to_train(self, model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments) -> tuple[str, ...]:
         return self.trainable_parts
@@ -115,26 +119,36 @@ class CLaRaTrainer(Trainer):
     def compute_loss(
         self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ):
-        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_INDEX}
-        outputs: CLaRaOutput = model(**inputs, num_items_in_batch=num_items_in_batch)
+        outputs: CLaRaOutput = model(**model_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        is_training = self.model.training
         loss = outputs.ce_loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The sum over this process's tokens was divided by the tokens of all of them, and gradients are averaged.
             loss = loss * self.accelerator.num_processes
+        parts = {"ce_loss": loss.detach()}
         if outputs.mse_loss is not None:
             # A mean per micro-batch, unlike the cross entropy, which is already scaled to the accumulated batch.
-            steps = (
-                1 if num_items_in_batch is None or not self.model.training else self.current_gradient_accumulation_steps
-            )
+            steps = 1 if num_items_in_batch is None or not is_training else self.current_gradient_accumulation_steps
             loss = loss + self.model.config.mse_weight * outputs.mse_loss / steps
-            self._loss_parts["mse_loss"].append(outputs.mse_loss.detach())
+            parts["mse_loss"] = outputs.mse_loss.detach() / steps
+        if is_training:
+            for name, part in parts.items():
+                self.watch.add(name, part, 1 / self.current_gradient_accumulation_steps)
+            self.watch_retrieval(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def watch_retrieval(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> None:
+        """Add what a stage that retrieves tells of a training batch to `self.watch`."""
+
+    def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.add_batch(inputs)
+        self.watch.note_step(loss, inputs[EXAMPLE_INDEX])
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, values in self._loss_parts.items():
-                logs[name] = torch.stack(values).mean().item()
-            self._loss_parts.clear()
+            logs.update(self.watch.take())
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
@@ -146,7 +160,6 @@ class CLaRaTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        self._loss_parts.clear()
         if prediction_loss_only:
             return loss.detach(), None, None
         if self.args.predict_with_generate and self.supports_generation:
@@ -166,6 +179,11 @@ class CLaRaTrainer(Trainer):
     def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
         """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""
         return sequences.masked_fill(sequences == self.model.config.pad_token_id, IGNORE_INDEX)
+
+
+def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch without what only the trainer reads."""
+    return {name: value for name, value in inputs.items() if name not in (EXAMPLE_INDEX, IS_POSITIVE)}
 
 
 def pad_examples(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:

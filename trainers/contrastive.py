@@ -9,11 +9,20 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 
+from modeling_clara import CLaRaOutput
 from modeling_clara.adapters import QUERY_REASONER
 
-from .base import EXAMPLE_INDEX
+from .base import EXAMPLE_INDEX, IS_POSITIVE, model_inputs
 from .losses import contrastive_loss
-from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments
+from .retrieval import (
+    RANKING_DEPTH,
+    CandidateCollator,
+    RetrievalTrainer,
+    RetrievalTrainingArguments,
+    batch_recall,
+    positive_mask,
+    positives,
+)
 
 
 @dataclass
@@ -58,15 +67,15 @@ class ContrastiveCollator(CandidateCollator):
     def __call__(self, features: list[dict]) -> dict:
         """`is_positive` `[B, N]` bool beside what `forward` takes. One document is one candidate, however often it is
         listed: its key tells, in this question's list and in the others'."""
-        positives = [{row["keys"][place] for place in row["pos_index"]} for row in features]
+        relevant = [{row["keys"][place] for place in row["pos_index"]} for row in features]
         keys = [list(dict.fromkeys(row["keys"])) for row in features]
         if self.in_batch_negatives:
             keys = [list(dict.fromkeys(key for row in keys for key in row))] * len(features)
         batch = self.candidates([{**row, "keys": own} for row, own in zip(features, keys, strict=True)])
-        is_positive = torch.zeros_like(batch["document_index"], dtype=torch.bool)
-        for row, (own, gold) in enumerate(zip(keys, positives, strict=True)):
-            is_positive[row, : len(own)] = torch.tensor([key in gold for key in own])
-        batch["is_positive"] = is_positive
+        golds = [
+            [place for place, key in enumerate(own) if key in gold] for own, gold in zip(keys, relevant, strict=True)
+        ]
+        batch[IS_POSITIVE] = positive_mask(golds, batch["document_index"])
         return {**batch, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
 
 
@@ -80,25 +89,31 @@ class ContrastiveTrainer(RetrievalTrainer):
 
     def prepare_dataset(self, dataset: Dataset, model, args: ContrastiveConfig, options: dict) -> Dataset:
         processor = self.processor
-        labels = dataset["pos_index"] if "pos_index" in dataset.column_names else [None] * len(dataset)
         # Before the documents are compressed, which takes long.
-        for position, gold in enumerate(labels):
+        for position, gold in enumerate(positives(dataset)):
             check_positives(gold, dataset[position], position)
 
         def tokenize(row: dict, position: int) -> dict:
-            query = processor.encode_questions([row["question"]])[0]
-            return {"query_ids": query, "pos_index": row["pos_index"], EXAMPLE_INDEX: position}
+            return {"query_ids": processor.encode_questions([row["question"]])[0], EXAMPLE_INDEX: position}
 
         tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
         return self.add_candidates(tokenized, dataset, args)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name != EXAMPLE_INDEX}
-        is_positive = inputs.pop("is_positive")
-        outputs = model(**inputs)
+        outputs = model(**model_inputs(inputs))
         is_candidate = inputs["document_index"] >= 0
-        loss = contrastive_loss(outputs.scores, is_positive, is_candidate, self.args.temperature)
+        loss = contrastive_loss(outputs.scores, inputs[IS_POSITIVE], is_candidate, self.args.temperature)
+        if self.model.training:
+            self.watch_retrieval(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def watch_retrieval(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> None:
+        """Recall over the batch's candidates, in-batch negatives among them."""
+        depth = min(RANKING_DEPTH, outputs.scores.shape[1])
+        best = outputs.scores.detach().topk(depth)
+        ranking = best.indices.masked_fill(best.values.isneginf(), -1)
+        for k in (1, RANKING_DEPTH):
+            self.watch.add(f"recall@{k}", *batch_recall(ranking[:, :k], inputs[IS_POSITIVE]))
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """Loss, the ranked candidates `[B, k]` and the rows' positions in the evaluation data; no answers."""
@@ -110,7 +125,7 @@ class ContrastiveTrainer(RetrievalTrainer):
         return loss, self.rank(inputs[EXAMPLE_INDEX].tolist())[1], inputs[EXAMPLE_INDEX]
 
 
-def check_positives(pos_index: list[int] | None, row: dict, position: int) -> None:
+def check_positives(pos_index: list[int], row: dict, position: int) -> None:
     """Raise unless the row names at least one relevant document among its own.
 
     Raises:

@@ -11,12 +11,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from modeling_clara import CLaRaOutput
 from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.memory_store import MemoryStore
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+from modeling_clara.topk import slot_softmax
 
-from .base import EXAMPLE_INDEX, pad_examples
-from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments
+from .base import EXAMPLE_INDEX, IS_POSITIVE, pad_examples
+from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments, batch_recall, positive_mask
 
 
 TEMPERATURE_SCHEDULES = ("linear", "cosine")
@@ -90,10 +92,13 @@ class JointConfig(RetrievalTrainingArguments):
 
 
 class JointCollator(CandidateCollator):
-    """Batches of questions with their candidates, and the prompts that the selected ones go into."""
+    """Batches of questions with their candidates, and the prompts that the selected ones go into. Gold positions, where
+    known, are for the log only."""
 
     def __call__(self, features: list[dict]) -> dict:
-        return {**self.candidates(features), **pad_examples(features, self.processor)}
+        batch = self.candidates(features)
+        batch[IS_POSITIVE] = positive_mask([row["pos_index"] for row in features], batch["document_index"])
+        return {**batch, **pad_examples(features, self.processor)}
 
 
 def scheduled_temperature(start: float, end: float, progress: float, schedule: str) -> float:
@@ -118,6 +123,19 @@ class TemperatureSchedule(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         progress = state.global_step / max(state.max_steps - 1, 1)
         self.config.temperature = scheduled_temperature(self.start, self.end, progress, self.schedule)
+
+
+def chosen_mass(scores: torch.Tensor, indices: torch.Tensor, temperature: float, taken_mask: str) -> torch.Tensor:
+    """Soft weight of the document in each filled slot `[slots]`.
+
+    Args:
+        scores (`[B, N]`), indices (`[B, k]`): as in [`~modeling_clara.CLaRaOutput`].
+        temperature, taken_mask: as in [`~modeling_clara.straight_through_topk`].
+    """
+    is_filled = indices >= 0
+    hard = torch.nn.functional.one_hot(indices.clamp(min=0), scores.shape[1])
+    soft = slot_softmax(scores.float() / temperature, hard, is_filled, taken_mask)
+    return (soft * hard).sum(dim=-1)[is_filled]
 
 
 class JointTrainer(RetrievalTrainer):
@@ -171,6 +189,17 @@ class JointTrainer(RetrievalTrainer):
 
         tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
         return self.add_candidates(tokenized, dataset, args)
+
+    def watch_retrieval(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> None:
+        """Recall of the batch where gold documents are known, and how surely slots choose: the mean soft weight of the
+        chosen document (`chosen_mass`) and the share of slots where it is more than half (`chosen_share`)."""
+        config, indices = self.model.config, outputs.topk_indices
+        for k in dict.fromkeys((1, config.top_k)):
+            self.watch.add(f"recall@{k}", *batch_recall(indices[:, :k], inputs[IS_POSITIVE]))
+        with torch.no_grad():
+            mass = chosen_mass(outputs.scores, indices, config.temperature, config.topk_taken_mask)
+        self.watch.add("chosen_mass", mass.sum(), len(mass))
+        self.watch.add("chosen_share", (mass > 0.5).sum(), len(mass))
 
     def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
         memories, ranking = self.rank(rows)

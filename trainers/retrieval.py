@@ -35,6 +35,36 @@ class RetrievalTrainingArguments(CLaRaTrainingArguments):
     memory_batch_size: int = field(default=64, metadata={"help": "Documents per forward pass filling the store."})
 
 
+def positives(dataset: Dataset) -> list[list[int]]:
+    """The rows' `pos_index`, empty where it is not known."""
+    if "pos_index" not in dataset.column_names:
+        return [[] for _ in range(len(dataset))]
+    return [gold or [] for gold in dataset["pos_index"]]
+
+
+def positive_mask(golds: list[list[int]], document_index: torch.Tensor) -> torch.Tensor:
+    """`True` `[B, N]` at each question's gold positions, in the shape of `document_index`."""
+    is_positive = torch.zeros_like(document_index, dtype=torch.bool)
+    for row, gold in enumerate(golds):
+        is_positive[row, gold] = True
+    return is_positive
+
+
+def batch_recall(indices: torch.Tensor, is_positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recall of a batch: gold candidates found among all gold ones.
+
+    Args:
+        indices (`[B, k]` int64): ranked candidates, -1 where there are fewer.
+        is_positive (`[B, N]` bool): gold candidates; a question without any does not count.
+
+    Returns:
+        the sum over questions, and their number.
+    """
+    found = is_positive.gather(1, indices.clamp(min=0)) & (indices >= 0)
+    gold = is_positive.sum(dim=1)
+    return (found.sum(dim=1) / gold.clamp(min=1)).sum(), (gold > 0).sum()
+
+
 class CandidateCollator:
     """Questions and the memories of their candidates, each distinct document once.
 
@@ -82,14 +112,15 @@ class RetrievalTrainer(CLaRaTrainer):
         return MemoryStore.open(args.memory_store or os.path.join(args.output_dir, "memories"), model)
 
     def add_candidates(self, tokenized: Dataset, dataset: Dataset, args: RetrievalTrainingArguments) -> Dataset:
-        """`tokenized` with a column for the candidates of `dataset`: keys in the store, else token ids."""
+        """`tokenized` with the candidates of `dataset`, as keys in the store, else token ids, and its `pos_index`."""
         distinct = list(dict.fromkeys(text for docs in dataset["docs"] for text in docs))
         if self.store is None:
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
             ids, column = self.store.add(distinct, batch_size=args.memory_batch_size), "keys"
         known = dict(zip(distinct, ids, strict=True))
-        return tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
+        tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
+        return tokenized.add_column("pos_index", positives(dataset))
 
     def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:
         """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""
