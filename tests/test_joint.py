@@ -72,6 +72,15 @@ def test_frozen_parts_stay(options, trained, base, tmp_path):
     assert changed == trained
 
 
+def test_mse_weight_counts_where_the_compressor_trains(base, tmp_path):
+    model = build_clara(base, lora_dropout=0.0)
+    options = {"online": True, "train_compressor": True, "mse_weight": 3.0, "max_steps": 1}
+    trainer = make_trainer("joint", base, tmp_path, model, **options)
+    trainer.train()
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert row["mse_loss"] > 0.01 and row["loss"] == pytest.approx(row["ce_loss"] + 3 * row["mse_loss"], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -79,6 +88,7 @@ def test_frozen_parts_stay(options, trained, base, tmp_path):
         ({"temperature_schedule": "step"}, "temperature_schedule must be one of .* got 'step'"),
         ({"freeze_generator": True, "freeze_query_reasoner": True}, "leave nothing to train"),
         ({"freeze_query_reasoner": True, "query_learning_rate": 0.1}, "query_learning_rate has no use"),
+        ({"mse_weight": 0.1}, "mse_weight has no use without train_compressor"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, words, tmp_path):

@@ -59,6 +59,9 @@ class JointConfig(RetrievalTrainingArguments):
             Whether to compress candidates in every step instead of once, for those who train the compressor too.
         train_compressor (`bool`, *optional*, defaults to `False`):
             Whether compressor and memory embeddings train as well; needs `online`.
+        mse_weight (`float`, *optional*):
+            Weight of the mean-squared error between document and memory means, where the compressor trains; the model
+            configuration's by default.
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
@@ -74,11 +77,14 @@ class JointConfig(RetrievalTrainingArguments):
     )
     online: bool = field(default=False, metadata={"help": "Compress candidates in every step instead of once."})
     train_compressor: bool = field(default=False, metadata={"help": "Train the compressor too; needs online."})
+    mse_weight: float | None = field(default=None, metadata={"help": "Weight of the MSE term, with train_compressor."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.train_compressor and not self.online:
             raise ValueError("train_compressor needs online: stored memories do not follow a compressor that changes.")
+        if self.mse_weight is not None and not self.train_compressor:
+            raise ValueError("mse_weight has no use without train_compressor: there is no MSE term.")
         if self.temperature_schedule not in TEMPERATURE_SCHEDULES:
             raise ValueError(
                 f"temperature_schedule must be one of {TEMPERATURE_SCHEDULES}, got {self.temperature_schedule!r}."
@@ -142,7 +148,7 @@ class JointTrainer(RetrievalTrainer):
     """End-to-end training of retrieval and generation through the straight-through top-k."""
 
     def __init__(self, model, args: JointConfig, train_dataset=None, eval_dataset=None, **kwargs):
-        for name in ("top_k", "temperature", "topk_taken_mask"):
+        for name in ("top_k", "temperature", "topk_taken_mask", "mse_weight"):
             if getattr(args, name) is not None:
                 setattr(model.config, name, getattr(args, name))
         model.config.validate_ranges()

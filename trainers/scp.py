@@ -7,6 +7,7 @@ is the list of its question and answer pairs, that of a `paraphrase` row its one
 import random
 from dataclasses import dataclass, field
 
+import yaml
 from datasets import Dataset
 from transformers.utils import logging
 
@@ -15,6 +16,7 @@ from modeling_clara.adapters import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
 from .base import EXAMPLE_INDEX, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, pad_examples
+from .mix import MixSampler, check_weights
 
 
 logger = logging.get_logger(__name__)
@@ -37,7 +39,36 @@ class CompressionTrainingArguments(CLaRaTrainingArguments):
 
 @dataclass
 class SCPConfig(CompressionTrainingArguments):
-    """Arguments of [`SCPTrainer`]."""
+    r"""
+    Arguments of [`SCPTrainer`].
+
+    Parameters:
+        > Parameters that control the data
+
+        data_mix (`dict[str, float]`, *optional*):
+            Weight of each `data_type` among the rows that are drawn, such as `{qa: 0.5, paraphrase: 0.5}`, see
+            [`~trainers.mix.MixSampler`]; a kind that is not named is left out. By default all rows are drawn alike.
+    """
+
+    data_mix: dict | str | None = field(default=None, metadata={"help": "Weight of each data_type, YAML or JSON."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = self.data_mix
+        if given is None:
+            return
+        if isinstance(given, str):
+            try:
+                self.data_mix = yaml.safe_load(given)
+            except yaml.YAMLError as error:
+                raise ValueError(f"data_mix is no valid YAML: {given!r}.") from error
+        if not isinstance(self.data_mix, dict):
+            raise ValueError(f"data_mix must be a mapping of kinds to weights, got {given!r}.")
+        check_weights(self.data_mix)
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"data_mix draws rows itself: leave out train_sampling_strategy, got {self.train_sampling_strategy!r}."
+            )
 
 
 class CompressionCollator:
@@ -93,6 +124,20 @@ class SCPTrainer(CompressionTrainer):
     """Salient compressor pretraining: loss = cross entropy + `mse_weight` x MSE of document and memory means."""
 
     supports_generation = False
+
+    def __init__(self, model, args: SCPConfig, train_dataset=None, eval_dataset=None, **kwargs):
+        self.mix_sampler = None
+        if args.data_mix is not None and train_dataset is not None:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            kinds = list(train_dataset["data_type"])
+            # The state knows the epoch; accelerate's `set_epoch` misses a sampler that is sharded and resumed.
+            self.mix_sampler = MixSampler(kinds, args.data_mix, seed, epoch=lambda: int(self.state.epoch or 0))
+        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        if self.args.data_mix is None:
+            return super()._get_train_sampler(train_dataset)
+        return self.mix_sampler
 
     def prepare_dataset(self, dataset: Dataset, model, args: SCPConfig, options: dict) -> Dataset:
         processor, seed, max_length = self.processor, args.data_seed or args.seed, args.max_length
