@@ -7,6 +7,7 @@ import torch
 from test_trainers import SCP_ROWS, make_trainer
 
 from trainers import SCPConfig
+from trainers.cli import DataArguments, parse
 from trainers.mix import MixSampler, exact_shares
 
 
@@ -75,6 +76,18 @@ def test_a_kind_that_the_data_do_not_have_is_named(base, tmp_path):
         make_trainer("scp", base, tmp_path, data_mix={"qa": 1, "summary": 1})
     with pytest.raises(ValueError, match="data_mix draws rows itself"):
         SCPConfig(output_dir=str(tmp_path), data_mix={"qa": 1}, train_sampling_strategy="group_by_length")
+
+
+def test_a_mix_is_read_from_yaml_and_from_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "train_file: a.jsonl\noutput_dir: runs/x\ndata_mix: {qa: 0.25, paraphrase: 0.75}\n", encoding="utf-8"
+    )
+    types = (DataArguments, SCPConfig)
+    _, args = parse(types, path, [])
+    assert args.data_mix == {"qa": 0.25, "paraphrase": 0.75}
+    _, args = parse(types, path, ["--data_mix", "{qa: 1}"])
+    assert args.data_mix == {"qa": 1}
 
 
 def drawn_rows(trainer) -> list[int]:

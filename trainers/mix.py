@@ -10,9 +10,9 @@ from torch.utils.data import Sampler
 class MixSampler(Sampler[int]):
     """Rows of several kinds, in shares that are exact in every epoch, in a new order each.
 
-    An epoch has as many rows as the data have of the kinds that are drawn. A kind with fewer rows than its share is gone
-    through again, in another order; of one with more rows, each epoch leaves out others. The order depends on seed and
-    epoch alone: processes draw alike, and so does a resumed run.
+    An epoch has as many rows as the data have of the kinds that are drawn. A kind with fewer rows than its share is
+    gone through again, in another order; of one with more rows, each epoch leaves out others. The order depends on seed
+    and epoch alone: processes draw alike, and so does a resumed run.
 
     Args:
         kinds (`list[str]`): each row's kind.
