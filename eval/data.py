@@ -1,4 +1,4 @@
-"""The question-answering schema: one JSON object per line, `.gz` or not.
+"""The question-answering schema: one row per question, in a file of any kind that `eval/data_files.py` reads.
 
     {"id": "q1", "question": "...", "answers": ["...", ...], "docs": ["...", ...], "pos_index": [3], "type": "two-hop"}
 
@@ -7,20 +7,17 @@ the positions of the gold documents among them. `id` (default: the line number),
 further keys are kept in `QAExample.extra`. Blank lines are skipped.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.data_files import DataError, read_jsonl, read_rows, shown, unit_of
+
+
+__all__ = ["DataError", "QAExample", "iter_examples", "load_examples", "load_scp", "parse_example", "read_jsonl"]
 
 REQUIRED = ("question", "answers", "docs")
-
-
-class DataError(ValueError):
-    """A data file breaks the schema; the message names the file, the line and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -51,61 +48,55 @@ class QAExample:
         return [self.docs[index] for index in self.pos_index or []]
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSONL file, gzipped where its name ends in `.gz`.
+def iter_examples(source: str | Path, needs_answers: bool = True) -> Iterator[QAExample]:
+    """Reads and checks questions one after the other; of those read before, only ids are kept.
+
+    Args:
+        source: a file, a folder or a data set on the Hub, as in `eval/data_files.py`.
+        needs_answers: `False` where only retrieval is trained.
 
     Raises:
-        DataError: the file cannot be read, or a line is not UTF-8, not JSON or not an object.
+        DataError: a row breaks the schema, an id is used twice, or there is no question at all.
     """
-    number = 0
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse(path, number, line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}, after line {number}: the gzip data is damaged ({error}).") from error
-    except OSError as error:
-        raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from error
-
-
-def load_examples(path: str | Path, needs_answers: bool = True) -> list[QAExample]:
-    """Reads and checks a whole file of questions; `needs_answers=False` where only retrieval is trained.
-
-    Raises:
-        DataError: a line breaks the schema, an id is used twice, or there is no question at all.
-    """
-    examples, lines = [], {}
-    for number, row in read_jsonl(path):
+    unit, numbers = unit_of(source), {}
+    for number, row in read_rows(source):
         try:
             example = parse_example(row, str(number), needs_answers)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-        if example.id in lines:
-            raise DataError(f"{path}, line {number}: id {example.id!r} is already used in line {lines[example.id]}.")
-        lines[example.id] = number
-        examples.append(example)
-    if not examples:
-        raise DataError(f"{path}: the file holds no question.")
-    return examples
+            raise DataError(f"{source}, {unit} {number}: {error}") from error
+        earlier = numbers.setdefault(example.id, number)
+        if earlier != number:
+            raise DataError(f"{source}, {unit} {number}: id {example.id!r} is already used in {unit} {earlier}.")
+        yield example
+    if not numbers:
+        raise DataError(f"{source}: the file holds no question.")
 
 
-def load_scp(path: str | Path) -> list[dict[str, Any]]:
-    """Reads and checks a file of SCP rows: `data_type` (`qa` or `paraphrase`), `question`, `answers`, `docs`.
+def load_examples(source: str | Path, needs_answers: bool = True) -> list[QAExample]:
+    """Reads and checks all questions of a file, a folder or a data set on the Hub; see [`iter_examples`].
+
+    Raises:
+        DataError: as [`iter_examples`].
+    """
+    return list(iter_examples(source, needs_answers))
+
+
+def load_scp(source: str | Path) -> list[dict[str, Any]]:
+    """Reads and checks SCP rows: `data_type` (`qa` or `paraphrase`), `question`, `answers`, `docs`.
 
     A `qa` row has as many questions as answers; a `paraphrase` row has one answer and no question.
 
     Raises:
-        DataError: a line breaks the schema, or there is no row at all.
+        DataError: a row breaks the schema, or there is no row at all.
     """
-    rows = []
-    for number, row in read_jsonl(path):
+    unit, rows = unit_of(source), []
+    for number, row in read_rows(source):
         try:
             rows.append(_parse_scp(row))
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
+            raise DataError(f"{source}, {unit} {number}: {error}") from error
     if not rows:
-        raise DataError(f"{path}: the file holds no row.")
+        raise DataError(f"{source}: the file holds no row.")
     return rows
 
 
@@ -115,7 +106,7 @@ def _parse_scp(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the field {name!r} is missing.")
     kind, questions = row["data_type"], row["question"]
     if kind not in ("qa", "paraphrase"):
-        raise ValueError(f"'data_type' must be 'qa' or 'paraphrase', but is {_shown(kind)}.")
+        raise ValueError(f"'data_type' must be 'qa' or 'paraphrase', but is {shown(kind)}.")
     _check_texts("answers", row["answers"])
     _check_texts("docs", row["docs"])
     if kind == "qa":
@@ -138,9 +129,9 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
     for name in REQUIRED:
         if name not in row:
             raise ValueError(f"the field {name!r} is missing.")
-    identifier = row.get("id", default_id)
+    identifier = default_id if row.get("id") is None else row["id"]
     if type(identifier) not in (str, int):
-        raise ValueError(f"'id' must be a string, but is {_shown(identifier)}.")
+        raise ValueError(f"'id' must be a string, but is {shown(identifier)}.")
     kind = row.get("type")
     if kind is not None:
         _check_text("type", kind)
@@ -159,23 +150,9 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
     )
 
 
-def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
-    where = f"{path}, line {number}"
-    try:
-        # Files saved on Windows may start with a byte order mark.
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON, {error.msg} at column {error.colno}.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, but the line holds {_shown(row)}.")
-    return row
-
-
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be a string, but is {_shown(value)}.")
+        raise ValueError(f"{name!r} must be a string, but is {shown(value)}.")
     if not value.strip():
         raise ValueError(f"{name!r} is empty.")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -184,7 +161,7 @@ def _check_text(name: str, value: Any) -> None:
 
 def _check_texts(name: str, values: Any) -> None:
     if not isinstance(values, list):
-        raise ValueError(f"{name!r} must be a list of strings, but is {_shown(values)}.")
+        raise ValueError(f"{name!r} must be a list of strings, but is {shown(values)}.")
     if not values:
         raise ValueError(f"{name!r} is an empty list.")
     for index, value in enumerate(values):
@@ -195,15 +172,10 @@ def _gold(value: Any, num_docs: int) -> list[int] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list) or any(type(index) is not int for index in value):
-        raise ValueError(f"'pos_index' must be a list of integers, but is {_shown(value)}.")
+        raise ValueError(f"'pos_index' must be a list of integers, but is {shown(value)}.")
     for index in value:
         if not 0 <= index < num_docs:
             raise ValueError(f"gold index {index} in 'pos_index' is out of range for {num_docs} docs.")
     if len(set(value)) < len(value):
         raise ValueError(f"'pos_index' names a document twice: {value}.")
     return sorted(value)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

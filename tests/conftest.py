@@ -7,6 +7,8 @@ import os
 # One thread, here and in the processes that tests start: results that must be equal bit for bit then do not depend on
 # how a sum was split, and tiny models are faster so.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -22,8 +24,6 @@ from transformers import (
     set_seed,
 )
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
