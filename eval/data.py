@@ -107,10 +107,10 @@ def _parse_scp(row: dict[str, Any]) -> dict[str, Any]:
     kind, questions = row["data_type"], row["question"]
     if kind not in ("qa", "paraphrase"):
         raise ValueError(f"'data_type' must be 'qa' or 'paraphrase', but is {shown(kind)}.")
-    _check_texts("answers", row["answers"])
-    _check_texts("docs", row["docs"])
+    check_texts("answers", row["answers"])
+    check_texts("docs", row["docs"])
     if kind == "qa":
-        _check_texts("question", questions)
+        check_texts("question", questions)
         if len(questions) != len(row["answers"]):
             raise ValueError(f"there are {len(questions)} questions, but {len(row['answers'])} answers.")
     elif questions != [] or len(row["answers"]) != 1:
@@ -134,11 +134,11 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
         raise ValueError(f"'id' must be a string, but is {shown(identifier)}.")
     kind = row.get("type")
     if kind is not None:
-        _check_text("type", kind)
-    _check_text("question", row["question"])
+        check_text("type", kind)
+    check_text("question", row["question"])
     if needs_answers or row["answers"] != []:
-        _check_texts("answers", row["answers"])
-    _check_texts("docs", row["docs"])
+        check_texts("answers", row["answers"])
+    check_texts("docs", row["docs"])
     return QAExample(
         id=str(identifier),
         question=row["question"],
@@ -150,7 +150,7 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
     )
 
 
-def _check_text(name: str, value: Any) -> None:
+def check_text(name: str, value: Any) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be a string, but is {shown(value)}.")
     if not value.strip():
@@ -159,13 +159,13 @@ def _check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name!r} holds half a surrogate pair, which no tokenizer can read.")
 
 
-def _check_texts(name: str, values: Any) -> None:
+def check_texts(name: str, values: Any) -> None:
     if not isinstance(values, list):
         raise ValueError(f"{name!r} must be a list of strings, but is {shown(values)}.")
     if not values:
         raise ValueError(f"{name!r} is an empty list.")
     for index, value in enumerate(values):
-        _check_text(f"{name}[{index}]", value)
+        check_text(f"{name}[{index}]", value)
 
 
 def _gold(value: Any, num_docs: int) -> list[int] | None:

@@ -21,6 +21,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,34 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
     The file appears when it is whole: nothing is left of a write that fails or is interrupted.
     """
+    number = 0
+    with _staged(path) as file:
+        packed = gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else file
+        for row in rows:
+            packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            number += 1
+        if packed is not file:
+            packed.close()
+    return number
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file as [`write_jsonl`] does: whole, or not at all."""
+    with _staged(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _staged(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    number = 0
     try:
         with open(staged, "wb") as file:
-            packed = gzip.GzipFile("", "wb", 6, file, mtime=0) if path.name.endswith(".gz") else file
-            for number, row in enumerate(rows, start=1):  # noqa: B007 - counted on purpose
-                packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            if packed is not file:
-                packed.close()
+            yield file
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
-    return number
 
 
 def shown(value: Any) -> str:

@@ -50,7 +50,8 @@ def leak_report(examples: Sequence[QAExample], seed: int = 0) -> dict:
           other, contains an accepted answer, among questions whose answer is not yes or no; `negatives_with_answer`:
           share of their negatives that do, which may be unlabelled positives;
         - `random`, `file_order`, `question_blind`: Recall@k of ranking by chance (its expectation), in the file's
-          order, and by a classifier that sees documents only, never the question (`None` with fewer than 20 questions).
+          order, and by a classifier that sees documents only, never the question (`None`
+          with fewer than 20 questions). All are `None` where no question has gold.
     """
     known = [example for example in examples if example.pos_index]
     looked = [_answer_counts(example) for example in known if AnswerFinder(example.answers).needles]
@@ -62,15 +63,44 @@ def leak_report(examples: Sequence[QAExample], seed: int = 0) -> dict:
         "answer_in_gold": _mean(gold > 0 for gold, _, _ in looked),
         "answer_in_negatives": _mean(found > 0 for _, found, _ in looked),
         "negatives_with_answer": sum(found for _, found, _ in looked) / negatives if negatives else None,
-        "random": {f"recall@{k}": _mean(min(k / len(example.docs), 1.0) for example in known) for k in KS},
-        "file_order": _recalls(known, [list(range(len(example.docs))) for example in known]),
+        "random": None,
+        "file_order": None,
         "question_blind": None,
     }
+    if known:
+        report["random"] = {f"recall@{k}": _mean(min(k / len(example.docs), 1.0) for example in known) for k in KS}
+        report["file_order"] = _recalls(known, [list(range(len(example.docs))) for example in known])
     if len(known) >= 20:
         chosen = np.random.default_rng(seed).permutation(len(known))[:MAX_QUESTIONS]
         sample = [known[index] for index in chosen]
         report["question_blind"] = _recalls(sample, blind_rankings(sample, seed))
     return report
+
+
+def format_report(report: dict) -> str:
+    """The report as a few lines, in percent, with what to make of them."""
+    lines = [
+        f"{report['questions']} questions, {report['candidates']:.1f} candidates each; "
+        f"{report['with_gold']} with gold documents among them."
+    ]
+    if report.get("gold_in_pool") is not None:
+        lines.append(f"Gold documents in the pools: {_percent(report['gold_in_pool'])}, the ceiling of every Recall.")
+    lines.append(f"A gold document holds an accepted answer: {_percent(report['answer_in_gold'])} of the questions.")
+    lines.append(
+        f"Another candidate does: {_percent(report['answer_in_negatives'])} of the questions, "
+        f"{_percent(report['negatives_with_answer'])} of the candidates (unlabelled positives?)."
+    )
+    rows = {
+        "by chance": "random",
+        "in the file's order": "file_order",
+        "by a question-blind classifier": "question_blind",
+    }
+    for label, name in rows.items():
+        if report[name] is not None:
+            recalls = " / ".join(_percent(report[name][f"recall@{k}"]) for k in KS)
+            lines.append(f"Recall@{'/'.join(map(str, KS))} {label}: {recalls}")
+    lines.append("A blind ranking well above chance means: gold documents can be told by their style or place.")
+    return "\n".join(lines)
 
 
 def blind_rankings(examples: Sequence[QAExample], seed: int = 0) -> list[list[int]]:
@@ -150,3 +180,7 @@ def _bag(classifier, features):
 def _mean(values) -> float | None:
     values = list(values)
     return float(np.mean(values)) if values else None
+
+
+def _percent(share):
+    return "–" if share is None else f"{100 * share:.1f}%"

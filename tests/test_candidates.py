@@ -1,10 +1,18 @@
 """Candidate pools: what is in them, for which retriever, and the sentence for what cannot be built."""
 
+import json
+import os
+
 import numpy as np
 import pytest
+from transformers import BertConfig, BertModel
 
-from eval.candidates import build_candidates, distinct_passages
-from eval.retrievers import BM25Retriever, random_rows
+from eval.candidates import build_candidates, distinct_passages, main
+from eval.corpus import read_corpus, read_questions
+from eval.data import DataError, load_examples
+from eval.data_files import write_jsonl
+from eval.retrievers import BiEncoderRetriever, BM25Retriever, random_rows
+from tests.conftest import build_tokenizer
 
 
 ANIMALS = ("heron", "otter", "badger", "lynx", "marten", "beaver", "falcon", "plover", "weasel", "ibex")
@@ -112,3 +120,155 @@ def test_random_rows_are_distinct_free_and_reach_every_row():
         rows = random_rows(chance, size, count, taken)
         assert len(rows) == len(set(rows)) == min(count, size - len(taken)) and not taken & set(rows)
     assert {row for _ in range(200) for row in random_rows(chance, 30, 3, {0})} == set(range(1, 30))
+
+
+# Bi-encoders
+
+
+@pytest.fixture(scope="session")
+def bi_encoder(tmp_path_factory):
+    """A folder with a tiny random bi-encoder of sentence-transformers, which puts prompts before its texts."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder = str(tmp_path_factory.mktemp("bert"))
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None  # with one, sentence-transformers would make each prompt a message
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    # Wide initial values, so that texts differ clearly.
+    BertModel(BertConfig(**shape, vocab_size=len(tokenizer), initializer_range=0.5)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    modules = [Transformer(folder), Pooling(32, "mean")]
+    prompts = {"query": "Question: ", "document": "Passage: "}
+    target = str(tmp_path_factory.mktemp("bi-encoder"))
+    sentence_transformers.SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(target)
+    return target
+
+
+def test_a_bi_encoder_finds_the_most_similar_passages_with_its_own_prompts(bi_encoder):
+    from sentence_transformers import SentenceTransformer
+
+    texts, asked = list(CORPUS.values()), [row["question"] for row in QUESTIONS[:7]]
+    model = SentenceTransformer(bi_encoder)
+    queries = model.encode([f"Question: {text}" for text in asked], normalize_embeddings=True)
+    passages = model.encode([f"Passage: {text}" for text in texts], normalize_embeddings=True)
+    expected = np.argsort(-queries @ passages.T, axis=1)
+    found = BiEncoderRetriever(texts, bi_encoder).search(asked, 3)
+    assert found == expected[:, :3].tolist()
+    assert [len(rows) for rows in BiEncoderRetriever(texts[:2], bi_encoder).search(asked, 3)] == [2] * 7
+    rows = build_candidates(QUESTIONS[:7], CORPUS, bi_encoder, size=4, mode="normal")
+    assert [set(row["doc_ids"]) for row in rows] == [{list(CORPUS)[row] for row in best[:4]} for best in expected]
+
+
+# Corpus and questions from files
+
+
+def test_a_corpus_has_titles_in_front_of_its_texts_and_ids_or_numbers(tmp_path):
+    rows = [{"_id": "a", "title": "Lynx", "text": "It sleeps."}, {"contents": "An otter."}, {"id": 7, "content": "x"}]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    assert read_corpus(tmp_path / "c.jsonl") == {"a": "Lynx\nIt sleeps.", "2": "An otter.", "7": "x"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"title": "x"}, "line 2: 'text' must be a string, but is null"),
+        ({"text": " "}, "line 2: 'text' is empty"),
+        ({"text": "x", "id": "1"}, "line 2: id '1' is already used"),
+    ],
+)
+def test_a_broken_passage_is_named_with_its_line(tmp_path, row, message):
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "An otter."}, row])
+    with pytest.raises(DataError, match=f"c.jsonl, {message}"):
+        read_corpus(tmp_path / "c.jsonl")
+
+
+def test_gold_documents_are_positives_and_join_the_corpus_where_it_lacks_them(tmp_path):
+    docs = ["The  OTTER sleeps near the old quarry.", "A new passage.", "Not gold."]
+    rows = [{"question": "Who?", "answers": ["x"], "docs": docs, "pos_index": [0, 1], "level": 2}]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    corpus = dict(CORPUS)
+    (question,) = read_questions(tmp_path / "q.jsonl", corpus)
+    assert question["positives"][0] == "otter-quarry" and corpus[question["positives"][1]] == "A new passage."
+    assert len(corpus) == len(CORPUS) + 1 and question["level"] == 2 and "docs" not in question
+    read_questions(tmp_path / "q.jsonl", corpus, pooled=True)
+    assert list(corpus.values())[len(CORPUS) :] == ["A new passage.", "Not gold."]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": ["x"]}, "the field 'question' is missing"),
+        ({"question": "Who?", "answers": []}, "'answers' is an empty list"),
+        ({"question": "Who?", "answers": ["x"], "positives": "p"}, "'positives' must be a list of ids, but is \"p\""),
+        ({"question": "Who?", "answers": ["x"], "docs": ["d"], "pos_index": [1]}, "gold index 1 in 'pos_index' is out"),
+        ({"question": "Who?", "answers": ["x"], "id": "1"}, "id '1' is already used in line 1"),
+    ],
+)
+def test_a_broken_question_is_named_with_its_line(tmp_path, row, message):
+    write_jsonl(tmp_path / "q.jsonl", [{"question": "Who?", "answers": ["x"]}, row])
+    with pytest.raises(DataError, match=f"q.jsonl, line 2: {message}"):
+        read_questions(tmp_path / "q.jsonl", {})
+
+
+# The command line
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
+    write_jsonl(tmp_path / "c.jsonl", [{"id": name, "text": text} for name, text in CORPUS.items()])
+    return ["--questions", str(tmp_path / "q.jsonl"), "--corpus", str(tmp_path / "c.jsonl")]
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "bi-encoder"])
+def test_the_command_writes_pools_that_the_loader_reads_and_their_report(tmp_path, capsys, files, request, retriever):
+    name = "bm25" if retriever == "bm25" else request.getfixturevalue("bi_encoder")
+    output = tmp_path / "new" / "pools.jsonl.gz"
+    assert main([*files, "--output", str(output), "--size", "12", "--retriever", name]) == 0
+    examples = load_examples(output)
+    assert [example.gold for example in examples] == [[CORPUS[row["positives"][0]]] for row in QUESTIONS]
+    assert all(len(example.docs) == 12 for example in examples)
+    report = json.loads((tmp_path / "new" / "pools.jsonl.gz.report.json").read_text())
+    assert report["questions"] == 50 and report["gold_in_pool"] == report["answer_in_gold"] == 1
+    assert report["random"]["recall@3"] == pytest.approx(0.25) and report["settings"]["retriever"] == name
+    assert set(os.listdir(output.parent)) == {"pools.jsonl.gz", "pools.jsonl.gz.report.json"}
+    printed = capsys.readouterr().out
+    assert "50 questions, 12.0 candidates each" in printed and "by a question-blind classifier" in printed
+    assert main([*files, "--output", str(output)]) == 2
+    assert "is there already: give another --output, or --overwrite" in capsys.readouterr().err
+    before = output.read_bytes()
+    again = [*files, "--output", str(output), "--size", "12", "--retriever", name, "--overwrite"]
+    assert main(again) == 0 and output.read_bytes() == before
+
+
+def test_without_a_corpus_the_questions_docs_are_the_corpus(tmp_path):
+    rows = build_candidates(QUESTIONS, CORPUS, size=3)
+    write_jsonl(tmp_path / "small.jsonl", [{**row, "positives": None} for row in rows])
+    output = tmp_path / "pools.jsonl"
+    arguments = ["--questions", str(tmp_path / "small.jsonl"), "--output", str(output), "--size", "20"]
+    assert main([*arguments, "--mode", "normal"]) == 0
+    assert {text for example in load_examples(output) for text in example.docs} <= set(CORPUS.values())
+    report = json.loads((tmp_path / "pools.jsonl.report.json").read_text())
+    assert 0 < report["gold_in_pool"] <= 1 and report["corpus"]["passages"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "51"], "the corpus holds 50 distinct passages, too few for pools of 51"),
+        (["--mode", "best"], "mode is 'best'; it must be 'oracle' or 'normal'"),
+        (["--output", "pools.txt"], "--output must end in .jsonl or .jsonl.gz, but is pools.txt"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, but is 0"),
+        (["--questions", "none.jsonl"], "none.jsonl: the file cannot be read"),
+        (["--retriever", "./no-such-folder"], "--retriever: ./no-such-folder cannot be loaded: "),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, files, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*files, "--output", "pools.jsonl", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert sorted(os.listdir(tmp_path)) == ["c.jsonl", "q.jsonl"]
