@@ -230,7 +230,10 @@ def write_pools(settings: CandidateSettings) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     try:
-        (settings,) = HfArgumentParser(CandidateSettings).parse_args_into_dataclasses(arguments)
+        parser = HfArgumentParser(CandidateSettings)
+        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"there is no argument {' '.join(unknown)}")
         report = write_pools(settings)
     except (PoolError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -92,7 +92,7 @@ def load_scp(source: str | Path) -> list[dict[str, Any]]:
     unit, rows = unit_of(source), []
     for number, row in read_rows(source):
         try:
-            rows.append(_parse_scp(row))
+            rows.append(parse_scp(row))
         except ValueError as error:
             raise DataError(f"{source}, {unit} {number}: {error}") from error
     if not rows:
@@ -100,7 +100,12 @@ def load_scp(source: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_scp(row: dict[str, Any]) -> dict[str, Any]:
+def parse_scp(row: dict[str, Any]) -> dict[str, Any]:
+    """Checks one row of the first stage.
+
+    Raises:
+        ValueError: says which field is wrong, and how.
+    """
     for name in ("data_type", *REQUIRED):
         if name not in row:
             raise ValueError(f"the field {name!r} is missing.")

@@ -117,11 +117,18 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     with _staged(path) as file:
         packed = gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else file
         for row in rows:
-            packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            packed.write(_line(row))
             number += 1
         if packed is not file:
             packed.close()
     return number
+
+
+def _line(row):
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair can only be written escaped
+        return (json.dumps(row) + "\n").encode()
 
 
 def write_text(path: str | Path, text: str) -> None:

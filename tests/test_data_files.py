@@ -269,6 +269,12 @@ def test_a_long_file_is_read_one_question_at_a_time(tmp_path, monkeypatch, name)
     assert peak < size / 4
 
 
+def test_half_a_surrogate_pair_is_written_and_read_as_it_is(tmp_path):
+    rows = [{"text": "a\ud800b"}, {"text": "東京"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [row for _, row in read_rows(tmp_path / "a.jsonl")] == rows
+
+
 def test_equal_rows_give_equal_files_and_a_failed_write_leaves_the_old_one(tmp_path):
     path = tmp_path / "new" / "a.jsonl.gz"
     assert write_jsonl(path, ROWS) == 5
