@@ -150,6 +150,24 @@ def test_a_thousand_random_pairs_agree_with_the_published_definitions():
     assert different > 50
 
 
+def test_a_thousand_random_pairs_agree_with_another_librarys_squad():
+    """torchmetrics scores SQuAD v2: two empty answers are equal there; and SQuAD has no rule for yes and no."""
+    squad = pytest.importorskip("torchmetrics.functional.text").squad
+    compared = closed = 0
+    for prediction, answer in random_pairs(2400):
+        normalized = {official_normalize(prediction), official_normalize(answer)}
+        target = {"id": "1", "answers": {"answer_start": [0], "text": [answer]}}
+        found = squad([{"id": "1", "prediction_text": prediction}], [target])
+        assert 100 * exact_match(prediction, answer) == found["exact_match"].item()
+        if len(normalized) == 2 and normalized & {"yes", "no", "noanswer"}:
+            closed += 1
+            assert token_f1(prediction, answer) == 0
+        elif "" not in normalized:
+            compared += 1
+            assert 100 * token_f1(prediction, answer) == pytest.approx(found["f1"].item(), abs=1e-4)
+    assert compared > 1000 and closed > 10
+
+
 def test_cover_em_is_never_below_em():
     assert all(cover_exact_match(*pair) >= exact_match(*pair) for pair in random_pairs())
 

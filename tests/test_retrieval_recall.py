@@ -67,6 +67,29 @@ def test_random_rankings_agree_with_the_literal_definitions():
         assert score_ranking(ranking, gold, ks=(k,)) == pytest.approx(literal_scores(ranking, gold, k))
 
 
+def test_a_thousand_random_rankings_agree_with_ir_measures():
+    ir = pytest.importorskip("ir_measures")
+    chance, ks = random.Random(1), (1, 2, 3, 5, 10, 25)
+    relevant, ranked, expected = {}, {}, {}
+    for number in range(1000):
+        candidates = chance.randint(1, 20)
+        ranking = chance.sample(range(candidates), chance.randint(1, candidates))
+        gold = chance.sample(range(candidates), chance.randint(1, min(4, candidates)))
+        relevant[str(number)] = {str(candidate): int(candidate in gold) for candidate in range(candidates)}
+        ranked[str(number)] = {str(candidate): float(-rank) for rank, candidate in enumerate(ranking)}
+        expected[str(number)] = score_ranking(ranking, gold, ks)
+    names = {ir.RR: "mrr"}
+    for k in ks:
+        names |= {ir.R @ k: f"recall@{k}", ir.P @ k: f"precision@{k}", ir.nDCG @ k: f"ndcg@{k}"}
+    found = list(ir.iter_calc(names, relevant, ranked))
+    assert len(found) == 1000 * len(names)
+    for value in found:
+        scores, name = expected[value.query_id], names[value.measure]
+        assert scores[name] == pytest.approx(value.value, abs=1e-9)
+        if name.startswith("recall"):
+            assert scores[name.replace("recall", "all_gold")] == (value.value == 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
