@@ -160,8 +160,10 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name!r} must be a string, but is {shown(value)}.")
     if not value.strip():
         raise ValueError(f"{name!r} is empty.")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name!r} holds half a surrogate pair, which no tokenizer can read.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} holds half a surrogate pair, which no tokenizer can read.") from None
 
 
 def check_texts(name: str, values: Any) -> None:
