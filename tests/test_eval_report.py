@@ -1,22 +1,11 @@
-"""Bootstrap intervals, tables, and what a failed write leaves behind."""
+"""From records to results, and from results to tables."""
 
-import json
-from pathlib import Path
+import csv
+import io
 
-import numpy as np
-import pytest
-
-from eval import report
 from eval.data import QAExample
-from eval.report import (
-    bootstrap_interval,
-    dataset_results,
-    format_tables,
-    holds_run,
-    read_results,
-    summarize,
-    write_run,
-)
+from eval.report import costs_csv, format_costs, format_tables, scores_csv
+from eval.results import compare, dataset_results, summarize
 
 
 def number(value, low, high, n):
@@ -31,38 +20,6 @@ RESULTS = {
     "seconds": 1.0,
     "settings": {"seed": 0},
 }
-
-
-def test_the_interval_of_a_share_is_that_of_the_binomial():
-    shares = np.repeat([[1.0], [0.0]], 500, axis=0)
-    (low,), (high,) = bootstrap_interval(shares, seed=0)
-    expected = 1.96 * np.sqrt(0.25 / 1000)
-    assert low == pytest.approx(0.5 - expected, abs=0.004) and high == pytest.approx(0.5 + expected, abs=0.004)
-
-
-def test_intervals_cover_the_mean_as_often_as_they_say():
-    chance = np.random.default_rng(0)
-    samples = chance.normal(size=(100, 300)) ** 2
-    low, high = bootstrap_interval(samples, seed=1)
-    assert 0.88 <= np.mean((low <= 1) & (high >= 1)) <= 0.98
-
-
-def test_intervals_depend_on_the_seed_and_on_nothing_else(monkeypatch):
-    values = np.random.default_rng(0).random((50, 3))
-    first = np.stack(bootstrap_interval(values, seed=3))
-    assert (first == np.stack(bootstrap_interval(values, seed=3))).all()
-    assert not (first == np.stack(bootstrap_interval(values, seed=4))).all()
-    alone = np.stack(bootstrap_interval(values[:, 1:2], seed=3))
-    assert alone[:, 0] == pytest.approx(first[:, 1])
-    monkeypatch.setattr(report, "BLOCK", 50 * 7)
-    assert np.stack(bootstrap_interval(values, seed=3)) == pytest.approx(first, abs=0.02)
-
-
-def test_equal_values_have_an_interval_without_width():
-    low, high = bootstrap_interval(np.ones((7, 1)), seed=0)
-    assert low == high == 1
-    with pytest.raises(ValueError, match="no value"):
-        bootstrap_interval(np.ones((0, 1)), seed=0)
 
 
 def test_a_metric_is_summarized_over_the_records_that_have_it():
@@ -109,38 +66,59 @@ def test_the_markdown_table_has_as_many_cells_in_every_row_and_a_heading_per_par
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## nano", "## nano, type single"]
 
 
-def records(text):
-    return {"nano": {"clara": [{"id": "1", "prediction": text}]}}
+COSTS = {
+    "clara": {
+        **{"compress_ms": 1234.56, "query_ms": 2.0, "decode_ms": 3.0, "total_ms": 1239.56, "total_ms_stored": 5.0},
+        **{"prompt_tokens": 40.25, "peak_mib": 100.0},
+    },
+    "bm25": dict.fromkeys(
+        ["compress_ms", "query_ms", "decode_ms", "total_ms", "total_ms_stored", "prompt_tokens", "peak_mib"]
+    ),
+}
+PUBLISHED = [
+    {"system": "BM25", "pool": "oracle", "base": "Some-7B", "source": "a paper", "values": {"recall@1": 0.25}},
+]
 
 
-def test_a_run_is_written_whole_and_replaces_all_of_the_earlier_one(tmp_path):
-    assert not holds_run(tmp_path) and read_results(tmp_path) is None
-    write_run(tmp_path, RESULTS, {"nano": {"old": []}})
-    write_run(tmp_path, RESULTS, records("東京"))
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
-        *("predictions", "predictions/clara.jsonl", "results.json", "table.md"),
+def test_systems_that_are_not_distinguishable_share_a_letter_in_every_form_of_the_table():
+    systems = {name: {"f1": number(value, 0, 1, 9)} for name, value in (("x", 0.9), ("y", 0.5), ("z", 0.1))}
+    pairs = [("x", "y", 0.2), ("y", "z", 0.2), ("x", "z", 0.001)]
+    tests = {"f1": [{"a": a, "b": b, "p_holm": p} for a, b, p in pairs]}
+    results = {"systems": systems, "tests": tests}
+    lines = format_tables(results).splitlines()
+    assert "90.0 [0.0, 100.0] a  " in lines[2] and "50.0 [0.0, 100.0] ab" in lines[3]
+    assert "10.0 [0.0, 100.0] b" in format_tables(results, markdown=True)
+    rows = list(csv.DictReader(io.StringIO(scores_csv(results))))
+    assert [(row["system"], row["letters"], row["value"]) for row in rows] == [
+        *(("x", "a", "0.9"), ("y", "ab", "0.5"), ("z", "b", "0.1")),
     ]
-    assert read_results(tmp_path) == RESULTS and holds_run(tmp_path)
-    assert json.loads((tmp_path / "predictions/clara.jsonl").read_text(encoding="utf-8"))["prediction"] == "東京"
 
 
-def test_several_data_files_have_a_folder_each(tmp_path):
-    write_run(tmp_path, {"datasets": {"a": RESULTS, "b": RESULTS}}, {"a": {"bm25": []}, "b": {"bm25": []}})
-    assert (tmp_path / "predictions/a/bm25.jsonl").exists() and (tmp_path / "predictions/b/bm25.jsonl").exists()
+def test_tests_cover_every_metric_that_two_systems_have():
+    rows = [{"scores": {"f1": float(place % 2), "mrr": 0.5}} for place in range(6)]
+    only = [{"scores": {"f1": 0.0}} for _ in range(6)]
+    found = compare({"a": rows, "b": only, "c": only}, seed=0)
+    assert {metric: len(tests) for metric, tests in found.items()} == {"f1": 3}
+    assert (found["f1"][0]["a"], found["f1"][0]["b"], found["f1"][0]["difference"]) == ("a", "b", 0.5)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_earlier_run_as_it_was(tmp_path, monkeypatch, error):
-    write_run(tmp_path, RESULTS, records("earlier"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    write_text = Path.write_text
+def test_published_figures_stand_apart_and_are_named_so():
+    results = {"datasets": {"hotpotqa_dev": {**RESULTS, "published": PUBLISHED}}}
+    text = format_tables(results, markdown=True)
+    assert "## hotpotqa_dev, published: a paper; base Some-7B" in text and "| BM25   |     oracle | 25.0 |" in text
+    last = scores_csv(results).splitlines()[-1]
+    assert last == 'hotpotqa_dev,,"BM25, oracle",recall@1,0.25,,,,,published: a paper; base Some-7B'
 
-    def fail_at_results(path, *arguments, **options):
-        if path.name == "results.json":
-            raise error
-        return write_text(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "write_text", fail_at_results)
-    with pytest.raises(type(error)):
-        write_run(tmp_path, RESULTS, records("later"))
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def test_costs_are_a_table_of_their_own_with_what_was_not_measured_left_open():
+    results = {**RESULTS, "costs": COSTS}
+    assert "1,234.6" not in format_tables(results)
+    lines = format_costs(results).splitlines()
+    assert lines[3].split() == ["clara", "1,234.6", "2.0", "3.0", "1,239.6", "5.0", "40.2", "100.0"]
+    assert lines[4].split() == ["bm25", *"–––––––"]
+    assert costs_csv(results).splitlines()[2] == ",bm25,,,,,,,"
+
+
+def test_a_bar_in_a_name_does_not_break_the_markdown_table():
+    results = {"systems": {"bm25|x": {"f1": number(0.5, 0, 1, 9)}}}
+    assert "bm25\\|x" in format_tables(results, markdown=True)

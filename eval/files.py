@@ -1,0 +1,105 @@
+"""The output folder of a run: what an unfinished one leaves there, and what a finished one puts in its place."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from eval.report import costs_csv, format_costs, format_tables, scores_csv
+from eval.settings import UsageError, slug
+
+
+RESULTS, PREDICTIONS = "results.json", "predictions"
+TABLES = ("table.md", "table.csv", "costs.md", "costs.csv")
+UNFINISHED, RUN = "unfinished", "run.json"
+STAGED = ".eval.tmp"
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a finished run was written to the folder, whole or in part."""
+    return any((Path(folder) / name).exists() for name in (RESULTS, *TABLES, PREDICTIONS))
+
+
+def read_results(folder: str | Path) -> dict | None:
+    """The results of a finished run in the folder, or `None`.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = Path(folder) / RESULTS
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: delete it, or start again with --overwrite.") from error
+
+
+def claim_unfinished(folder: Path, record: dict, begin: bool) -> bool:
+    """Marks the folder as being worked on with the settings `record`.
+
+    Args:
+        begin: whether to make the mark where there is none.
+
+    Returns:
+        Whether there was a mark with the same settings already, so that the run goes on.
+
+    Raises:
+        UsageError: the mark has other settings.
+    """
+    path = folder / UNFINISHED / RUN
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8")) != record:
+            raise UsageError(
+                f"{folder} holds an unfinished run with other settings: give another --output_dir, or --overwrite."
+            )
+        return True
+    if begin:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(".tmp")
+        staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(staged, path)
+    return False
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Forgets an unfinished run; finished results stay."""
+    # The mark goes first, so that half of the rest is never taken for a run.
+    (folder / UNFINISHED / RUN).unlink(missing_ok=True)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def write_run(folder: str | Path, results: dict, records: dict[str, dict[str, list[dict]]]) -> None:
+    """Writes `predictions/<system>.jsonl`, the tables and `results.json`, and removes what an unfinished run left.
+
+    Several data files have a folder each in `predictions`. Earlier results go only when everything new is on the disk,
+    and `results.json` comes last, so that a folder which has it is whole.
+
+    Args:
+        records: per data file, per system, one record per question.
+    """
+    folder = Path(folder)
+    staged = folder / STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        for dataset, systems in records.items():
+            target = staged / PREDICTIONS / (dataset if len(records) > 1 else "")
+            target.mkdir(parents=True)
+            for system, rows in systems.items():
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                (target / f"{slug(system)}.jsonl").write_text("".join(lines), encoding="utf-8")
+        tables = (
+            format_tables(results, markdown=True),
+            scores_csv(results),
+            format_costs(results, markdown=True),
+            costs_csv(results),
+        )
+        for name, text in zip(TABLES, tables, strict=True):
+            (staged / name).write_text(text, encoding="utf-8")
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        (staged / RESULTS).write_text(text, encoding="utf-8")
+        (folder / RESULTS).unlink(missing_ok=True)
+        shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
+        for name in (PREDICTIONS, *TABLES, RESULTS):
+            os.replace(staged / name, folder / name)
+        remove_unfinished(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
