@@ -25,7 +25,7 @@ CHOICES = (*CHECKPOINTS, "bm25", *FOREIGN_RANKERS, "text", "llmlingua2", "gold",
 NAMED = (*FOREIGN_RANKERS, "llmlingua2")
 # What runs unasked, where it has what it needs, and what `all` adds to it.
 DEFAULT_SYSTEMS = (*CHECKPOINTS, "bm25", "gold", "text-gold", *CONTROLS)
-ALL_SYSTEMS = (*CHECKPOINTS, "text-clara", "bm25", "text", "gold", "text-gold", *CONTROLS)
+ALL_SYSTEMS = ("clara", "text-clara", "clara-before-joint", "sup", "bm25", "text", "gold", "text-gold", *CONTROLS)
 TEXT = "text-"
 
 

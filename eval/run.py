@@ -4,7 +4,8 @@
     python eval/run.py --model runs/nano/joint --before_joint runs/nano/scp --data a.jsonl,b.jsonl --systems all
     python eval/run.py --data questions.jsonl --systems "bm25,cross-encoder BAAI/bge-reranker-base"     # no model
     python eval/run.py --config evaluation.yaml --limit 100
-    accelerate launch eval/run.py --model runs/nano/joint --data questions.jsonl                 # several processes
+    accelerate launch eval/run.py --model runs/nano/joint --data questions.jsonl     # a process per accelerator
+    torchrun --nproc_per_node 4 eval/run.py --model runs/nano/joint --data questions.jsonl        # several on a CPU
 
 Data: one JSON object per line with `question`, `answers`, `docs` and, where known, `pos_index`, `id`, `type` (see
 `eval/data.py`). Prints the tables and writes `results.json`, `table.md`, `table.csv`, `costs.md`, `costs.csv` and the
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     # A script has its own folder on the path, but not the repository's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser
@@ -83,8 +85,9 @@ def run(settings: EvalSettings) -> dict:
         DataError, UsageError: as `evaluate_systems`; or the output folder holds another run, finished or not, and
             `overwrite` is not set.
     """
-    folder, state = settings.folder(), PartialState()
-    record = settings.record()
+    # Without an accelerator, accelerate counts several processes only if it is told so.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    folder, record = settings.folder(), settings.record()
     finished = holds_run(folder) and not settings.overwrite
     unfinished = folder / UNFINISHED
     if state.is_main_process:
@@ -101,6 +104,8 @@ def run(settings: EvalSettings) -> dict:
     if state.is_main_process and goes_on:
         logger.warning(f"{folder} holds a part of this run already: it goes on from there.")
     results, records = evaluate_systems(settings, unfinished)
+    # The other processes read the journals, too, and writing removes them.
+    state.wait_for_everyone()
     if state.is_main_process:
         write_run(folder, results, records)
     state.wait_for_everyone()
