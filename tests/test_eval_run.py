@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import build_clara
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,8 @@ from eval import files, loading
 from eval.plan import DEFAULT_SYSTEMS
 from eval.run import evaluate_systems, main
 from eval.settings import EvalSettings
+from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara.memory_store import MemoryStore
 
 
 ROOT = Path(__file__).parents[1]
@@ -333,3 +336,79 @@ def test_the_script_runs_from_any_folder(tmp_path, data):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("type") is False and "bm25" in done.stdout
     assert (tmp_path / "runs/eval/bm25-people/results.json").exists()
+
+
+def test_memories_of_a_store_give_the_same_answers_and_are_added_once(tmp_path, checkpoint, data, monkeypatch):
+    arguments = ["--model", checkpoint, "--data", data, "--systems", "clara,gold", "--max_new_tokens", "4"]
+    store = ["--memory_store", str(tmp_path / "store")]
+    assert main([*arguments, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert main([*arguments, *store, "--output_dir", str(tmp_path / "first")]) == 0
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", None)
+    assert main([*arguments, *store, "--output_dir", str(tmp_path / "second")]) == 0
+    plain, first, second = (read(tmp_path / name) for name in ("plain", "first", "second"))
+    assert plain["systems"] == first["systems"] == second["systems"]
+    compress = [results["costs"]["clara"]["compress_ms"] for results in (plain, first, second)]
+    assert compress[0] > 0 and compress[1] > 0 and compress[2] is None
+    costs = plain["costs"]["clara"]
+    assert costs["total_ms"] == pytest.approx(costs["compress_ms"] + costs["total_ms_stored"])
+
+
+def test_a_store_of_another_compressor_is_one_sentence(tmp_path, checkpoint, base, data, capsys):
+    MemoryStore.open(tmp_path / "store", build_clara(base, seed=5))
+    arguments = ["--model", checkpoint, "--data", data, "--memory_store", str(tmp_path / "store")]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "error: --memory_store: the memories in" in capsys.readouterr().err
+
+
+# Settings from a file, and published figures
+
+
+def test_a_yaml_file_gives_settings_that_the_command_line_overrides(tmp_path, data):
+    (tmp_path / "e.yaml").write_text(
+        f"data: [{data}]\nsystems: [bm25]\nlimit: 2\nseed: 3\nmodel: null\noverwrite: true\n"
+    )
+    assert main(["--config", str(tmp_path / "e.yaml"), "--limit", "1", "--output_dir", str(tmp_path / "out")]) == 0
+    results = read(tmp_path / "out")
+    assert (results["settings"]["seed"], results["settings"]["limit"]) == (3, 1)
+    assert results["systems"]["bm25"]["recall@1"]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("data: [", "cannot be read"), ("- a", "must hold one value"), ("data: {a: b}", "must hold one value")],
+)
+def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message):
+    (tmp_path / "e.yaml").write_text(content)
+    assert main(["--config", str(tmp_path / "e.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "--config: " in error and message in error and error.count("\n") == 1
+
+
+def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_path, data):
+    figures = {
+        "source": "a paper",
+        "base": "Some-7B",
+        "end_to_end": {"normal": {"CLaRa": {"16": {"people": {"f1": 50.0, "em": 40.0}, "others": {"f1": 1.0}}}}},
+        "retrieval": {"pool": "oracle", "BM25": {"people": {"recall@1": 25.0}}},
+        "compressor_cover_em": {"normal": {"text": {"peo": 54.0}}},
+    }
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    arguments = ["--data", data, "--output_dir", str(tmp_path / "out"), "--reference", str(tmp_path / "figures.json")]
+    assert main(arguments) == 0
+    published = read(tmp_path / "out")["published"]
+    assert [(row["system"], row["pool"], row["base"], row["values"]) for row in published] == [
+        ("CLaRa, CR 16", "normal", "Some-7B", {"f1": 0.5, "em": 0.4}),
+        ("text", "normal", "Some-7B", {"cover_em": 0.54}),
+        ("BM25", "oracle", "Some-7B", {"recall@1": 0.25}),
+    ]
+    assert "## published: a paper; base Some-7B" in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"end_to_end": {"normal": 3}}', '{"retrieval": {"x": {"people": 5}}}'])
+def test_a_reference_of_another_form_is_one_sentence(tmp_path, data, capsys, content):
+    (tmp_path / "figures.json").write_text(content)
+    assert (
+        main(["--data", data, "--reference", str(tmp_path / "figures.json"), "--output_dir", str(tmp_path / "o")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "has not the form of published figures" in error and error.count("\n") == 1
