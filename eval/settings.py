@@ -102,11 +102,10 @@ class EvalSettings:
         self.plan()
 
     def files(self) -> dict[str, Path]:
-        """Data files by the name that they have in the results: the file's, without `.gz` and its kind."""
+        """Data files by the name that they have in the results."""
         files = {}
         for path in map(Path, filter(None, self.data.split(","))):
-            name = path.name.removesuffix(".gz")
-            name = name.removesuffix(next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), ""))
+            name = dataset_name(path)
             if not path.is_file():
                 raise UsageError(f"--data: there is no file {path}.")
             if name in files:
@@ -168,6 +167,12 @@ class EvalSettings:
                 paths = {path for pattern in CHECKPOINT_FILES for path in Path(folder).glob(pattern)}
                 hashes[folder] = _sha256(sorted(paths))
         return {**values, "systems": [spec.label for spec in plan], "sha256": hashes}
+
+
+def dataset_name(path: Path) -> str:
+    """A data file's name in the results: without `.gz` and its kind."""
+    name = path.name.removesuffix(".gz")
+    return name.removesuffix(next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), ""))
 
 
 def slug(label: str) -> str:
