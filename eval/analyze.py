@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 from eval import plots
 from eval import report_html as html
 from eval.data import DataError, QAExample, load_examples
+from eval.data_files import source_name
 from eval.files import PREDICTIONS, read_results
 from eval.latents import logit_lens, mean_states, project
 from eval.loading import load_clara, loading
@@ -41,7 +42,7 @@ from eval.report import (
     score_rows,
 )
 from eval.results import datasets_of, parts_of
-from eval.settings import EvalSettings, UsageError, dataset_name, slug
+from eval.settings import EvalSettings, UsageError, slug
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -261,7 +262,7 @@ class Analysis:
 
 def _named(results: dict) -> dict[str, dict]:
     """The results of each data file, by its name also where there is one only."""
-    single = dataset_name(Path(results["settings"]["data"]))
+    single = source_name(results["settings"]["data"])
     return {name or single: found for name, found in datasets_of(results).items()}
 
 

@@ -10,6 +10,7 @@ from eval import loading
 from eval.costs import system_costs
 from eval.data import QAExample
 from eval.metrics.answer_f1.answer_f1 import score_answer
+from eval.metrics.grounding.grounding import score_grounding
 from eval.metrics.retrieval_recall.retrieval_recall import score_ranking
 from eval.plan import CHECKPOINTS, SystemSpec
 from eval.settings import EvalSettings, UsageError
@@ -240,8 +241,10 @@ class Evaluation:
     def records(self, dataset: str, spec: SystemSpec) -> list[dict]:
         """One record per question of a system."""
         rankings = self.work.rankings(dataset, spec.ranker) if spec.ranker is not None else {}
-        answers = self.work.answers(dataset, spec.label) if self.reads(spec) else {}
-        return [_record(one, rankings.get(one.id), answers.get(one.id)) for one in self.questions[dataset]]
+        reads, questions = self.reads(spec), self.questions[dataset]
+        answers = self.work.answers(dataset, spec.label) if reads else {}
+        given = self.documents(dataset, spec) if reads else {}
+        return [_record(one, rankings.get(one.id), answers.get(one.id), given.get(one.id)) for one in questions]
 
     def costs(self, dataset: str, spec: SystemSpec) -> dict[str, float | None]:
         """What a system cost, per question."""
@@ -249,10 +252,13 @@ class Evaluation:
         return system_costs(self.work, dataset, spec, self.questions[dataset], asked)
 
 
-def _record(example: QAExample, ranking: Ranking | None, answer: dict | None) -> dict:
+def _record(example: QAExample, ranking: Ranking | None, answer: dict | None, documents: list[str] | None) -> dict:
     scores = {}
     if answer is not None:
         scores.update(score_answer(answer["prediction"], example.answers))
+        grounding = score_grounding(answer["prediction"], documents)["grounding"]
+        if documents and grounding is not None:
+            scores["grounding"] = grounding
     if ranking is not None and example.pos_index is not None:
         scores.update(score_ranking(ranking.order, example.pos_index))
     return {

@@ -13,6 +13,7 @@ MARKDOWN_COLUMNS = {
     "F1": "f1",
     "EM": "em",
     "cover-EM": "cover_em",
+    "grounded": "grounding",
     "R@1": "recall@1",
     "R@3": "recall@3",
     "R@5": "recall@5",
@@ -21,7 +22,8 @@ MARKDOWN_COLUMNS = {
     "nDCG@5": "ndcg@5",
 }
 NOTE = (
-    "Percent, with 95% bootstrap intervals. n: questions answered / ranked with known gold documents.\n"
+    "Percent, with 95% bootstrap intervals. n: questions answered / ranked with known gold documents. grounded: share "
+    "of an answer's words that stand in the documents it was given from.\n"
     "Two systems that share a letter in a column are not distinguishable there (paired permutation test, Holm-adjusted "
     f"p of {1 - LEVEL:.2f} or more)."
 )

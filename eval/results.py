@@ -9,29 +9,24 @@ all but the last three stand under `datasets` and the file's name.
 import numpy as np
 
 from eval.data import QAExample
-from eval.metrics.answer_f1.answer_f1 import ANSWER_METRICS
 from eval.statistics import bootstrap_interval, letters, paired_tests
 
 
-COMPARED = ("f1", "em", "cover_em", "recall@1", "recall@3", "recall@5", "all_gold@5", "mrr", "ndcg@5")
+COMPARED = ("f1", "em", "cover_em", "grounding", "recall@1", "recall@3", "recall@5", "all_gold@5", "mrr", "ndcg@5")
 
 
 def summarize(records: list[dict], seed: int) -> dict[str, dict]:
     """Mean, interval and count of every metric in the records' `scores`.
 
-    A record holds answer metrics, retrieval metrics, both or none; a metric's count is that of the records with it.
+    A record may lack any metric; a metric's count is that of the records with it.
     """
-    summary = {}
     names = list(dict.fromkeys(name for record in records for name in record["scores"]))
-    for group in ([n for n in names if n in ANSWER_METRICS], [n for n in names if n not in ANSWER_METRICS]):
-        rows = [
-            [record["scores"][name] for name in group] for record in records if group and group[0] in record["scores"]
-        ]
-        if rows:
-            columns = np.mean(rows, axis=0), *bootstrap_interval(rows, seed)
-            for name, value, low, high in zip(group, *(column.tolist() for column in columns), strict=True):
-                summary[name] = {"value": value, "low": low, "high": high, "n": len(rows)}
-    return summary
+    if not names:
+        return {}
+    values = np.array([[record["scores"].get(name, np.nan) for name in names] for record in records])
+    columns = np.nanmean(values, axis=0), *bootstrap_interval(values, seed), (~np.isnan(values)).sum(axis=0)
+    rows = zip(names, *(column.tolist() for column in columns), strict=True)
+    return {name: {"value": mean, "low": low, "high": high, "n": n} for name, mean, low, high, n in rows}
 
 
 def compare(records: dict[str, list[dict]], seed: int) -> dict[str, list[dict]]:

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from eval.data_files import kind_of, source_name
 from eval.plan import ALL_SYSTEMS, CHECKPOINTS, CHOICES, DEFAULT_SYSTEMS, NAMED, SystemSpec, parse_system
 
 
@@ -13,7 +14,6 @@ FOLDERS = (*CHECKPOINTS.values(), "text_model")
 CHECKPOINT_FILES = ("*.safetensors", "*.jinja", "*config.json", "tokenizer*")
 # Where results and memories lie, and how they are shown, does not change them.
 UNRECORDED = ("output_dir", "overwrite", "reference")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 class UsageError(ValueError):
@@ -28,7 +28,9 @@ class EvalSettings:
         UsageError: a file or folder does not exist, a system is unknown or lacks its checkpoint, a limit is below 1.
     """
 
-    data: str = field(metadata={"help": "Files of questions, separated by commas."})
+    data: str = field(
+        metadata={"help": "Files of questions, separated by commas; or data sets, see eval/data_files.py."}
+    )
     model: str | None = field(
         default=None,
         metadata={"help": "Folder of the CLaRa checkpoint. Systems that need none run without."},
@@ -101,16 +103,17 @@ class EvalSettings:
         self.files()
         self.plan()
 
-    def files(self) -> dict[str, Path]:
-        """Data files by the name that they have in the results."""
+    def files(self) -> dict[str, str]:
+        """Sources of questions by the name that they have in the results."""
         files = {}
-        for path in map(Path, filter(None, self.data.split(","))):
-            name = dataset_name(path)
-            if not path.is_file():
-                raise UsageError(f"--data: there is no file {path}.")
+        for source in filter(None, self.data.split(",")):
+            name = source_name(source)
+            if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
+                raise UsageError(f"--data: there is no file {source}.")
             if name in files:
-                raise UsageError(f"--data: {files[name]} and {path} would share the name {name!r}: rename one of them.")
-            files[name] = path
+                other = files[name]
+                raise UsageError(f"--data: {other} and {source} would share the name {name!r}: rename one of them.")
+            files[name] = source
         if not files:
             raise UsageError("--data names no file.")
         return files
@@ -159,7 +162,7 @@ class EvalSettings:
         Two runs with equal records give equal results.
         """
         values = {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
-        hashes = {str(path): _sha256([path]) for path in self.files().values()}
+        hashes = {source: _sha256(_files_of(source)) for source in self.files().values()}
         plan = self.plan()
         named = [name for spec in plan for name in (spec.name, spec.shortener)]
         for folder in filter(None, [*(getattr(self, name) for name in FOLDERS), *named]):
@@ -169,15 +172,15 @@ class EvalSettings:
         return {**values, "systems": [spec.label for spec in plan], "sha256": hashes}
 
 
-def dataset_name(path: Path) -> str:
-    """A data file's name in the results: without `.gz` and its kind."""
-    name = path.name.removesuffix(".gz")
-    return name.removesuffix(next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), ""))
-
-
 def slug(label: str) -> str:
     """A system's name as a file's name; the end of a long one."""
     return re.sub(r"[^\w.-]+", "-", label)[-120:].lstrip("-.")
+
+
+def _files_of(source: str) -> list[Path]:
+    """What a source of questions consists of; nothing for one on the Hub, whose name may hold its revision."""
+    place = Path(source) if Path(source).exists() else Path(source.split("#")[0])
+    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place][: place.is_file()]
 
 
 def _sha256(paths: list[Path]) -> str:

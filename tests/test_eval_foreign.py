@@ -19,7 +19,7 @@ from eval.run import main
 from eval.settings import slug
 
 
-pytest.importorskip("sentence_transformers", reason="the extra 'baselines' is not installed")
+pytest.importorskip("sentence_transformers", reason="the extra 'retrievers' is not installed")
 QUESTIONS = ["Where does the glassblower live?", "Who sells copper lanterns?", "Who wrote The Long Winter?"]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build_clara
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -145,12 +146,19 @@ def test_every_system_gets_the_scores_that_its_rules_give(tmp_path, arguments, c
     assert "wrong-memory" in (tmp_path / "out/table.md").read_text(encoding="utf-8")
 
 
+def test_answers_are_compared_with_the_documents_that_they_were_given_from(tmp_path, arguments):
+    assert main(arguments) == 0
+    # The rule's answer is a word of the document; without documents there is nothing to stand in.
+    grounded = values(read(tmp_path / "out")["systems"], "grounding")
+    assert grounded["wrong-memory"] == (1, 3) and grounded["clara"] == (1, 4) and "no-memory" not in grounded
+
+
 def test_predictions_are_kept_per_question_with_their_scores(tmp_path, arguments):
     assert main(arguments) == 0
     lines = (tmp_path / "out/predictions/gold.jsonl").read_text(encoding="utf-8").splitlines()
     first, *_, last = map(json.loads, lines)
     assert (first["id"], first["prediction"], first["ranking"], first["pos_index"]) == ("Mara", "Velholm", None, [0])
-    assert first["scores"] == {"em": 1.0, "f1": 1.0, "cover_em": 1.0}
+    assert first["scores"] == {"em": 1.0, "f1": 1.0, "cover_em": 1.0, "grounding": 1.0}
     assert (last["id"], last["prediction"], last["scores"]) == ("Jost", None, {})
     ranked = json.loads((tmp_path / "out/predictions/clara.jsonl").read_text(encoding="utf-8").splitlines()[1])
     assert ranked["ranking"] == [1, 0, 2, 3] and ranked["scores"]["recall@1"] == 1
@@ -244,6 +252,16 @@ def test_unknown_arguments_end_with_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--sistems", "clara"])
     assert caught.value.code == 2 and "there is no argument --sistems clara" in capsys.readouterr().err
+
+
+def test_questions_may_come_from_other_kinds_of_files(tmp_path, data):
+    Dataset.from_list([json.loads(line) for line in Path(data).read_text().splitlines()]).save_to_disk(tmp_path / "set")
+    (tmp_path / "array.json").write_text("[" + ",".join(Path(data).read_text().splitlines()) + "]")
+    sources = f"{tmp_path / 'set'},{tmp_path / 'array.json'},{data}"
+    assert main(["--data", sources, "--output_dir", str(tmp_path / "out")]) == 0
+    found = read(tmp_path / "out")["datasets"]
+    assert list(found) == ["set", "array", "people"]
+    assert found["set"]["systems"] == found["array"]["systems"] == found["people"]["systems"]
 
 
 def test_data_files_must_have_different_names(tmp_path, data, capsys):

@@ -4,9 +4,9 @@ import zlib
 
 import bm25s
 import numpy as np
-import Stemmer
 
 from eval.data import QAExample
+from eval.retrievers import bm25_words
 from eval.systems.base import Ranking
 
 
@@ -24,12 +24,12 @@ class BM25:
         """Indexes `corpus`: the passages whose document frequencies and mean length count."""
         self.rows = {document: row for row, document in enumerate(corpus)}
         self.index = bm25s.BM25()
-        self.index.index(_tokenize(corpus), show_progress=False)
+        self.index.index(bm25_words(corpus), show_progress=False)
         return len(corpus)
 
     def rank(self, examples: list[QAExample]) -> list[Ranking]:
         rankings = []
-        for example, words in zip(examples, _tokenize([one.question for one in examples]), strict=True):
+        for example, words in zip(examples, bm25_words([one.question for one in examples]), strict=True):
             scores = self.index.get_scores_from_ids(self.index.get_tokens_ids(words))
             scores = scores[[self.rows[document] for document in example.docs]]
             # By the question, not by the batch that it is in.
@@ -37,8 +37,3 @@ class BM25:
             order = np.lexsort((chance.random(len(scores)), -scores))
             rankings.append(Ranking(order.tolist(), scores[order].tolist()))
         return rankings
-
-
-def _tokenize(texts: list[str]) -> list[list[str]]:
-    stemmer = Stemmer.Stemmer("english")
-    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
