@@ -1,10 +1,7 @@
 """Documents and their memories on disk: each document is compressed once, ever, and read by key from then on."""
 
-import errno
-import math
+import hashlib
 import os
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +10,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .memory_table import KEY_LENGTH, NUMPY_TYPES, CorruptMemoryError, Maker, MemoryTable, is_blank, key_of, pick
+from .memory_filling import TORCH_TYPES, bytes_needed, check_space, compress_batch, fill, plan_batches, size_text
+from .memory_maker import Maker, key_of
+from .memory_parts import Signature
+from .memory_processes import Processes
+from .memory_table import NUMPY_TYPES, READ_ROWS, CorruptMemoryError, MemoryTable, is_blank, pick
 
 
 logger = logging.get_logger(__name__)
-
-TORCH_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-READ_ROWS = 512
 
 
 class MemoryStore:
@@ -28,7 +26,12 @@ class MemoryStore:
     The folder is a Lance dataset with the columns `key` (hash of the text and of the compressor that made the memory),
     `text`, `memory` (fixed-size list of `num_memory_tokens * hidden_size` values; bfloat16 as its bits in uint16),
     `checksum` (CRC-32 of key and memory), and any others given to [`MemoryStore.add`]. Each write is a new version of
-    the dataset: a crash or a full disk costs at most what was not appended yet, and readers of an older version go on.
+    the dataset: a crash or a full disk costs at most what was not written yet, and readers of an older version go on.
+
+    What is guaranteed: `get` checks every memory that it reads against its checksum and key, and `columns` every text;
+    damage is an error there, never a value. `add` looks for damage to repair: it reads files whole that changed since
+    they were written or last found sound, by size and time of change, and with `verify="all"` all of them, so that what
+    a disk forgot silently is found too.
 
     Data-loader workers may be forked or spawned. A pickled store holds its path, not its rows nor the model: the copy
     reads, and cannot add.
@@ -43,8 +46,8 @@ class MemoryStore:
     ```
     """
 
-    write_bytes = 64 * 2**20  # an append is due at this many bytes of memories ...
-    write_seconds = 30.0  # ... or after this time, which is then what a kill can cost
+    write_bytes = 256 * 2**20  # a part is written at this many bytes of memories ...
+    write_seconds = 30.0  # ... or after this time, which is then what a kill can cost a process
 
     def __init__(self, table: MemoryTable, model=None):
         self._table = table
@@ -135,15 +138,21 @@ class MemoryStore:
             CorruptMemoryError: names the first key whose memory is damaged on disk.
         """
         keys, offsets = self._locate(keys)
-        memories = np.empty((len(keys), self.maker.width), NUMPY_TYPES[self._table.dtype])
-        for start in range(0, len(keys), READ_ROWS):
+        # Each row once and in the order on disk: several hundred take half as long so.
+        distinct, first, place = np.unique(offsets, return_index=True, return_inverse=True)
+        memories = np.empty((len(distinct), self.maker.width), NUMPY_TYPES[self._table.dtype])
+        damaged = []
+        for start in range(0, len(distinct), READ_ROWS):
             rows = slice(start, start + READ_ROWS)
-            intact = self._table.read(keys[rows], offsets[rows], memories[rows])
-            if not intact.all():
-                raise CorruptMemoryError(
-                    f"the memory of key {keys[start + int(np.argmin(intact))]} in {self.path} is damaged on disk: "
-                    "call add() with its document again, which makes it anew"
-                )
+            intact = self._table.read([keys[position] for position in first[rows]], distinct[rows], memories[rows])
+            damaged += first[rows][~intact].tolist()
+        if damaged:
+            raise CorruptMemoryError(
+                f"the memory of key {keys[min(damaged)]} in {self.path} is damaged on disk: call add() with its "
+                "document again and verify='all', which makes it anew"
+            )
+        if not np.array_equal(place, np.arange(len(keys))):
+            memories = memories[place]
         memories = torch.from_numpy(memories).view(self.dtype)
         return memories.view(len(keys), self.maker.num_memory_tokens, self.maker.hidden_size)
 
@@ -177,11 +186,15 @@ class MemoryStore:
         columns: dict[str, Sequence] | None = None,
         batch_size: int = 64,
         show_progress: bool = True,
+        verify: str = "changed",
+        distributed: bool = False,
     ) -> list[str]:
         """Stores `documents`; compresses those that are not stored yet, each distinct text once, longest first.
 
-        Those stored are read once, and made again if they are damaged on disk. Rows are appended on the way, so that
-        after an interruption the same call compresses only the rest.
+        Finished parts are safe on disk at once and go into the store together at the end. After an interruption, a kill
+        included, the same call compresses only the rest, in the batches of the uninterrupted call: on like devices all
+        memories equal its memories bit for bit, whatever the number of processes. Memories made again because single
+        rows were damaged get other neighbours in their batch, on which the last bits depend.
 
         Args:
             documents: non-empty strings.
@@ -189,41 +202,62 @@ class MemoryStore:
                 documents already stored; a text that occurs several times in `documents` keeps the first one's. A new
                 column is None for the other documents stored before.
             batch_size: documents per forward.
-            show_progress: whether to show a bar.
+            show_progress: whether to show a bar (of several processes, in the first).
+            verify: which stored memories of `documents` are read, and made again if they are not what was written:
+                "changed", those in files whose size or time of change differs from when they were last found sound,
+                or "all". `get` verifies what it reads, always.
+            distributed: whether all processes of the running torch.distributed job call this together, with the same
+                arguments: each compresses its share, and all return when everything is stored. The path must be on a
+                file system that they share. Without such a job it means nothing.
 
         Returns:
             The documents' keys, in their order.
 
         Raises:
             ValueError: the store was opened without a model, or the model's compressor changed since; a bad document
-                (its position is named) or column; a memory that is not finite, or too large for float16.
-            OSError: the disk is full, or too small for what is missing; what was appended before is kept.
+                (its position is named) or column; a memory that is not finite, or too large for float16; processes
+                with different arguments or without a shared file system.
+            OSError: the disk is full, or too small for what is missing; what was written before is kept.
         """
         self._check_model()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if verify not in ("changed", "all"):
+            raise ValueError(f"verify is {verify!r}; it must be 'changed' or 'all'")
         documents = _checked(documents)
         keys = self.keys(documents)
         first: dict[str, int] = {}
         for position, key in enumerate(keys):
             first.setdefault(key, position)
-        try:
-            self._table.forget()  # another process may have added since
-            arrays = self._table.arrays(columns or {}, len(documents))
-            self._table.remove_unreadable()
-            damaged = self._damaged(list(first), show_progress)
-            if damaged:
-                logger.warning(f"{len(damaged)} memories in {self.path} are damaged on disk and are made again")
-                self._table.remove(damaged)
-            offsets = self._table.find(list(first))
-            stored = [key for key, offset in zip(first, offsets, strict=True) if offset >= 0]
-            missing = [position for position, offset in zip(first.values(), offsets, strict=True) if offset < 0]
-            self._check_space(missing, documents)
-            self._table.set_columns(stored, pick(arrays, [first[key] for key in stored]))
-            self._compress(missing, keys, documents, arrays, batch_size, show_progress)
-        finally:
-            self._table.forget()
-        self._table.find([])  # loads the index here, so that workers forked later share it
+        with Processes.of(distributed) as processes:
+            show_progress = show_progress and processes.is_first
+            try:
+                processes.check_same(
+                    (_digest(keys), batch_size, sorted(columns or {})), "documents, batch_size or columns"
+                )
+                processes.check_shared(self._table.parts.folder)
+                self._table.load(processes.from_first(self._bring_up))
+                arrays = self._table.arrays(columns or {}, len(documents))
+                damaged = self._find_damaged(list(first), verify, processes, show_progress)
+                self._table.load(processes.from_first(lambda: self._make_way(damaged, first, arrays, documents)))
+                missing = self._missing(first)
+                again = [position for key, position in missing.items() if key in damaged]
+                new = [position for key, position in missing.items() if key not in damaged]
+                # Apart: taken out of the middle of other batches, damaged ones would shift all that follow.
+                batches = [batch for some in (new, again) for batch in plan_batches(documents, some, batch_size)]
+                size = size_text(bytes_needed(self._table, documents, missing.values()))
+                description = f"Compressing documents ({size})" if show_progress else None
+                share = batches[processes.rank :: processes.count]
+                parts = processes.gather(self._compress(share, keys, documents, arrays, description))
+                processes.from_first(lambda: self._table.commit([part for each in parts for part in each]))
+            except BaseException:
+                if processes.is_first:
+                    self._table.commit()
+                raise
+            finally:
+                self._table.forget()
+            version = processes.from_first(lambda: self._table.version)
+        self._table.load(version)  # loads the index here, so that workers forked later share it
         return keys
 
     def _check_model(self) -> None:
@@ -238,80 +272,63 @@ class MemoryStore:
                 f"{self.maker} to {maker}: open a store at another path for it"
             )
 
-    def _damaged(self, keys: list[str], show_progress: bool) -> list[str]:
-        offsets = self._table.find(keys)
-        order = np.argsort(offsets)[int((offsets < 0).sum()) :]
-        scratch = np.empty((min(READ_ROWS, len(order)), self.maker.width), NUMPY_TYPES[self._table.dtype])
-        damaged = []
-        with tqdm(total=len(order), desc="Checking stored memories", disable=not show_progress, delay=2) as bar:
-            for start in range(0, len(order), READ_ROWS):
-                rows = order[start : start + READ_ROWS]
-                some = [keys[row] for row in rows]
-                intact = self._table.read(some, offsets[rows], scratch[: len(rows)], whole=True)
-                damaged += [key for key, good in zip(some, intact, strict=True) if not good]
-                bar.update(len(rows))
-        return damaged
+    def _bring_up(self) -> int:
+        """Takes in what an interrupted call left, drops what cannot be read; returns the version."""
+        self._table.forget()  # another process may have added since
+        self._table.commit()
+        self._table.remove_unreadable()
+        return self._table.version
 
-    def _check_space(self, missing: list[int], documents: Sequence[str]) -> None:
-        row = self.maker.width * self.dtype.itemsize + 2 * KEY_LENGTH
-        needed = len(missing) * row + sum(len(documents[position]) for position in missing)
-        free = shutil.disk_usage(self.path).free
-        if missing:
-            logger.info(f"{len(missing)} documents to compress: {needed / 2**20:,.1f} MiB in {self.path}")
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{len(missing)} documents need {needed / 2**20:,.1f} MiB in {self.path}, and the disk has "
-                f"{free / 2**20:,.1f} MiB: make room, or choose a path on another disk",
-            )
+    def _find_damaged(self, keys: list[str], verify: str, processes: Processes, show_progress: bool) -> set[str]:
+        """Those of `keys` whose rows are damaged, in pieces of the table that are not known to be sound."""
+        pieces = processes.from_first(lambda: self._table.doubtful(keys, everything=verify == "all"))
+        pieces = pieces[processes.rank :: processes.count]
+        damaged: list[str] = []
+        sound: dict[str, Signature] = {}
+        total = sum(piece.stop - piece.start for piece in pieces)
+        with tqdm(total=total, desc="Checking stored memories", disable=not show_progress, delay=2) as bar:
+            for piece in pieces:
+                before = len(damaged)
+                for count, found in self._table.damaged(piece):
+                    damaged += found
+                    bar.update(count)
+                if len(damaged) == before:
+                    sound |= piece.files
+        results = processes.gather((damaged, sound))
+        if processes.is_first:
+            files = {name: signature for _, found in results for name, signature in found.items()}
+            self._table.trust(files)
+        return set(keys).intersection(key for found, _ in results for key in found)
 
-    def _compress(self, missing, keys, documents, arrays, batch_size: int, show_progress: bool) -> None:
-        order = sorted(missing, key=lambda position: -len(documents[position]))
-        waiting: list[tuple[list[int], np.ndarray]] = []
+    def _missing(self, first: dict[str, int]) -> dict[str, int]:
+        """Those of `first`, keys with their positions, that are not stored."""
+        offsets = self._table.find(list(first))
+        return {key: position for (key, position), offset in zip(first.items(), offsets, strict=True) if offset < 0}
 
-        def append() -> None:
-            rows = [position for batch, _ in waiting for position in batch]
-            memories = [part for _, part in waiting]
-            waiting.clear()  # first: rows that cannot be written must not be tried again on the way out
-            if rows:
-                texts = [documents[row] for row in rows]
-                self._table.append([keys[row] for row in rows], texts, np.concatenate(memories), pick(arrays, rows))
+    def _make_way(self, damaged: set[str], first: dict[str, int], arrays: dict, documents: Sequence[str]) -> int:
+        """Removes damaged rows, checks the disk and gives stored documents their columns; returns the version."""
+        if damaged:
+            logger.warning(f"{len(damaged)} memories in {self.path} are damaged on disk and are made again")
+            self._table.remove(sorted(damaged))
+        missing = self._missing(first)
+        check_space(self._table, documents, missing.values())
+        stored = [key for key in first if key not in missing]
+        self._table.set_columns(stored, pick(arrays, [first[key] for key in stored]))
+        return self._table.version
 
-        since = time.monotonic()
-        disable = not (show_progress and missing)
-        with tqdm(total=len(order), desc="Compressing documents", unit="doc", disable=disable) as bar:
-            try:
-                for start in range(0, len(order), batch_size):
-                    batch = order[start : start + batch_size]
-                    waiting.append((batch, self._memories(batch, documents)))
-                    bar.update(len(batch))
-                    size = sum(part.nbytes for _, part in waiting)
-                    if size >= self.write_bytes or time.monotonic() - since >= self.write_seconds:
-                        append()
-                        since = time.monotonic()
-            finally:
-                append()
+    def _compress(self, batches, keys, documents, arrays, description: str | None) -> list[dict]:
+        def write(rows: list[int], memories: np.ndarray) -> dict:
+            texts = [documents[row] for row in rows]
+            return self._table.write_part([keys[row] for row in rows], texts, memories, pick(arrays, rows))
 
-    def _memories(self, batch: list[int], documents: Sequence[str]) -> np.ndarray:
-        """Compresses the documents at the positions `batch`: `[len(batch), width]` as they are stored."""
-        memories = self.model.compress([documents[position] for position in batch], batch_size=len(batch))
-        expected = (len(batch), self.maker.num_memory_tokens, self.maker.hidden_size)
-        if memories.shape != expected:
-            raise ValueError(f"the model gave memories of shape {tuple(memories.shape)}; the store needs {expected}")
-        memories = memories.detach().cpu().flatten(1)
-        stored = memories.to(self.dtype)
-        bad = torch.nonzero(~torch.isfinite(stored).all(1)).flatten().tolist()
-        if bad:
-            document = documents[batch[bad[0]]]
-            which = f"the memory of documents[{batch[bad[0]]}] ({document[:60]!r})"
-            largest = memories[bad[0]].abs().max().item()
-            if not math.isfinite(largest):
-                raise ValueError(f"{which} is not finite: check the compressor's weights and the dtype it runs in")
-            raise ValueError(
-                f"{which} reaches {largest:.4g}, too large for {self._table.dtype}: use a new store, opened with "
-                "dtype='bfloat16'"
-            )
-        return stored.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else stored.numpy()
+        def compress(batch: list[int]) -> np.ndarray:
+            return compress_batch(self.model, self._table, documents, batch)
+
+        return fill(batches, compress, write, self.write_bytes, self.write_seconds, description)
+
+
+def _digest(keys: list[str]) -> str:
+    return hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def _checked(documents: Sequence[str]) -> list[str]:

@@ -1,82 +1,38 @@
 """The Lance dataset behind `MemoryStore`: its schema, where each key's row is, verified reads, appends and repairs."""
 
-import hashlib
 import json
 import os
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
 
 try:
     import lance
     import pyarrow as pa
+    from lance.fragment import FragmentMetadata, write_fragments
 except ImportError as error:
     raise ImportError('the memory store needs Lance: pip install "clara-hf[index]"') from error
 
-logger = logging.get_logger(__name__)
+from .memory_maker import Maker, key_of
+from .memory_parts import Parts, Signature
+from .memory_snapshot import Snapshot, Unreadable, data_files, files_in, files_of, reading
 
-# Lance prints this at each fork of a data loader. A forked worker opens the dataset for itself before it reads
-# (`MemoryTable._snapshot`), so there is nothing for the user to change.
-warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 FORMAT = 1
 METADATA_KEY = b"clara.memory_store"
 OWN_COLUMNS = ("key", "text", "memory", "checksum")
-KEY_LENGTH = 32
+READ_ROWS = 512
 # Arrow and NumPy have no bfloat16: its bits are kept as uint16.
 NUMPY_TYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 
 
-class _Unreadable(Exception):
-    """Lance cannot read what was asked for."""
-
-
 class CorruptMemoryError(RuntimeError):
     """A stored row cannot be read, or is not what was written."""
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Which compressor made the memories of a store."""
-
-    fingerprint: str
-    num_memory_tokens: int
-    hidden_size: int
-    doc_max_length: int
-    base: str | None
-
-    @classmethod
-    def of(cls, model) -> "Maker":
-        config = model.config
-        return cls(
-            fingerprint=model.compressor_fingerprint(),
-            num_memory_tokens=config.num_memory_tokens,
-            hidden_size=config.hidden_size,
-            doc_max_length=config.doc_max_length,
-            base=config.base_model_name_or_path,
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"compressor {self.fingerprint[:16]} on base {self.base} ({self.num_memory_tokens} memory tokens of width "
-            f"{self.hidden_size}, documents of at most {self.doc_max_length} tokens)"
-        )
-
-    @property
-    def width(self) -> int:
-        """Values in one memory."""
-        return self.num_memory_tokens * self.hidden_size
-
-    def makes_the_same_as(self, other: "Maker") -> bool:
-        """Whether both give equal memories; the base's name may differ, since the fingerprint covers the base."""
-        return replace(self, base=None) == replace(other, base=None)
 
 
 class MemoryTable:
@@ -90,7 +46,8 @@ class MemoryTable:
         self.path = path
         self.maker = maker
         self.dtype = dtype
-        self._loaded: _Snapshot | None = None
+        self.parts = Parts(path)
+        self._loaded: Snapshot | None = None
 
     @classmethod
     def create(cls, path: Path, maker: Maker, dtype: str) -> None:
@@ -113,11 +70,11 @@ class MemoryTable:
     @classmethod
     def open(cls, path: Path) -> "MemoryTable":
         try:
-            with _reading():
+            with reading():
                 if not path.is_dir():
                     raise NotADirectoryError(path)  # Lance would retry for seconds
                 metadata = json.loads(lance.dataset(str(path)).schema.metadata[METADATA_KEY])
-        except (_Unreadable, TypeError, KeyError) as error:
+        except (Unreadable, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a memory store: choose another path") from error
         if metadata["format"] != FORMAT:
             raise ValueError(f"the memory store at {path} has format {metadata['format']}; this version reads {FORMAT}")
@@ -133,9 +90,18 @@ class MemoryTable:
         """Makes the next use load the newest version."""
         self._loaded = None
 
-    def _snapshot(self) -> "_Snapshot":
+    def load(self, version: int) -> None:
+        """Makes the next use read `version`, which another process may just have written."""
+        if self._loaded is None or self._loaded.version != version:
+            self._loaded = Snapshot.load(self.path, version)
+
+    @property
+    def version(self) -> int:
+        return self._snapshot().version
+
+    def _snapshot(self) -> "Snapshot":
         if self._loaded is None:
-            self._loaded = _Snapshot.load(self.path)
+            self._loaded = Snapshot.load(self.path)
         elif self._loaded.process != os.getpid():
             self._loaded = self._loaded.reopened()
         return self._loaded
@@ -164,13 +130,13 @@ class MemoryTable:
         """
         columns = ["memory", "checksum", *(self.column_names if whole else [])]
         try:
-            with _reading():
+            with reading():
                 table = self._snapshot().dataset.take(offsets.tolist(), columns=columns)
                 values = table["memory"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
                 out[:] = values.reshape(out.shape)
                 written = table["checksum"].to_pylist()
                 texts = table["text"].to_pylist() if whole else None
-        except _Unreadable:
+        except Unreadable:
             if len(keys) == 1:
                 return np.zeros(1, dtype=bool)
             # One bad row makes Lance refuse them all: halve until it is known which.
@@ -184,9 +150,9 @@ class MemoryTable:
 
     def columns(self, keys: Sequence[str], offsets: np.ndarray, names: list[str]) -> dict[str, list]:
         try:
-            with _reading():
+            with reading():
                 table = self._snapshot().dataset.take(offsets.tolist(), columns=names).to_pydict() if names else {}
-        except _Unreadable as error:
+        except Unreadable as error:
             raise CorruptMemoryError(
                 f"columns {names} of these {len(keys)} keys cannot be read from {self.path}: call add() with the "
                 f"documents again ({error})"
@@ -217,8 +183,12 @@ class MemoryTable:
                 arrays[name] = array
         return arrays
 
-    def append(self, keys: list[str], texts: list[str], memories: np.ndarray, arrays: dict[str, pa.Array]) -> None:
-        """Writes rows with `memories` `[n, width]`, in one new version."""
+    def write_part(self, keys: list[str], texts: list[str], memories: np.ndarray, arrays: dict[str, pa.Array]) -> dict:
+        """Writes rows with `memories` `[n, width]` beside the table; `commit` takes them in, also after a restart.
+
+        Returns:
+            The part's record.
+        """
         values = pa.array(memories.reshape(-1))
         rows = {
             "key": pa.array(keys),
@@ -227,18 +197,54 @@ class MemoryTable:
             "checksum": pa.array([_checksum(*row) for row in zip(keys, memories, strict=True)], pa.uint32()),
         }
         try:
-            self._snapshot().dataset.insert(pa.table({**rows, **arrays}))
+            fragments = write_fragments(pa.table({**rows, **arrays}), self._snapshot().dataset, mode="append")
+            files = [name for fragment in fragments for name in data_files(fragment)]
+            return self.parts.announce([fragment.to_json() for fragment in fragments], files)
         except OSError as error:
             raise OSError(
-                f"writing to the memory store at {self.path} failed ({error}); what was appended before is kept: make "
+                f"writing to the memory store at {self.path} failed ({error}); what was written before is kept: make "
                 "room on the disk and call add() again"
             ) from error
 
-    def remove(self, keys: list[str]) -> None:
-        for start in range(0, len(keys), 1000):
-            listed = ", ".join(f"'{key}'" for key in keys[start : start + 1000])
-            self._snapshot().dataset.delete(f"key IN ({listed})")
+    def commit(self, written: Sequence[dict] = ()) -> None:
+        """Takes all parts that wait into the table, those of `written` among them, in one new version."""
+        # A network file system may list the parts of other processes late: theirs come as records too.
+        parts = {part["name"]: part for part in [*self.parts.waiting(), *written]}
+        if not parts:
+            return
+        dataset = lance.dataset(str(self.path))
+        # After a kill between commit and discard, or if two processes commit at a time, some are in already.
+        present = set(files_in(dataset))
+        fragments = [
+            FragmentMetadata.from_json(json.dumps(each)) for part in parts.values() for each in part["fragments"]
+        ]
+        new = [fragment for fragment in fragments if present.isdisjoint(data_files(fragment))]
+        if new:
+            operation = lance.LanceOperation.Append(new)
+            lance.LanceDataset.commit(str(self.path), operation, read_version=dataset.version)
+        self.trust({name: signature for part in parts.values() for name, signature in part["files"].items()})
+        self.parts.discard(parts)
         self.forget()
+
+    def trust(self, signatures: dict[str, Signature]) -> None:
+        """Remembers files as sound that were read whole, or just written, with these signatures."""
+        if signatures:
+            self.parts.trust(signatures, files_in(lance.dataset(str(self.path))))
+
+    @contextmanager
+    def _changing(self) -> Iterator["lance.LanceDataset"]:
+        """The dataset, to be changed in the block: files that appear there count as sound, and are loaded next."""
+        dataset = self._snapshot().dataset
+        before = set(files_in(dataset))
+        yield dataset
+        self.trust(self.parts.signatures(set(files_in(lance.dataset(str(self.path)))) - before))
+        self.forget()
+
+    def remove(self, keys: list[str]) -> None:
+        with self._changing() as dataset:
+            for start in range(0, len(keys), 1000):
+                listed = ", ".join(f"'{key}'" for key in keys[start : start + 1000])
+                dataset.delete(f"key IN ({listed})")
 
     def remove_unreadable(self) -> None:
         """Drops the parts whose keys cannot be read, without which nothing else could be changed."""
@@ -248,82 +254,62 @@ class MemoryTable:
             lance.LanceDataset.commit(str(self.path), operation, read_version=snapshot.version)
             self.forget()
 
+    def doubtful(self, keys: Sequence[str], everything: bool) -> list["Piece"]:
+        """Pieces of the table that hold one of `keys` and that changed, or were copied, since they were found sound;
+        or all that hold one of `keys`, if `everything`."""
+        snapshot = self._snapshot()
+        sound = {} if everything else self.parts.sound()
+        offsets = np.sort(self.find(keys))
+        pieces, start = [], 0
+        for fragment in snapshot.dataset.get_fragments():
+            stop = start + fragment.count_rows()
+            files = self.parts.signatures(files_of(fragment))
+            wanted = np.searchsorted(offsets, stop) > np.searchsorted(offsets, start)
+            if wanted and any(signature is None or sound.get(name) != signature for name, signature in files.items()):
+                pieces.append(Piece(files, start, stop))
+            start = stop
+        return pieces
+
+    def damaged(self, piece: "Piece") -> Iterator[tuple[int, list[str]]]:
+        """Reads a piece whole: yields how many rows were read, and the keys of the damaged ones among them."""
+        snapshot = self._snapshot()
+        inside = (snapshot.offsets >= piece.start) & (snapshot.offsets < piece.stop)
+        keys, offsets = snapshot.keys[inside], snapshot.offsets[inside]
+        order = np.argsort(offsets)
+        scratch = np.empty((min(READ_ROWS, len(order)), self.maker.width), NUMPY_TYPES[self.dtype])
+        for start in range(0, len(order), READ_ROWS):
+            rows = order[start : start + READ_ROWS]
+            some = [key.decode() for key in keys[rows]]
+            intact = self.read(some, offsets[rows], scratch[: len(rows)], whole=True)
+            yield len(rows), [key for key, good in zip(some, intact, strict=True) if not good]
+
     def set_columns(self, keys: list[str], arrays: dict[str, pa.Array]) -> None:
         """Adds the columns that the table lacks, and gives the rows of `keys` the values in `arrays`."""
-        dataset = self._snapshot().dataset
-        new = {name: array for name, array in arrays.items() if name not in dataset.schema.names}
-        known = {name: array for name, array in arrays.items() if name not in new}
-        if known and keys:
-            before = self.columns(keys, self.find(keys), list(known))
-            after = {name: array.to_pylist() for name, array in known.items()}
-            rows = [row for row in range(len(keys)) if any(before[name][row] != after[name][row] for name in known)]
-            if rows:
-                changed = pa.table({"key": [keys[row] for row in rows], **pick(known, rows)})
-                dataset.merge_insert("key").when_matched_update_all().execute(changed)
-        if new and keys:
-            dataset.merge(pa.table({"key": keys, **new}), "key")
-        elif new:
-            dataset.add_columns([pa.field(name, array.type) for name, array in new.items()])
-        if arrays:
-            self.forget()
+        if not arrays:
+            return
+        with self._changing() as dataset:
+            new = {name: array for name, array in arrays.items() if name not in dataset.schema.names}
+            known = {name: array for name, array in arrays.items() if name not in new}
+            if known and keys:
+                before = self.columns(keys, self.find(keys), list(known))
+                after = {name: array.to_pylist() for name, array in known.items()}
+                rows = [row for row in range(len(keys)) if any(before[name][row] != after[name][row] for name in known)]
+                if rows:
+                    changed = pa.table({"key": [keys[row] for row in rows], **pick(known, rows)})
+                    dataset.merge_insert("key").when_matched_update_all().execute(changed)
+            if new and keys:
+                dataset.merge(pa.table({"key": keys, **new}), "key")
+            elif new:
+                dataset.add_columns([pa.field(name, array.type) for name, array in new.items()])
 
 
 @dataclass(frozen=True)
-class _Snapshot:
-    """One version of the dataset as one process has it open, and where each key's row is in it."""
+class Piece:
+    """A Lance fragment: the rows from offset `start` to `stop`, and the signatures of its files."""
 
-    dataset: "lance.LanceDataset"
-    process: int
-    version: int
-    keys: np.ndarray  # sorted; arrays, because forked workers share their pages, while a dict's would be copied
-    offsets: np.ndarray
-    unreadable: tuple[int, ...]  # fragments whose keys cannot be read
-
-    @classmethod
-    def load(cls, path: Path) -> "_Snapshot":
-        dataset = lance.dataset(str(path))
-        unreadable = []
-        try:
-            keys = _key_array(dataset)
-            offsets = np.arange(len(keys))
-        except _Unreadable:
-            parts, count = [(np.empty(0, f"S{KEY_LENGTH}"), np.empty(0, np.int64))], 0
-            for fragment in dataset.get_fragments():
-                try:
-                    found = _key_array(fragment)
-                    parts.append((found, np.arange(count, count + len(found))))
-                except _Unreadable:
-                    unreadable.append(fragment.fragment_id)
-                count += fragment.count_rows()
-            keys, offsets = (np.concatenate(part) for part in zip(*parts, strict=True))
-            logger.warning(
-                f"{count - len(keys)} of {count} documents in {path} cannot be read: call add() with them again, "
-                "which makes their memories anew"
-            )
-        # Two processes that added one document at the same time left two rows of it: the later one counts.
-        keys, newest = np.unique(keys[::-1], return_index=True)
-        return cls(dataset, os.getpid(), dataset.version, keys, offsets[::-1][newest], tuple(unreadable))
-
-    def reopened(self) -> "_Snapshot":
-        """The same version for another process: a Lance handle is not meant to survive a fork."""
-        return replace(self, dataset=lance.dataset(self.dataset.uri, version=self.version), process=os.getpid())
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Turns what Lance and Arrow raise for files that are gone, cut or changed into `_Unreadable`."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise _Unreadable(str(error)) from error
-    except BaseException as error:
-        if type(error).__name__ == "PanicException":  # of Lance's Rust code: no Exception, nor a class to import
-            raise _Unreadable(str(error)) from error
-        raise
-
-
-def key_of(fingerprint: str, text: str) -> str:
-    return hashlib.sha256(f"{fingerprint}\0{text}".encode()).hexdigest()[:KEY_LENGTH]
+    files: dict[str, Signature]
+    start: int
+    stop: int
 
 
 def is_blank(path: Path) -> bool:
@@ -335,14 +321,6 @@ def is_blank(path: Path) -> bool:
 
 def pick(arrays: dict[str, pa.Array], rows: list[int]) -> dict[str, pa.Array]:
     return {name: array.take(pa.array(rows, pa.int64())) for name, array in arrays.items()}
-
-
-def _key_array(source) -> np.ndarray:
-    with _reading():
-        keys = source.to_table(columns=["key"])["key"].to_pylist()
-        if any(len(key) != KEY_LENGTH for key in keys):
-            raise ValueError("the keys are damaged")
-        return np.array(keys, dtype=f"S{KEY_LENGTH}")
 
 
 def _checksum(key: str, memory: np.ndarray) -> int:

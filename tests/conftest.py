@@ -150,3 +150,19 @@ def seeded():
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return TEXTS
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a test's memory store is."""
+    return tmp_path / "memories"
+
+
+@pytest.fixture
+def store(path):
+    """A store in float32 with a model that needs no weights."""
+    from memory_fakes import FakeModel
+
+    from modeling_clara.memory_store import MemoryStore
+
+    return MemoryStore.open(path, FakeModel(), dtype="float32")

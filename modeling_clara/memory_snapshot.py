@@ -1,0 +1,102 @@
+"""One version of the Lance dataset behind a memory store, as one process has it open."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lance
+import numpy as np
+from lance.fragment import FragmentMetadata
+from transformers.utils import logging
+
+from .memory_maker import KEY_LENGTH
+
+
+logger = logging.get_logger(__name__)
+
+# Lance prints this at each fork of a data loader. A forked worker opens the dataset for itself before it reads
+# (`MemoryTable._snapshot`), so there is nothing for the user to change.
+warnings.filterwarnings("ignore", message="lance is not fork-safe")
+
+
+class Unreadable(Exception):
+    """Lance cannot read what was asked for."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of the dataset as one process has it open, and where each key's row is in it."""
+
+    dataset: "lance.LanceDataset"
+    process: int
+    version: int
+    keys: np.ndarray  # sorted; arrays, because forked workers share their pages, while a dict's would be copied
+    offsets: np.ndarray
+    unreadable: tuple[int, ...]  # fragments whose keys cannot be read
+
+    @classmethod
+    def load(cls, path: Path, version: int | None = None) -> "Snapshot":
+        dataset = lance.dataset(str(path), version=version)
+        unreadable = []
+        try:
+            keys = _key_array(dataset)
+            offsets = np.arange(len(keys))
+        except Unreadable:
+            parts, count = [(np.empty(0, f"S{KEY_LENGTH}"), np.empty(0, np.int64))], 0
+            for fragment in dataset.get_fragments():
+                try:
+                    found = _key_array(fragment)
+                    parts.append((found, np.arange(count, count + len(found))))
+                except Unreadable:
+                    unreadable.append(fragment.fragment_id)
+                count += fragment.count_rows()
+            keys, offsets = (np.concatenate(part) for part in zip(*parts, strict=True))
+            logger.warning(
+                f"{count - len(keys)} of {count} documents in {path} cannot be read: call add() with them again, "
+                "which makes their memories anew"
+            )
+        # Two processes that added one document at the same time left two rows of it: the later one counts.
+        keys, newest = np.unique(keys[::-1], return_index=True)
+        return cls(dataset, os.getpid(), dataset.version, keys, offsets[::-1][newest], tuple(unreadable))
+
+    def reopened(self) -> "Snapshot":
+        """The same version for another process: a Lance handle is not meant to survive a fork."""
+        return replace(self, dataset=lance.dataset(self.dataset.uri, version=self.version), process=os.getpid())
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turns what Lance and Arrow raise for files that are gone, cut or changed into `Unreadable`."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise Unreadable(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of Lance's Rust code: no Exception, nor a class to import
+            raise Unreadable(str(error)) from error
+        raise
+
+
+def files_in(dataset: "lance.LanceDataset") -> list[str]:
+    return [name for fragment in dataset.get_fragments() for name in files_of(fragment)]
+
+
+def files_of(fragment: "lance.LanceFragment") -> list[str]:
+    """All files of a fragment, relative to the table's folder."""
+    deletions = fragment.deletion_file()
+    return data_files(fragment.metadata) + ([] if deletions is None else [deletions])
+
+
+def data_files(metadata: FragmentMetadata) -> list[str]:
+    return [f"data/{file.path}" for file in metadata.files]
+
+
+def _key_array(source) -> np.ndarray:
+    with reading():
+        keys = source.to_table(columns=["key"])["key"].to_pylist()
+        if any(len(key) != KEY_LENGTH for key in keys):
+            raise ValueError("the keys are damaged")
+        return np.array(keys, dtype=f"S{KEY_LENGTH}")

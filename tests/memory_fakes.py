@@ -1,0 +1,78 @@
+"""A model whose memories depend on the text alone, and what the tests of the memory store do to its files."""
+
+import hashlib
+from types import SimpleNamespace
+
+import torch
+
+
+class FakeModel:
+    """Makes a document's memory from its text alone, and counts what it compresses."""
+
+    def __init__(self, fingerprint="a" * 64, num_memory_tokens=2, hidden_size=8, dtype=torch.float32, **config):
+        self.config = SimpleNamespace(
+            num_memory_tokens=num_memory_tokens,
+            hidden_size=hidden_size,
+            doc_max_length=64,
+            base_model_name_or_path="some/base",
+        )
+        for name, value in config.items():
+            setattr(self.config, name, value)
+        self.fingerprint = fingerprint
+        self.dtype = dtype
+        self.batches = []
+
+    def compressor_fingerprint(self):
+        return self.fingerprint
+
+    def compress(self, documents, batch_size=32):
+        assert len(documents) <= batch_size
+        memories = torch.stack([self.memory(document) for document in documents])
+        self.batches.append(list(documents))
+        return memories
+
+    def memory(self, document):
+        seed = int.from_bytes(hashlib.sha256(document.encode()).digest()[:7], "big")
+        shape = (self.config.num_memory_tokens, self.config.hidden_size)
+        return (10 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(self.dtype)
+
+    @property
+    def compressed(self):
+        return [document for batch in self.batches for document in batch]
+
+
+class FailingModel(FakeModel):
+    """Fails at the compression of one document."""
+
+    def __init__(self, document, failure, **kwargs):
+        super().__init__(**kwargs)
+        self.document = document
+        self.failure = failure
+
+    def memory(self, document):
+        if document == self.document:
+            self.failure()
+        return super().memory(document)
+
+
+DOCUMENTS = [f"document number {index} " + "word " * (index % 5) for index in range(40)]
+
+
+def expected(documents, dtype=torch.float32):
+    return torch.stack([FakeModel().memory(document) for document in documents]).to(dtype)
+
+
+def raise_(error):
+    raise error
+
+
+def data_files(path):
+    return sorted((path / "data").glob("*.lance"))
+
+
+def replace_bytes(path, old, new):
+    """Changes bytes inside the one data file that holds them, as a failing disk would."""
+    (file,) = [file for file in data_files(path) if old in file.read_bytes()]
+    content = file.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    file.write_bytes(content.replace(old, new))

@@ -1,0 +1,73 @@
+import os
+
+import pytest
+import torch
+from memory_fakes import DOCUMENTS, FakeModel, data_files, expected, replace_bytes
+
+from modeling_clara.memory_store import CorruptMemoryError, MemoryStore
+
+
+# pytest drops the filter that modeling_clara sets for it at import.
+pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+
+
+def test_a_damaged_memory_is_an_error_naming_its_key_and_adding_again_makes_it_anew(store, path):
+    keys = store.add(DOCUMENTS, {"index": list(range(40))}, show_progress=False)
+    memory = expected([DOCUMENTS[3]]).numpy().tobytes()
+    replace_bytes(path, memory, memory[:-1] + bytes([memory[-1] ^ 1]))
+
+    reader = MemoryStore.open(path)
+    assert torch.equal(reader.get(keys[4:]), expected(DOCUMENTS[4:]))
+    with pytest.raises(CorruptMemoryError, match=f"{keys[3]}.*add"):
+        reader.get(keys)
+
+    store = MemoryStore.open(path, FakeModel())
+    store.add(DOCUMENTS, {"index": list(range(40))}, show_progress=False)
+    assert store.model.compressed == [DOCUMENTS[3]]
+    assert torch.equal(store.get(keys), expected(DOCUMENTS)) and len(store) == 40
+    assert store.columns(keys, ["index"])["index"] == list(range(40))
+
+
+def test_a_memory_in_another_documents_row_is_found(store, path):
+    keys = store.add(DOCUMENTS, show_progress=False)
+    one, other = (expected([DOCUMENTS[index]]).numpy().tobytes() for index in (3, 7))
+    marker = os.urandom(len(one))
+    for old, new in ((one, marker), (other, one), (marker, other)):
+        replace_bytes(path, old, new)
+    for index in (3, 7):
+        with pytest.raises(CorruptMemoryError, match=keys[index]):
+            MemoryStore.open(path).get([keys[index]])
+
+
+def test_a_damaged_text_is_found(store, path):
+    keys = store.add(["a text that is stored", "another"], show_progress=False)
+    replace_bytes(path, b"a text that is stored", b"a text that is wronge")
+    with pytest.raises(CorruptMemoryError, match=f"text of key {keys[0]}"):
+        MemoryStore.open(path).columns(keys)
+    store = MemoryStore.open(path, FakeModel())
+    store.add(["a text that is stored", "another"], show_progress=False)
+    assert store.model.compressed == ["a text that is stored"]
+    assert store.columns(keys)["text"] == ["a text that is stored", "another"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
+def test_a_lost_data_file_costs_only_its_documents(store, path, damage):
+    store.write_bytes = 1
+    keys = store.add(DOCUMENTS, {"index": list(range(40))}, batch_size=10, show_progress=False)
+    file = data_files(path)[1]
+    size = file.stat().st_size
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(bytes(size if damage == "zeros" else 10))
+
+    reader = MemoryStore.open(path)
+    assert len(reader) == 30
+    left = [index for index, key in enumerate(keys) if key in reader]
+    assert torch.equal(reader.get([keys[index] for index in left]), expected([DOCUMENTS[index] for index in left]))
+
+    store = MemoryStore.open(path, FakeModel())
+    assert store.add(DOCUMENTS, {"index": list(range(40))}, show_progress=False) == keys
+    assert len(store.model.compressed) == 10
+    for whole in (store, MemoryStore.open(path)):
+        assert torch.equal(whole.get(keys), expected(DOCUMENTS)) and len(whole) == 40
+        assert whole.columns(keys, ["index"])["index"] == list(range(40))
