@@ -1,9 +1,19 @@
 """A model whose memories depend on the text alone, and what the tests of the memory store do to its files."""
 
 import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
 from types import SimpleNamespace
+from uuid import uuid4
 
+import pytest
 import torch
+import torch.distributed as dist
+
+from modeling_clara.memory_store import MemoryStore
 
 
 class FakeModel:
@@ -76,3 +86,77 @@ def replace_bytes(path, old, new):
     content = file.read_bytes()
     assert content.count(old) == 1 and len(old) == len(new)
     file.write_bytes(content.replace(old, new))
+
+
+class BatchModel(FakeModel):
+    """Its memories depend, like a real model's in the last bits, on all documents of their batch."""
+
+    def compress(self, documents, batch_size=32):
+        shift = self.memory("\n".join(documents))
+        return super().compress(documents, batch_size) + 1e-3 * shift
+
+
+def alone(path):
+    """Memories that one uninterrupted process with a `BatchModel` makes of `DOCUMENTS`, four at a time."""
+    store = MemoryStore.open(path, BatchModel(), dtype="float32")
+    return store.get(store.add(DOCUMENTS, batch_size=4, show_progress=False))
+
+
+def add_together(rank, path, model=None, documents=DOCUMENTS):
+    """Adds `documents` together with the other processes, four at a time, a part each; returns what it compressed."""
+    store = MemoryStore.open(path, model or BatchModel(), dtype="float32")
+    store.write_bytes = 1
+    columns = {"index": list(range(len(documents)))}
+    keys = store.add(documents, columns, batch_size=4, show_progress=False, distributed=True)
+    assert len(store.get(keys)) == len(documents)  # everything is there in every process
+    return store.model.compressed
+
+
+def killed_at(batch, model):
+    """`model`, which dies as after kill -9 when it compresses its `batch`-th batch."""
+    whole = model.compress
+
+    def compress(documents, batch_size=32):
+        if len(model.batches) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(documents, batch_size)
+
+    model.compress = compress
+    return model
+
+
+def in_processes(count, function, folder, *arguments):
+    """Runs `function(rank, *arguments)` in `count` processes of one torch.distributed job.
+
+    They come from a server that has imported everything and used nothing: after a fork of this process, in which Lance
+    has run, writing with Lance can crash.
+
+    Returns:
+        What each returned, by rank; of one that failed the text of its exception, of a killed one minus its signal.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        name = uuid4().hex
+        children = [
+            context.Process(target=_in_process, args=(rank, count, folder / name, function, arguments))
+            for rank in range(count)
+        ]
+        for child in children:
+            child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode is not None, "a process hangs"
+    return [
+        child.exitcode or pickle.loads((folder / f"{name}.{rank}").read_bytes()) for rank, child in enumerate(children)
+    ]
+
+
+def _in_process(rank, count, rendezvous, function, arguments):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
+    try:
+        result = function(rank, *arguments)
+    except Exception as error:
+        result = f"{type(error).__name__}: {error}"
+    rendezvous.with_suffix(f".{rank}").write_bytes(pickle.dumps(result))

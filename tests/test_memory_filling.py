@@ -1,12 +1,28 @@
-import os
+import json
 import resource
 import shutil
+import signal
 from types import SimpleNamespace
 
+import lance
 import pytest
 import torch
-from memory_fakes import DOCUMENTS, FailingModel, FakeModel, data_files, expected, raise_
+from conftest import TEXTS
+from memory_fakes import (
+    DOCUMENTS,
+    BatchModel,
+    FailingModel,
+    FakeModel,
+    add_together,
+    alone,
+    data_files,
+    expected,
+    in_processes,
+    killed_at,
+    raise_,
+)
 
+from modeling_clara import memory_filling
 from modeling_clara.memory_store import MemoryStore
 
 
@@ -32,20 +48,62 @@ def test_after_an_interruption_only_the_missing_are_compressed_and_all_are_equal
     assert store.columns(keys, ["index"])["index"] == list(range(40))
 
 
-def test_a_killed_process_loses_only_what_it_had_not_appended(path):
-    order = sorted(DOCUMENTS, key=lambda document: -len(document))
-    MemoryStore.open(path, FakeModel(), dtype="float32")
-    child = os.fork()
-    if child == 0:  # leaves without running any handler, as after kill -9
-        store = MemoryStore.open(path, FailingModel(order[25], lambda: os._exit(9)))
-        store.write_bytes = 1
-        store.add(DOCUMENTS, batch_size=8, show_progress=False)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+def add_until_killed(rank, path):
+    return add_together(rank, path, killed_at(6, BatchModel()))
 
-    store = MemoryStore.open(path, FakeModel())
-    keys = store.add(DOCUMENTS, batch_size=8, show_progress=False)
-    assert torch.equal(store.get(keys), expected(DOCUMENTS)) and len(store) == 40
-    assert len(store.model.compressed) == 16
+
+def test_a_killed_process_loses_only_what_it_had_not_written_and_all_memories_are_equal(path, tmp_path):
+    MemoryStore.open(path, BatchModel(), dtype="float32")
+    assert in_processes(1, add_until_killed, tmp_path, path) == [-signal.SIGKILL]
+    store = MemoryStore.open(path, BatchModel())
+    keys = store.add(DOCUMENTS, batch_size=4, show_progress=False)
+    assert len(store.model.compressed) == 16 and len(store) == 40
+    assert torch.equal(store.get(keys), alone(tmp_path / "alone"))
+    assert not list((path / "_parts").glob("*.part.json"))
+
+
+def test_a_part_whose_data_are_lost_or_whose_record_is_damaged_is_made_again(path, tmp_path):
+    MemoryStore.open(path, BatchModel(), dtype="float32")
+    in_processes(1, add_until_killed, tmp_path, path)
+    records = sorted((path / "_parts").glob("*.part.json"))
+    records[0].write_text('{"name": ')
+    data = [name for record in records[1:4] for name in json.loads(record.read_text())["files"]]
+    (path / data[0]).unlink()
+    (path / data[1]).write_bytes(bytes((path / data[1]).stat().st_size))
+    (path / data[2]).write_bytes((path / data[2]).read_bytes()[:100])
+    store = MemoryStore.open(path, BatchModel())
+    keys = store.add(DOCUMENTS, batch_size=4, show_progress=False)
+    assert len(store.model.compressed) == 16 + 4 * 4 and len(store) == 40
+    assert torch.equal(store.get(keys), alone(tmp_path / "alone"))
+
+
+def test_a_kill_between_commit_and_clearing_up_leaves_no_row_twice(store, path, monkeypatch):
+    monkeypatch.setattr(store._table.parts, "discard", lambda names: None)
+    store.add(DOCUMENTS, show_progress=False)
+    again = MemoryStore.open(path, FakeModel())
+    keys = again.add(DOCUMENTS, show_progress=False)
+    assert again.model.compressed == [] and torch.equal(again.get(keys), expected(DOCUMENTS))
+    assert lance.dataset(str(path)).count_rows() == 40
+    assert not list((path / "_parts").glob("*.part.json"))
+
+
+def test_an_interrupted_call_with_a_real_model_gives_the_memories_of_a_whole_one(clara, path):
+    documents = [f"{TEXTS[index % 5]} {'It is said. ' * (index % 7)}" for index in range(20)]
+    store = MemoryStore.open(path / "whole", clara, dtype="float32")
+    whole = store.get(store.add(documents, batch_size=4, show_progress=False))
+
+    part = MemoryStore.open(path / "part", clara, dtype="float32")
+    compress, done = clara.compress, []
+
+    def compress_until_interrupted(documents, **options):
+        done.append(documents)
+        return compress(documents, **options) if len(done) != 3 else raise_(KeyboardInterrupt())
+
+    clara.compress = compress_until_interrupted
+    with pytest.raises(KeyboardInterrupt):
+        part.add(documents, batch_size=4, show_progress=False)
+    assert len(part) == 8
+    assert torch.equal(part.get(part.add(documents, batch_size=4, show_progress=False)), whole)
 
 
 def test_rows_are_appended_after_the_time_that_a_kill_may_cost(store):
@@ -75,3 +133,12 @@ def test_a_write_that_fails_keeps_what_was_appended_and_can_be_finished(path):
     assert len(store) == 2
     keys = store.add(DOCUMENTS, show_progress=False)
     assert torch.equal(store.get(keys), torch.stack([model.memory(document) for document in DOCUMENTS]))
+
+
+def test_what_will_be_written_is_told_first_and_loudly_when_it_is_large(store, monkeypatch, caplog):
+    monkeypatch.setattr(memory_filling.logger, "propagate", True)
+    monkeypatch.setattr(memory_filling, "TOLD_BYTES", 100)
+    monkeypatch.setattr(store.model, "compress", lambda documents, batch_size: raise_(RuntimeError("stop")))
+    with caplog.at_level("WARNING"), pytest.raises(RuntimeError, match="stop"):
+        store.add(DOCUMENTS, show_progress=False)
+    assert "40 documents to compress: 0.0 MiB in" in caplog.text and "free" in caplog.text

@@ -1,9 +1,25 @@
 import os
 import pickle
+import shutil
+import signal
+from types import SimpleNamespace
 
+import lance
 import pytest
 import torch
-from memory_fakes import DOCUMENTS, FakeModel, expected
+from memory_fakes import (
+    DOCUMENTS,
+    BatchModel,
+    FailingModel,
+    FakeModel,
+    add_together,
+    alone,
+    expected,
+    in_processes,
+    killed_at,
+    raise_,
+    replace_bytes,
+)
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_clara.memory_store import MemoryStore
@@ -71,3 +87,96 @@ def test_a_forked_reader_stays_at_the_version_of_its_parent(store, path):
     if child == 0:
         os._exit(0 if torch.equal(reader.get(keys), expected(DOCUMENTS[:5])) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Filling together
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_compress_a_share_each_and_commit_once(path, tmp_path, count):
+    before = alone(tmp_path / "alone")
+    MemoryStore.open(path, BatchModel(), dtype="float32")
+    shares = in_processes(count, add_together, tmp_path, path)
+    assert sorted(sum(shares, [])) == sorted(DOCUMENTS)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 4
+    store = MemoryStore.open(path)
+    keys = store.keys(DOCUMENTS)
+    assert torch.equal(store.get(keys), before) and len(store) == 40
+    assert store.columns(keys, ["index"])["index"] == list(range(40))
+    # One version for the new column, one for everything that was compressed.
+    assert lance.dataset(str(path)).version == lance.dataset(str(tmp_path / "alone")).version + 1
+
+
+def add_until_killed(rank, path, batches):
+    return add_together(rank, path, killed_at(batches[rank], BatchModel()))
+
+
+@pytest.mark.parametrize(("batches", "restarted"), [((2, 1), 1), ((2, 1), 2), ((0, 3), 3), ((4, 4), 2)])
+def test_killed_processes_are_resumed_by_any_number_with_equal_memories(path, tmp_path, batches, restarted):
+    MemoryStore.open(path, BatchModel(), dtype="float32")
+    assert -signal.SIGKILL in in_processes(2, add_until_killed, tmp_path, path, batches)
+    assert len(MemoryStore.open(path)) == 0
+    parts = len(list((path / "_parts").glob("*.part.json")))
+    assert parts >= min(batches)
+    compressed = sum(in_processes(restarted, add_together, tmp_path, path), [])
+    assert len(compressed) == len(set(compressed)) == 40 - 4 * parts
+    store = MemoryStore.open(path)
+    assert torch.equal(store.get(store.keys(DOCUMENTS)), alone(tmp_path / "alone")) and len(store) == 40
+
+
+def add_other_documents(rank, path):
+    return add_together(rank, path, documents=DOCUMENTS[rank:])
+
+
+def add_elsewhere(rank, folder):
+    return add_together(rank, folder / f"machine{rank}")
+
+
+def add_with_a_full_disk(rank, path):
+    shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
+    return add_together(rank, path)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (add_other_documents, "processes 0 and 1 were given different documents"),
+        (add_elsewhere, "process 1 does not see what process 0 writes"),
+        (add_with_a_full_disk, "40 documents need"),
+    ],
+)
+def test_what_ends_one_process_is_told_in_all(path, tmp_path, function, message):
+    assert all(message in told for told in in_processes(2, function, tmp_path, path))
+
+
+def add_failing(rank, path):
+    longest = sorted(DOCUMENTS, key=lambda document: -len(document))
+    return add_together(rank, path, FailingModel(longest[4 * 5], lambda: raise_(RuntimeError("no memory"))))
+
+
+def test_an_error_in_one_process_ends_the_others_and_keeps_what_was_written(path, tmp_path):
+    first, second = in_processes(2, add_failing, tmp_path, path)
+    assert second == "RuntimeError: no memory" and first.startswith("RuntimeError")
+    store = MemoryStore.open(path, FakeModel())
+    assert len(store) == 40 - 4 * 3  # all but the second's third, fourth and fifth batch
+    assert torch.equal(store.get(store.add(DOCUMENTS, show_progress=False)), expected(DOCUMENTS))
+
+
+def add_fakes(rank, path):
+    return add_together(rank, path, FakeModel())
+
+
+def test_damage_is_looked_for_by_all_processes_and_made_anew_once(path, tmp_path):
+    in_processes(2, add_fakes, tmp_path, path)
+    damaged = [DOCUMENTS[index] for index in (3, 17, 31)]
+    for document in damaged:
+        memory = expected([document]).numpy().tobytes()
+        replace_bytes(path, memory, memory[:-1] + bytes([memory[-1] ^ 1]))
+    assert sorted(sum(in_processes(2, add_fakes, tmp_path, path), [])) == sorted(damaged)
+    store = MemoryStore.open(path)
+    assert torch.equal(store.get(store.keys(DOCUMENTS)), expected(DOCUMENTS)) and len(store) == 40
+
+
+def test_adding_together_without_a_job_is_adding_alone(store):
+    keys = store.add(DOCUMENTS, show_progress=False, distributed=True)
+    assert torch.equal(store.get(keys), expected(DOCUMENTS))
