@@ -1,12 +1,18 @@
+import json
 import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lance
 import pytest
 import torch
+from conftest import build_clara
+from joint_worker import rows
 from memory_fakes import (
     DOCUMENTS,
     BatchModel,
@@ -20,6 +26,7 @@ from memory_fakes import (
     raise_,
     replace_bytes,
 )
+from test_trainers import make_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_clara.memory_store import MemoryStore
@@ -180,3 +187,36 @@ def test_damage_is_looked_for_by_all_processes_and_made_anew_once(path, tmp_path
 def test_adding_together_without_a_job_is_adding_alone(store):
     keys = store.add(DOCUMENTS, show_progress=False, distributed=True)
     assert torch.equal(store.get(keys), expected(DOCUMENTS))
+
+
+def torchrun(*arguments):
+    """Runs `joint_worker.py` in two processes; returns the exit code and what it said."""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    arguments = [str(tests / "joint_worker.py"), *map(str, arguments)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_joint_training_in_two_processes_compresses_shares_and_resumes_after_a_kill(base, tmp_path):
+    documents = sorted({text for docs in rows()["docs"] for text in docs})
+    code, told = torchrun(base, tmp_path / "two", 1)
+    assert code != 0 and "exitcode: -9" in told, told
+    code, told = torchrun(base, tmp_path / "two", -1)
+    assert code == 0, told
+    found = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in range(2)]
+    compressed = [text for process in found for text in process["compressed"]]
+    # What the killed process had finished is not compressed again, and what it had not is: its last three batches.
+    assert 3 * 2 <= len(compressed) == len(set(compressed)) <= len(documents) - 2
+    assert [process["steps"] for process in found] == [2, 2]
+
+    settings = {"per_device_train_batch_size": 4, "memory_batch_size": 2, "max_steps": 2}
+    model = build_clara(base, lora_dropout=0.0)
+    trainer = make_trainer("joint", base, tmp_path / "one", model, rows=rows(), **settings)
+    trainer.train()
+    store = MemoryStore.open(tmp_path / "two" / "memories")
+    keys = store.keys(documents)
+    assert torch.equal(store.get(keys), trainer.store.get(keys)) and len(store) == len(documents)
+    assert found[0]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], abs=1e-5)

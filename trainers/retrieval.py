@@ -117,7 +117,8 @@ class RetrievalTrainer(CLaRaTrainer):
         if self.store is None:
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
-            ids, column = self.store.add(distinct, batch_size=args.memory_batch_size), "keys"
+            # Every process compresses a share.
+            ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
         known = dict(zip(distinct, ids, strict=True))
         tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
         return tokenized.add_column("pos_index", positives(dataset))
@@ -125,7 +126,9 @@ class RetrievalTrainer(CLaRaTrainer):
     def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:
         """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""
         if self.store is not None:
-            return [self.store.get(self.eval_dataset[row]["keys"]) for row in rows]
+            keys = [self.eval_dataset[row]["keys"] for row in rows]
+            memories = self.store.get([key for candidates in keys for key in candidates])
+            return list(memories.split([len(candidates) for candidates in keys]))
         documents = [self.eval_rows[row]["docs"] for row in rows]
         distinct = list(dict.fromkeys(text for docs in documents for text in docs))
         memories = dict(zip(distinct, self.model.compress(distinct), strict=True))
