@@ -1,18 +1,19 @@
-"""Time of one joint training step: memories read from the store against candidates compressed in the step.
+"""Time and memory of one joint training step: memories read from the store against candidates compressed in the step.
 
     python benchmarks/joint_step.py
-    python benchmarks/joint_step.py --model runs/nano/instruct --steps 20 --batch_size 32
+    python benchmarks/joint_step.py --shape mistral-7b --batch_size 4
 
-Both kinds take the same batches of nano questions with 20 candidates, alternating, forward, backward and optimizer
-included, after one step each to warm up. The cached step includes reading the store; filling it once is timed apart.
+All variants take the same batch of questions with candidates of natural lengths: collation, forward, backward and
+optimizer included, reading the store too; filling it once is not. Each comes with logits where there are labels only,
+as trained, and with logits of all positions.
 """
 
-import resource
-import statistics
+import random
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 
@@ -20,88 +21,80 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-import torch
-from datasets import Dataset
-from transformers import HfArgumentParser, set_seed
+from datasets import Dataset, disable_progress_bars
+from transformers import HfArgumentParser
 
-from recipes.common import load_questions
-from recipes.nano import world
-from trainers.cli import CLaRaModelArguments, load_model, run, write_json
+from benchmarks.common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
+from modeling_clara import CLaRaForRetrievalGeneration
+from trainers.cli import run
 from trainers.joint import JointConfig, JointTrainer
 
 
 @dataclass
-class BenchmarkArguments:
-    """What is measured."""
+class StepArguments(BenchmarkArguments):
+    """What a step takes."""
 
-    model: str = field(default="recipes/nano/pretrained/base", metadata={"help": "CLaRa checkpoint or base decoder."})
-    data: str = field(default="runs/nano/data", metadata={"help": "Folder of the nano world's data."})
-    steps: int = field(default=10, metadata={"help": "Steps of each kind."})
-    batch_size: int = field(default=32, metadata={"help": "Questions per step."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    batch_size: int = field(default=4, metadata={"help": "Questions per step."})
+    candidates: int = field(default=20, metadata={"help": "Candidates per question, none of them shared."})
+    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
 
 
-def make_trainer(args: BenchmarkArguments, rows: Dataset, online: bool, folder: str) -> JointTrainer:
-    set_seed(0)
-    clara = {"doc_max_length": 64, "compression_rate": 16, "query_max_length": 64, "lora_r": 32, "lora_alpha": 64}
-    model = load_model(CLaRaModelArguments(args.model, prompts_file="recipes/nano/prompts.json", clara_config=clara))
+def make_rows(args: StepArguments) -> Dataset:
+    """Questions of 20 tokens with answers of 4, as in open-domain question answering."""
+    draw = random.Random(1)
+    documents = natural_documents(args.batch_size * args.candidates)
+    rows = []
+    for start in range(0, len(documents), args.candidates):
+        docs = documents[start : start + args.candidates]
+        rows.append({"question": sentence(draw, 20), "answers": [sentence(draw, 4)], "docs": docs, "pos_index": [0]})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(
+    args: StepArguments, model: CLaRaForRetrievalGeneration, rows: Dataset, online: bool, folder: str
+) -> JointTrainer:
     config = JointConfig(
         output_dir=folder,
         online=online,
         per_device_train_batch_size=args.batch_size,
-        max_steps=args.steps + 1,
-        learning_rate=1e-4,
+        use_cpu=args.device == "cpu",
         save_strategy="no",
+        disable_tqdm=True,
     )
     trainer = JointTrainer(model=model, args=config, train_dataset=rows)
     trainer.create_optimizer()
     return trainer
 
 
-def step(trainer: JointTrainer, rows: list[dict]) -> float:
-    """Seconds of one training step, data collation included."""
-    began = time.perf_counter()
+def step(trainer: JointTrainer, all_logits: bool) -> None:
     trainer.model.train()
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    inputs = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    if all_logits:
+        inputs["logits_to_keep"] = 0
     trainer.compute_loss(trainer.model, inputs).backward()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
+
+
+def make_variants(args: StepArguments, folder: str) -> dict[str, Callable[[], None]]:
+    model, rows = build_model(args, compression_rate=args.compression_rate), make_rows(args)
+    variants = {}
+    for kind in ("cached", "online"):
+        trainer = make_trainer(args, model, rows, kind == "online", folder)
+        variants[kind] = partial(step, trainer, all_logits=False)
+        variants[f"{kind}, all logits"] = partial(step, trainer, all_logits=True)
+    return variants
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(arguments)
-    world.ensure(args.data)
-    count = args.batch_size * (args.steps + 1)
-    rows = Dataset.from_list(load_questions(str(Path(args.data, "joint_train.jsonl")))[:count])
-    seconds: dict[str, list[float]] = {"cached": [], "online": []}
+    arguments = sys.argv[1:] if arguments is None else arguments
+    (args,) = HfArgumentParser(StepArguments).parse_args_into_dataclasses(arguments)
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        trainers = {kind: make_trainer(args, rows, kind == "online", folder) for kind in seconds}
-        prepared = time.perf_counter() - began
-        for number in range(args.steps + 1):
-            chosen = range(number * args.batch_size, min(len(rows), (number + 1) * args.batch_size))
-            for kind, trainer in trainers.items():
-                taken = step(trainer, [trainer.train_dataset[row] for row in chosen])
-                if number:
-                    seconds[kind].append(taken)
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    figures = {
-        "seconds_per_step": medians,
-        "online_over_cached": medians["online"] / medians["cached"],
-        "preparation_seconds": prepared,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "settings": {"batch_size": args.batch_size, "candidates": 20, "steps": args.steps, "model": args.model},
-        "threads": torch.get_num_threads(),
-    }
-    print(
-        f"cached {medians['cached']:.3f} s, online {medians['online']:.3f} s per step of {args.batch_size} questions: "
-        f"cached is {figures['online_over_cached']:.1f} times faster (medians of {args.steps} steps, one run)."
-    )
-    if args.output:
-        write_json(Path(args.output), figures)
+        variants = make_variants(args, folder)
+        run_benchmark(
+            __file__, args, arguments, variants, items=args.batch_size, unit="questions", reference="online, all logits"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Documents per second of compression, against the way of the paper's release.
+
+    python benchmarks/compress.py
+    python benchmarks/compress.py --shape mistral-7b --documents 512 --batch_size 64
+
+The release pads every document to the whole budget, computes logits over the vocabulary at all positions, and keeps the
+hidden states of all layers. Here this is re-created by flags on the same model, one after the other, so that each
+one's cost can be told; its code is not used. Documents have natural lengths, 30 to 256 tokens.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import torch
+from transformers import HfArgumentParser
+
+from benchmarks.common import BenchmarkArguments, build_model, natural_documents, run_benchmark
+from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara.adapters import COMPRESSOR, use_adapter
+from modeling_clara.functional_clara import position_ids
+from modeling_clara.processing_clara import ENCODER_MARKERS
+from trainers.cli import run
+
+
+@dataclass
+class CompressArguments(BenchmarkArguments):
+    """What is compressed."""
+
+    documents: int = field(default=32, metadata={"help": "Documents per run."})
+    batch_size: int = field(default=8, metadata={"help": "Documents per forward pass, in all variants."})
+    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
+
+
+def compress_padded(
+    model: CLaRaForRetrievalGeneration, documents: list[str], batch_size: int, head: bool, all_layers: bool
+) -> torch.Tensor:
+    """Memories `[N, l, H]` in batches of the given order, all padded to the budget.
+
+    Args:
+        head: whether logits of all positions are computed.
+        all_layers: whether the hidden states of all layers are kept.
+    """
+    rows, count = model.processor.encode_documents(documents), model.config.num_memory_tokens
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        width = model.config.doc_max_length + ENCODER_MARKERS
+        batch = model.processor.pad_encodings(rows[start : start + batch_size], width=width).to(model.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        own = model.memory_embeddings(torch.arange(count, device=ids.device).expand(len(ids), -1))
+        embeddings = torch.cat([model.get_input_embeddings()(ids[:, :-count]), own], dim=1)
+        options = {"attention_mask": mask, "position_ids": position_ids(mask), "use_cache": False}
+        with torch.no_grad(), use_adapter(model.decoder, COMPRESSOR):
+            decoder = model.decoder if head else model.decoder.base_model
+            output = decoder(inputs_embeds=embeddings, output_hidden_states=all_layers, **options)
+        hidden = output.hidden_states[-1] if all_layers else output.last_hidden_state
+        parts.append(hidden[:, -count:])
+    return torch.cat(parts)
+
+
+def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -> dict[str, Callable[[], torch.Tensor]]:
+    documents = natural_documents(args.documents)
+    padded = partial(compress_padded, model, documents, args.batch_size)
+    return {
+        "compress": lambda: model.compress(documents, batch_size=args.batch_size),
+        "padded to the budget": lambda: padded(head=False, all_layers=False),
+        "padded, head, all layers": lambda: padded(head=True, all_layers=True),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    (args,) = HfArgumentParser(CompressArguments).parse_args_into_dataclasses(arguments)
+    model = build_model(args, compression_rate=args.compression_rate)
+    variants = make_variants(model, args)
+    reference = "padded, head, all layers"
+    run_benchmark(__file__, args, arguments, variants, items=args.documents, unit="documents", reference=reference)
+
+
+if __name__ == "__main__":
+    run(main)
