@@ -269,10 +269,9 @@ def measure(
 
 
 def table(rows: dict[str, dict], unit: str) -> str:
-    lines = [
-        f"| variant | seconds | {unit}/s | speed | GFLOP/s | of matmul | peak GiB | peak, relative |",
-        "|---" * 8 + "|",
-    ]
+    head = ("variant", "seconds", f"{unit}/s", "speed", "GFLOP/s", "of matmul")
+    head += ("peak GiB", "relative", "added GiB", "relative")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in rows.items():
         lines.append(
             f"| {name} | {row['seconds']['median']:.3g} | {row[f'{unit}_per_second']:.3g} "

@@ -34,7 +34,7 @@ from trainers.cli import run
 class CompressArguments(BenchmarkArguments):
     """What is compressed."""
 
-    documents: int = field(default=32, metadata={"help": "Documents per run."})
+    documents: int = field(default=64, metadata={"help": "Documents per run."})
     batch_size: int = field(default=8, metadata={"help": "Documents per forward pass, in all variants."})
     compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
 

@@ -63,6 +63,7 @@ def make_trainer(
     )
     trainer = JointTrainer(model=model, args=config, train_dataset=rows)
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # the training loop, which is left out here, would set it
     return trainer
 
 
