@@ -26,7 +26,8 @@ class RetrievalTrainingArguments(CLaRaTrainingArguments):
         > Parameters that control the memories
 
         memory_store (`str`, *optional*):
-            Folder of the memory store; `memories` in the output folder by default.
+            Folder of the memory store, on a file system that all processes share; `memories` in the output folder by
+            default.
         memory_batch_size (`int`, *optional*, defaults to `64`):
             Documents per forward pass when the store is filled.
     """
