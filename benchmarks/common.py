@@ -222,7 +222,6 @@ def measure(
     rate = max(rates)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     memory = peak_memories(script, list(variants), arguments)
-    added = {name: found["peak"] - found["before"] for name, found in memory.items()}
     rows = {
         name: {
             "seconds": {"median": medians[name], "all": seconds[name]},
@@ -234,7 +233,6 @@ def measure(
             "memory_before_bytes": memory[name]["before"],
             "peak_memory_bytes": memory[name]["peak"],
             "peak_memory_over_reference": memory[name]["peak"] / memory[reference]["peak"],
-            "added_memory_over_reference": added[name] / added[reference],
         }
         for name in variants
     }
@@ -269,17 +267,14 @@ def measure(
 
 
 def table(rows: dict[str, dict], unit: str) -> str:
-    head = ("variant", "seconds", f"{unit}/s", "speed", "GFLOP/s", "of matmul")
-    head += ("peak GiB", "relative", "added GiB", "relative")
+    head = ("variant", "seconds", f"{unit}/s", "speed", "GFLOP/s", "of matmul", "peak GiB", "relative")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in rows.items():
         lines.append(
             f"| {name} | {row['seconds']['median']:.3g} | {row[f'{unit}_per_second']:.3g} "
             f"| {row['speed_over_reference']:.2f} | {row['flop_per_second'] / 1e9:.3g} "
             f"| {row['share_of_matmul_rate']:.0%} | {row['peak_memory_bytes'] / 2**30:.2f} "
-            f"| {row['peak_memory_over_reference']:.2f} "
-            f"| {(row['peak_memory_bytes'] - row['memory_before_bytes']) / 2**30:.2f} "
-            f"| {row['added_memory_over_reference']:.2f} |"
+            f"| {row['peak_memory_over_reference']:.2f} |"
         )
     return "\n".join(lines)
 
