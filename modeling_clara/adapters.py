@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .sharded_clara import gathered
+
 
 COMPRESSOR = "compressor"
 QUERY_REASONER = "query_reasoner"
@@ -48,8 +50,9 @@ def adapter_parameters(decoder: nn.Module, name: str) -> Iterator[nn.Parameter]:
 
 def copy_adapter(decoder: nn.Module, source: str, target: str) -> None:
     """Overwrite the weights of adapter `target` with those of `source`."""
-    with torch.no_grad():
-        for new, old in zip(adapter_parameters(decoder, target), adapter_parameters(decoder, source), strict=True):
+    targets, sources = list(adapter_parameters(decoder, target)), list(adapter_parameters(decoder, source))
+    with torch.no_grad(), gathered([*targets, *sources], changed=True):
+        for new, old in zip(targets, sources, strict=True):
             new.copy_(old)
 
 

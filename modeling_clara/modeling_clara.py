@@ -187,7 +187,9 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.
             with nullcontext() if self.compressor_trains else self._inference():
                 memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask)
-            mse_loss = gap.float().square().mean() if self.compressor_trains else None
+            if self.compressor_trains:
+                # Once for every row that a document is in: the mean then does not depend on how rows are batched.
+                mse_loss = gap[document_index[document_index >= 0]].float().square().mean()
 
         is_candidate = document_index >= 0
         candidates = memories[document_index.clamp(min=0)]

@@ -12,7 +12,8 @@ class CLaRaOutput(ModelOutput):
     Args:
         loss (`[]`): `ce_loss + mse_weight * mse_loss`, when labels are given.
         ce_loss (`[]`): cross entropy of the supervised tokens.
-        mse_loss (`[]`): mean-squared error between document and memory means; only where the compressor trains.
+        mse_loss (`[]`): mean-squared error between document and memory means, over the documents of all rows; only
+            where the compressor trains.
         logits (`[B, T, vocab]`): of the last T positions, T as `logits_to_keep` says.
         scores (`[B, N]` float32): cosine of question and candidate, -inf where there is no candidate.
         topk_indices (`[B, k]` int64): selected candidates, best first, -1 in unused slots.

@@ -25,6 +25,7 @@ from .adapters import (
 )
 from .configuration_clara import CLaRaConfig
 from .processing_clara import CLaRaProcessor
+from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
     ADDED_INPUT_ROWS,
     ADDED_OUTPUT_ROWS,
@@ -142,7 +143,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             eos_token_id=_end_token_ids(base, tokenizer),
             pad_token_id=_pad_token_id(tokenizer),
         )
-        state = decoder_state(cls, base, config)
+        with unpartitioned():
+            state = decoder_state(cls, base, config)
         fill_added_rows(state, base, config, first_added)
         with _quiet_load_report():
             model, _ = cls._from_state(config, state, base.dtype, attn_implementation)
@@ -184,7 +186,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 config = copy.deepcopy(config)
                 config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
                 base = _load_base(config.base_model_name_or_path, dtype)
-                state = decoder_state(cls, base, config)
+                with unpartitioned():
+                    state = decoder_state(cls, base, config)
                 merge_adapter_file(state, path, base, config)
                 model, info = cls._from_state(
                     config, state, base.dtype, kwargs.get("attn_implementation"), kwargs.get("device_map")
@@ -223,15 +226,38 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def adapter_state_dict(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-        """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens."""
-        state = self.state_dict() if state_dict is None else state_dict
-        kept = {key: value for key, value in state.items() if _is_own_weight(key)}
+        """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens.
+
+        Args:
+            state_dict (*optional*): the model's whole state, or what this method returned. Without it, the weights are
+                collected on the CPU of every process that holds a part (ZeRO-3, FSDP): all of them call this together.
+        """
+        if state_dict is not None and ADDED_INPUT_ROWS in state_dict:
+            return state_dict
+        ends = [f"decoder.{key}" for key in embedding_keys(self.decoder) if key is not None]
+        if state_dict is None:
+            wanted = {key for key in self.state_dict() if _is_own_weight(key) or key in ends}
+            with gathered(value for key, value in self.named_parameters() if key in wanted):
+                state_dict = {key: whole_copy(value) for key, value in self.state_dict().items() if key in wanted}
+        kept = {key: value for key, value in state_dict.items() if _is_own_weight(key)}
         rows = saved_rows(self.config)
-        input_key, output_key = embedding_keys(self.decoder)
-        kept[ADDED_INPUT_ROWS] = state[f"decoder.{input_key}"][rows].clone()
-        if output_key is not None:
-            kept[ADDED_OUTPUT_ROWS] = state[f"decoder.{output_key}"][rows].clone()
+        for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), ends, strict=False):
+            kept[name] = state_dict[key][rows].clone()
         return kept
+
+    def load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Put back the adapters and memory embeddings of an `adapter_state_dict`, in place; the base stays as it is.
+
+        Raises:
+            ValueError: `state_dict` lacks some of them, or holds others.
+        """
+        own = {key: value for key, value in self.state_dict().items() if _is_own_weight(key)}
+        given = {key: value for key, value in state_dict.items() if _is_own_weight(key)}
+        if set(given) != set(own):
+            wrong = min(set(given) ^ set(own))
+            raise ValueError(f"state_dict does not fit the model's adapters: {wrong!r} is in only one of the two.")
+        for key, value in own.items():
+            copy_whole(given[key], value)
 
     def compressor_fingerprint(self) -> str:
         """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base."""
@@ -308,7 +334,8 @@ def _load_base(name: str | None, dtype) -> PreTrainedModel:
     if name is None:
         raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        with unpartitioned():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(". ")
         raise OSError(

@@ -9,6 +9,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 # Read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Else DeepSpeed, which transformers imports where it is installed, tells every process's stdout that there is no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch

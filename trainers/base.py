@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 
+from .checkpoints import CheckpointTrainer
 from .watch import LocalLog, TrainingWatch
 
 
@@ -46,6 +47,10 @@ class CLaRaTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; a share of all steps if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X steps; a share of all steps if below 1."})
+    # Every weight that trains takes part in every step: a search for others only costs time.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for weights that took no part in a step."}
+    )
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: collators need every column."})
     max_length: int | None = field(
@@ -63,7 +68,7 @@ class CLaRaTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must stay false: the collators need every column.")
 
 
-class CLaRaTrainer(Trainer):
+class CLaRaTrainer(CheckpointTrainer):
     """Base of the stages. A subclass says which parts train and how a row becomes a training example.
 
     Args:
@@ -86,6 +91,13 @@ class CLaRaTrainer(Trainer):
         if not isinstance(model, CLaRaForRetrievalGeneration):
             raise TypeError(f"model must be a CLaRaForRetrievalGeneration, got {type(model).__name__}.")
         model.train_only(*self.parts_to_train(model, args))
+        if args.deepspeed_plugin is None:
+            # In bfloat16, steps of a learning rate of 1e-5 vanish. DeepSpeed keeps float32 copies of its own.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        self.has_mse_term = model.compressor_trains
+        self.documents_in_batch: torch.Tensor | None = None
         self.processor: CLaRaProcessor = model.processor
         self.train_rows, self.eval_rows = train_dataset, eval_dataset
         self.watch = TrainingWatch(self)
@@ -127,10 +139,11 @@ class CLaRaTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         parts = {"ce_loss": loss.detach()}
         if outputs.mse_loss is not None:
-            # A mean per micro-batch, unlike the cross entropy, which is already scaled to the accumulated batch.
-            steps = 1 if num_items_in_batch is None or not is_training else self.current_gradient_accumulation_steps
-            loss = loss + self.model.config.mse_weight * outputs.mse_loss / steps
-            parts["mse_loss"] = outputs.mse_loss.detach() / steps
+            mse_loss = outputs.mse_loss
+            if num_items_in_batch is not None:
+                mse_loss = mse_loss * self.share_of_documents(inputs["document_index"])
+            loss = loss + self.model.config.mse_weight * mse_loss
+            parts["mse_loss"] = mse_loss.detach()
         if is_training:
             for name, part in parts.items():
                 self.watch.add(name, part, 1 / self.current_gradient_accumulation_steps)
@@ -145,6 +158,23 @@ class CLaRaTrainer(Trainer):
         self.watch.add_batch(inputs)
         self.watch.note_step(loss, inputs[EXAMPLE_INDEX])
         return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.has_mse_term and samples:
+            count = sum(count_documents(batch["document_index"]) for batch in samples).to(device)
+            across = self.args.average_tokens_across_devices
+            self.documents_in_batch = self.accelerator.reduce(count, reduction="sum") if across else count
+        return samples, num_items_in_batch
+
+    def share_of_documents(self, document_index: torch.Tensor) -> torch.Tensor:
+        """Weight of a micro-batch's mean over documents in that of the global batch.
+
+        As with tokens, gradients and losses of processes are averaged afterwards, so that it is multiplied by their
+        number.
+        """
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return count_documents(document_index) * processes / self.documents_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -176,6 +206,14 @@ class CLaRaTrainer(Trainer):
         """Generated ids, and more, for the rows of the evaluation data at the given positions."""
         raise NotImplementedError
 
+    def compress_together(self, documents: list[str]) -> torch.Tensor:
+        """Memories `[N, l, H]` of a process's own documents, compressed in as many forward passes as the others make
+        with theirs: where weights are spread over processes, each pass needs them all."""
+        count = torch.tensor([len(documents)], device=self.args.device)
+        longest = int(self.accelerator.gather(count).max())
+        padded = documents + documents[:1] * (longest - len(documents))
+        return self.model.compress(padded)[: len(documents)]
+
     def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
         """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""
         return sequences.masked_fill(sequences == self.model.config.pad_token_id, IGNORE_INDEX)
@@ -184,6 +222,11 @@ class CLaRaTrainer(Trainer):
 def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch without what only the trainer reads."""
     return {name: value for name, value in inputs.items() if name not in (EXAMPLE_INDEX, IS_POSITIVE)}
+
+
+def count_documents(document_index: torch.Tensor) -> torch.Tensor:
+    """Documents of a batch, as often as they are in a row; -1 stands for none."""
+    return (document_index >= 0).sum()
 
 
 def pad_examples(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:

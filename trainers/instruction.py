@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 
+from modeling_clara.processing_clara import distinct_texts
+
 from .base import EXAMPLE_INDEX
 from .scp import CompressionTrainer, CompressionTrainingArguments
 
@@ -35,9 +37,11 @@ class InstructionTrainer(CompressionTrainer):
 
     def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
         batch = self.eval_rows[rows]
+        distinct, index = distinct_texts(batch["docs"])
+        memories = self.compress_together(distinct)
         answers = self.model.generate(
             questions=batch["question"],
-            documents=batch["docs"],
+            memories=[memories[row[row >= 0].to(memories.device)] for row in index],
             rerank=False,
             max_new_tokens=self.args.generation_max_new_tokens,
         )

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.memory_store import MemoryStore
 from modeling_clara.processing_clara import index_matrix
+from modeling_clara.sharded_clara import gathered
 
 from .base import CLaRaTrainer, CLaRaTrainingArguments, pad_documents
 
@@ -106,7 +108,11 @@ class RetrievalTrainer(CLaRaTrainer):
         **kwargs,
     ):
         model.add_query_reasoner()
-        self.store = self.open_store(model, args)
+        if not is_deepspeed_zero3_enabled():
+            # Documents are compressed before the Trainer would put the model there.
+            model.to(args.device)
+        with gathered(model.parameters()), args.main_process_first(desc="opening the memory store"):
+            self.store = self.open_store(model, args)
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     def open_store(self, model, args: RetrievalTrainingArguments) -> MemoryStore | None:
@@ -118,8 +124,8 @@ class RetrievalTrainer(CLaRaTrainer):
         if self.store is None:
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
-            # Every process compresses a share.
-            ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
+            with gathered(self.store.model.parameters()), args.main_process_first(desc="compressing documents"):
+                ids, column = self.store.add(distinct, batch_size=args.memory_batch_size), "keys"
         known = dict(zip(distinct, ids, strict=True))
         tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
         return tokenized.add_column("pos_index", positives(dataset))
@@ -132,7 +138,7 @@ class RetrievalTrainer(CLaRaTrainer):
             return list(memories.split([len(candidates) for candidates in keys]))
         documents = [self.eval_rows[row]["docs"] for row in rows]
         distinct = list(dict.fromkeys(text for docs in documents for text in docs))
-        memories = dict(zip(distinct, self.model.compress(distinct), strict=True))
+        memories = dict(zip(distinct, self.compress_together(distinct), strict=True))
         return [torch.stack([memories[text] for text in docs]) for docs in documents]
 
     def rank(self, rows: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:

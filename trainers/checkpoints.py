@@ -1,0 +1,123 @@
+"""Checkpoints of a run: what trains and what resuming needs, without the frozen base, and never half of one."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from safetensors.torch import load_file
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+
+# Checkpoints are written in here. Neither the Trainer nor a recipe takes what it holds for a checkpoint.
+PARTIAL_FOLDER = "checkpoint.partial"
+
+
+class CheckpointTrainer(Trainer):
+    """A Trainer whose `checkpoint-N` folders hold what trains, and appear when every process has written its part.
+
+    A checkpoint is an adapter-only model (whatever format the finished model is saved in) with the state of optimizer,
+    scheduler, random generators and data. A run that is killed while it writes one leaves a folder
+    `checkpoint.partial`, which the next save removes.
+    """
+
+    _writes_beside = False
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL_FOLDER) if self._writes_beside else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_folder = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial, finished = Path(run_folder, PARTIAL_FOLDER, name), Path(run_folder, name)
+        if self.args.local_process_index == 0:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writes_beside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writes_beside = False
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(finished)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:
+            put_in_place(partial, finished)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(finished))
+        if self.args.should_save:
+            rotate_checkpoints(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is uploaded once it is in its place."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model: adapter-only for a checkpoint, else in its configuration's `checkpoint_format`."""
+        config = self.model.config
+        if not self._writes_beside and config.checkpoint_format != "adapter":
+            return super().save_model(output_dir, _internal_call)
+        # By all processes, each of which may hold but a part of every weight.
+        state = self.model.adapter_state_dict()
+        wanted, config.checkpoint_format = config.checkpoint_format, "adapter"
+        try:
+            self._save(output_dir, state_dict=state)
+        finally:
+            config.checkpoint_format = wanted
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Left to itself, the Trainer puts the frozen base into DeepSpeed's and FSDP's files.
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        state = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        self.model.load_adapter_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint, load_module_strict=False)
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def put_in_place(partial: Path, finished: Path) -> None:
+    """Rename the folder `partial` to `finished`, whose older, broken version is removed.
+
+    Called by one process of every machine: on a disk that machines share, the first one does it for all.
+    """
+    try:
+        # A restart that passed over a damaged checkpoint comes by its step again.
+        if partial.is_dir() and finished.is_dir():
+            shutil.rmtree(finished)
+        os.replace(partial, finished)
+    except FileNotFoundError:
+        if not finished.is_dir():
+            raise
+    shutil.rmtree(partial.parent, ignore_errors=True)
