@@ -20,6 +20,7 @@ from trainers.cli import (
     is_finished,
     load_model,
     parse,
+    quieten,
     train_stage,
 )
 
@@ -118,10 +119,13 @@ def train_recipe(
     """
     types = (DataArguments, config_class, CLaRaModelArguments)
     data_args, training_args, model_args = parse(types, ROOT / default_config, arguments)
+    quieten(training_args)
     checkpoint = check_folder(data_args, model_args, training_args)
     if not data_args.overwrite and is_finished(training_args.output_dir):
         return
-    train, validation = load_split(data_args, loader)
+    # The first process may write what all read.
+    with training_args.main_process_first(desc="loading data"):
+        train, validation = load_split(data_args, loader)
     # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
     set_seed(training_args.seed)
     model = load_model(model_args)

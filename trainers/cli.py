@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import datasets
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from transformers.utils import CONFIG_NAME, logging
 from trl import TrlParser
 
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
+
+from .quantization import quantize_base
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +73,7 @@ class CLaRaModelArguments:
         attn_implementation (`str`, *optional*): attention kernel, as in `from_pretrained`.
         clara_config (`dict`): fields of [`CLaRaConfig`]; they make a new model and override those of a checkpoint.
         prompts_file (`str`, *optional*): JSON file with the `prompts` of the configuration.
+        load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see [`~trainers.quantization.quantize_base`].
     """
 
     model_name_or_path: str = field(metadata={"help": "A CLaRa checkpoint or a causal language model."})
@@ -77,8 +81,12 @@ class CLaRaModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel."})
     clara_config: dict | str | None = field(default=None, metadata={"help": "Fields of CLaRaConfig, YAML or JSON."})
     prompts_file: str | None = field(default=None, metadata={"help": "JSON file with prompts."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Train over a base in 4 bits (QLoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Train over a base in 8 bits."})
 
     def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UsageError("load_in_4bit and load_in_8bit are both set: choose one.")
         given = self.clara_config
         try:
             self.clara_config = yaml.safe_load(given) if isinstance(given, str) else given or {}
@@ -125,11 +133,20 @@ def parse(dataclass_types: tuple, default_config: Path, arguments: list[str] | N
         raise UsageError(f"{arguments[arguments.index('--config') + 1]} is no valid YAML: {error}") from error
 
 
+def quieten(training: TrainingArguments) -> None:
+    """Leave progress bars and warnings to the first process."""
+    if training.process_index != 0:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
 def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
     """A CLaRa checkpoint, or a new CLaRa model over a causal language model.
 
     Raises:
         UsageError: the folder is not there, or its configuration and `clara_config` do not go together.
+        ImportError, ValueError: the base cannot be quantized, see [`~trainers.quantization.quantize_base`].
     """
     settings = dict(args.clara_config)
     if args.prompts_file:
@@ -143,9 +160,12 @@ def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
         raise UsageError(
             f"model_name_or_path {name} holds no model: finish the stage that writes it, or name another folder."
         )
-    if config.is_file() and read_json(config).get("model_type") == CLaRaConfig.model_type:
-        return CLaRaForRetrievalGeneration.from_pretrained(name, **options, **settings)
-    return CLaRaForRetrievalGeneration.from_base(name, **options, **settings)
+    is_clara = config.is_file() and read_json(config).get("model_type") == CLaRaConfig.model_type
+    load = CLaRaForRetrievalGeneration.from_pretrained if is_clara else CLaRaForRetrievalGeneration.from_base
+    model = load(name, **options, **settings)
+    if args.load_in_4bit or args.load_in_8bit:
+        quantize_base(model, 4 if args.load_in_4bit else 8)
+    return model
 
 
 def read_json(path: Path) -> dict:
@@ -258,7 +278,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         main(None)
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted; the same command with --resume true goes on from the last checkpoint.")
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"{name}: {one_sentence(error)}")
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
