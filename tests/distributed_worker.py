@@ -1,0 +1,109 @@
+"""Trains tiny models as a job file says, alone or as one of several processes; `test_distributed.py` starts it."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from modeling_clara import CLaRaForRetrievalGeneration
+from recipes.common import answer_metrics, ranking_metrics
+from trainers import (
+    ContrastiveConfig,
+    ContrastiveTrainer,
+    InstructionConfig,
+    InstructionTrainer,
+    JointConfig,
+    JointTrainer,
+    SCPConfig,
+    SCPTrainer,
+)
+from trainers.base import token_accuracy
+
+
+STAGES = {
+    "scp": (SCPTrainer, SCPConfig),
+    "instruct": (InstructionTrainer, InstructionConfig),
+    "joint": (JointTrainer, JointConfig),
+    "contrastive": (ContrastiveTrainer, ContrastiveConfig),
+}
+
+
+class RecordGradients(TrainerCallback):
+    """Keeps the whole gradients of the first step, as they are when the optimizer is about to use them."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from deepspeed.utils import safe_get_full_grad
+
+        engine, step = self.trainer.model_wrapped, self.trainer.model_wrapped.step
+
+        def recording_step(*arguments, **options):
+            for name, parameter in self.trainer.model.named_parameters():
+                if parameter.requires_grad:
+                    self.gradients[name] = safe_get_full_grad(parameter).cpu().clone()
+            engine.step = step
+            return step(*arguments, **options)
+
+        engine.step = recording_step
+
+
+class KillAt(TrainerCallback):
+    """Kills this process, as every other one, in the middle of a step."""
+
+    def __init__(self, step: int | None):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.step is not None and state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(job: dict, out: Path) -> None:
+    """Train, evaluate and write `<name>.json` (log, metrics) and `<name>.safetensors` (adapters, or gradients)."""
+    trainer_class, config_class = STAGES[job["stage"]]
+    rows = Dataset.from_list(json.loads(Path(job["rows"]).read_text()))
+    args = config_class(output_dir=str(out / job["name"]), **job["arguments"])
+    model = CLaRaForRetrievalGeneration.from_pretrained(job["model"])
+    metrics = {
+        "scp": token_accuracy,
+        "contrastive": ranking_metrics(model.processor, rows),
+    }.get(job["stage"], answer_metrics(model.processor, rows))
+    recorder = RecordGradients()
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=metrics,
+        callbacks=[KillAt(job.get("kill_at")), *([recorder] if job.get("gradients") else [])],
+    )
+    recorder.trainer = trainer
+    trainer.train(resume_from_checkpoint=job.get("checkpoint"))
+    evaluation = trainer.evaluate() if job.get("evaluate") else {}
+    tensors = recorder.gradients if job.get("gradients") else trainer.model.adapter_state_dict()
+    if trainer.is_world_process_zero():
+        record = {"log": trainer.state.log_history, "metrics": evaluation, "processes": args.world_size}
+        (out / f"{job['name']}.json").write_text(json.dumps(record))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{job['name']}.safetensors")
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(job_file: str) -> None:
+    request = json.loads(Path(job_file).read_text())
+    for job in request["jobs"]:
+        run(job, Path(request["out"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
