@@ -1,0 +1,221 @@
+"""Memory, time and checkpoint size that a recipe needs, computed from shapes. Nothing is downloaded or measured.
+
+    python benchmarks/training_cost.py recipes/mistral-7b/joint.yaml
+    python benchmarks/training_cost.py recipes/mistral-7b/joint.yaml --gpus 4 --tflops 150 --zero 3
+
+The model is built on the meta device, which has shapes and no values, so that its weights are counted exactly. Lengths
+of texts and the share of a GPU's arithmetic that training reaches are assumptions, named where they stand.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, MistralConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
+from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
+from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+from modeling_clara.weights_clara import saved_rows
+
+
+# Shapes of the bases that the recipes name, as their config.json has them.
+BASES: dict[str, PreTrainedConfig] = {
+    "mistralai/Mistral-7B-Instruct-v0.2": MistralConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "Qwen/Qwen3-4B-Instruct-2507": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+    "microsoft/Phi-4-mini-instruct": Phi3Config(
+        vocab_size=200064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        pad_token_id=199999,
+        bos_token_id=199999,
+        eos_token_id=199999,
+        tie_word_embeddings=True,
+    ),
+}
+TRAINED = {
+    "scp": (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS),
+    "instruct": (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS),
+    "joint": (QUERY_REASONER, GENERATOR),
+}
+# Assumed tokens: of the words around the memories in a prompt, of a question, and of a target by stage.
+PROMPT_TOKENS, QUESTION_TOKENS = 60, 30
+TARGET_TOKENS = {"scp": 200, "instruct": 60, "joint": 15}
+# Documents that a row of the stage compresses, and those that its prompt holds.
+COMPRESSED = {"scp": 1, "instruct": 5, "joint": 0}
+# Assumed for a GPU of the H100 class in bfloat16: two fifths of its peak.
+ACHIEVED_TFLOPS = 400
+# CUDA context, libraries' workspaces and fragmentation, assumed.
+OVERHEAD_BYTES = 3 * 10**9
+GPUS = 8
+
+
+@dataclass
+class Cost:
+    """What a recipe needs on every GPU, in bytes; FLOPs of a row of data; bytes of a checkpoint.
+
+    Attributes:
+        weights: the base in bfloat16 and what trains in float32, with gradients and AdamW's two moments.
+        activations: kept for backward, with activation checkpointing, and the logits.
+        overhead: assumed, see `OVERHEAD_BYTES`.
+        row_flops: forward, recomputation and backward; no gradients for the frozen weights.
+        document_flops: of compressing a document of full length.
+        checkpoint: of a `checkpoint-N` folder: own weights and optimizer states.
+    """
+
+    weights: float
+    activations: float
+    row_flops: float
+    document_flops: float
+    checkpoint: float
+    overhead: float = OVERHEAD_BYTES
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.activations + self.overhead
+
+
+def meta_model(decoder: PreTrainedConfig, stage: str, **fields) -> CLaRaForRetrievalGeneration:
+    """A CLaRa model over `decoder`, without values; added tokens take the ids behind the vocabulary."""
+    config = CLaRaConfig(decoder_config=decoder, query_reasoner=stage == "joint", **fields)
+    first, count = decoder.vocab_size, config.num_memory_tokens
+    config.memory_token_ids = list(range(first, first + count))
+    config.ae_token_id, config.enc_token_id, config.sep_token_id = first + count, first + count + 1, first + count + 2
+    decoder.vocab_size = first + count + 3
+    with torch.device("meta"):
+        return CLaRaForRetrievalGeneration(config)
+
+
+def count(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def checkpoint_bytes(model: CLaRaForRetrievalGeneration, stage: str, frozen_bytes: int = 2) -> int:
+    """Size of a training checkpoint's weights and AdamW states: what trains in float32, twice more for the moments.
+
+    Args:
+        frozen_bytes (`int`): per value of adapters and embedding rows that do not train; 2 for bfloat16.
+    """
+    trained = sum(count(model.part_parameters(part)) for part in TRAINED[stage])
+    own = count(value for name, value in model.named_parameters() if ".lora_" in name)
+    own += count(model.memory_embeddings.parameters())
+    matrices = 1 if model.config.get_text_config().tie_word_embeddings else 2
+    rows = matrices * len(saved_rows(model.config)) * model.config.hidden_size
+    return 12 * trained + frozen_bytes * (own - trained + rows)
+
+
+def cost(
+    model: CLaRaForRetrievalGeneration, stage: str, rows: int, top_k: int, gpus: int = GPUS, zero: int = 0
+) -> Cost:
+    """What training needs with `rows` examples per GPU and forward pass, and activation checkpointing.
+
+    Args:
+        zero (`int`): ZeRO stage; from 1 the optimizer's states, from 2 gradients, and in 3 weights too are divided.
+    """
+    config = model.config
+    text, memory = config.get_text_config(), config.num_memory_tokens
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    frozen = [value for name, value in model.decoder.named_parameters() if ".lora_" not in name]
+    linear = count(value for value in frozen if id(value) not in ends)
+    trained = sum(count(model.part_parameters(part)) for part in TRAINED[stage])
+    adapters = count(value for name, value in model.named_parameters() if ".lora_" in name)
+    idle = adapters + count(model.memory_embeddings.parameters()) - trained
+
+    def share(stage: int) -> int:
+        return gpus if zero >= stage else 1
+
+    weights = (2 * (count(frozen) + idle) + 4 * trained) / share(3) + 4 * trained / share(2) + 8 * trained / share(1)
+
+    encoded = COMPRESSED[stage] * (config.doc_max_length + memory)
+    if stage == "joint":
+        encoded = QUESTION_TOKENS + memory
+    slots = {"scp": 1, "instruct": 5, "joint": top_k}[stage]
+    prompt = PROMPT_TOKENS + QUESTION_TOKENS + slots * (memory + 1) + TARGET_TOKENS[stage]
+    tokens = encoded + prompt
+    head = 2 * config.hidden_size * config.vocab_size * TARGET_TOKENS[stage]
+    # Forward, recomputation, gradient of the inputs; the adapters' weights have gradients of their own.
+    row_flops = 3 * 2 * tokens * linear + 4 * 2 * tokens * adapters / len(model.adapter_names) + 2 * head
+
+    kept = 2 * rows * tokens * config.hidden_size * text.num_hidden_layers
+    # One layer at a time in full: about ten vectors of the hidden and four of the inner width per token.
+    layer = 2 * rows * max(encoded, prompt) * (10 * config.hidden_size + 4 * text.intermediate_size)
+    # Logits in bfloat16, in float32, and their gradient.
+    logits = 10 * rows * TARGET_TOKENS[stage] * config.vocab_size
+    document_flops = 2 * (config.doc_max_length + memory) * linear
+    return Cost(weights, kept + layer + logits, row_flops, document_flops, checkpoint_bytes(model, stage))
+
+
+def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost, dict]:
+    """Cost of a recipe, by the name of its file (`scp`, `instruct`, `joint`), and its values."""
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    stage = Path(path).stem
+    # Later stages start from a checkpoint in a run's folder: their base stands in the first stage's recipe.
+    first = yaml.safe_load(Path(path).with_name("scp.yaml").read_text(encoding="utf-8"))
+    name = first["model_name_or_path"]
+    decoder = CLaRaConfig(decoder_config=BASES[name].to_dict()).decoder_config if name in BASES else None
+    decoder = decoder or AutoConfig.from_pretrained(name)
+    model = meta_model(decoder, stage, **first["clara_config"])
+    rows, top_k = values["per_device_train_batch_size"], values.get("top_k") or model.config.top_k
+    return cost(model, stage, rows, top_k, gpus, zero), values
+
+
+def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, zero: int = 0) -> list[str]:
+    """The lines that stand at the head of a recipe."""
+    needed, values = recipe_cost(path, gpus, zero)
+    batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * gpus
+    gigabyte = 1e9
+
+    def minutes(flops: float) -> str:
+        return f"{flops / (gpus * tflops * 1e12) / 60:.0f} min at {tflops:.0f} TFLOP/s per GPU"
+
+    lines = [
+        f"Global batch {batch} on {gpus} GPUs.",
+        f"Memory per GPU: {needed.memory / gigabyte:.0f} GB (weights and optimizer {needed.weights / gigabyte:.1f}, "
+        f"activations {needed.activations / gigabyte:.1f}, overhead {needed.overhead / gigabyte:.0f}).",
+        f"Time per 100,000 rows: {minutes(1e5 * needed.row_flops)}.",
+        f"Size of a checkpoint: {needed.checkpoint / gigabyte:.2f} GB.",
+    ]
+    if Path(path).stem == "joint":
+        lines.insert(3, f"Time to compress 1,000,000 documents, once: {minutes(1e6 * needed.document_flops)}.")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="YAML file of a stage, with that stage's name")
+    parser.add_argument("--gpus", type=int, default=GPUS)
+    parser.add_argument("--tflops", type=float, default=ACHIEVED_TFLOPS, help="reached per GPU, in 10^12 FLOP/s")
+    parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage")
+    options = parser.parse_args()
+    print("\n".join(report(options.recipe, options.gpus, options.tflops, options.zero)))
+
+
+if __name__ == "__main__":
+    main()
