@@ -1,6 +1,7 @@
 """What the recipes share: parsing, the run's folder, one-sentence errors, and saving."""
 
 import json
+import logging as python_logging
 import os
 import shutil
 import sys
@@ -136,7 +137,7 @@ def parse(dataclass_types: tuple, default_config: Path, arguments: list[str] | N
 def quieten(training: TrainingArguments) -> None:
     """Leave progress bars and warnings to the first process."""
     if training.process_index != 0:
-        logging.set_verbosity_error()
+        python_logging.disable(python_logging.WARNING)
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
 
