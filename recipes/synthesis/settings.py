@@ -1,0 +1,163 @@
+"""Arguments of the programs that ask a language model, and what of them makes a run what it is."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from recipes.synthesis.errors import UsageError
+from recipes.synthesis.store import RunStore
+
+
+BACKENDS = ("http", "transformers")
+# Arguments that may change between a call and the next one, which goes on with the run.
+FREE = (
+    "out",
+    "base_url",
+    "api_key_env",
+    "structured_outputs",
+    "concurrency",
+    "timeout",
+    "max_retries",
+    "batch_size",
+    "price_in",
+    "price_out",
+    "limit",
+    "replay",
+    "retry_failed",
+    "overwrite",
+    "push_to_hub",
+    "public",
+)
+
+
+@dataclass
+class TeacherArguments:
+    """The language model that writes the data, and how it is asked."""
+
+    out: str = field(metadata={"help": "Output folder. The same command goes on with the run that it holds."})
+    model: str = field(metadata={"help": "Name of the model at the endpoint; with --backend transformers its path."})
+    backend: str = field(default="http", metadata={"help": "http (an OpenAI-compatible endpoint) or transformers."})
+    base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Of the endpoint, with /v1."})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
+    structured_outputs: str = field(
+        default="auto", metadata={"help": "json_schema, json_object, none, or auto: the best that the endpoint takes."}
+    )
+    concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
+    timeout: float = field(default=300.0, metadata={"help": "Seconds that one try of a request may take."})
+    max_retries: int = field(default=8, metadata={"help": "Further tries after 429, 5xx, time-outs, lost connections."})
+    temperature: float = field(default=0.7, metadata={"help": "Of what is written; checks are made at 0."})
+    max_tokens: int = field(default=2048, metadata={"help": "Of a reply."})
+    extra_body: dict | str | None = field(
+        default=None, metadata={"help": "Further fields of each request, JSON; null leaves a field out."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Requests per batch with --backend transformers."})
+    seed: int = field(default=0, metadata={"help": "Every request's seed follows from it."})
+    prompts: str | None = field(default=None, metadata={"help": "Folder; its files replace the prompts of that name."})
+    replay: str | None = field(default=None, metadata={"help": "Output folder of a run whose replies are taken."})
+    price_in: float | None = field(default=None, metadata={"help": "Price of a million prompt tokens."})
+    price_out: float | None = field(default=None, metadata={"help": "Price of a million completion tokens."})
+    limit: int | None = field(default=None, metadata={"help": "Stop after so many; a later call may go further."})
+    retry_failed: bool = field(default=False, metadata={"help": "Try again what failed requests have set aside."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the output folder holds."})
+
+    def __post_init__(self):
+        self.extra_body = mapping("extra_body", self.extra_body)
+        for name, known in (
+            ("backend", BACKENDS),
+            ("structured_outputs", ("auto", "json_schema", "json_object", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"--{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
+        self.at_least(1, "concurrency", "batch_size", "max_tokens", "limit")
+        self.at_least(0, "max_retries", "temperature", "price_in", "price_out")
+        if self.timeout <= 0:
+            raise UsageError(f"--timeout must be more than 0 seconds, but is {self.timeout}.")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UsageError("--price_in and --price_out are given together or not at all.")
+
+    def at_least(self, low: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"--{name} must be at least {low}, but is {value}.")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        return None if self.price_in is None else (self.price_in, self.price_out)
+
+    def fixed(self) -> dict[str, Any]:
+        """The arguments that make the run what it is."""
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        return json.loads(json.dumps(values))
+
+
+def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A mapping given as YAML, JSON or nothing."""
+    try:
+        value = yaml.safe_load(value) if isinstance(value, str) else value or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--{name} is no valid JSON: {value!r}.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} must be a JSON object, but is {value!r}.")
+    return value
+
+
+def parse_arguments(arguments_type: type, arguments: list[str]):
+    """Arguments from `--config FILE.yaml`, if given, and the command line, which goes before; unknown names are errors.
+
+    Raises:
+        UsageError: the YAML file cannot be read, or an argument has no possible value.
+    """
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        path = Path(*arguments[place + 1 : place + 2])
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"--config {path} is no valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {path} must be a mapping of arguments to values.")
+        from_file = [part for name, value in values.items() if value is not None for part in as_arguments(name, value)]
+        arguments = [*from_file, *arguments[:place], *arguments[place + 2 :]]
+    return HfArgumentParser(arguments_type, allow_abbrev=False).parse_args_into_dataclasses(arguments)[0]
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """A YAML value as a command line has it."""
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+    return [f"--{name}", *map(str, values)]
+
+
+def claim(store: RunStore, settings: dict[str, Any]) -> None:
+    """Record the settings of the run in its store, or see that they are the recorded ones.
+
+    Raises:
+        UsageError: the store holds a run with other settings.
+    """
+    before = store.meta("settings")
+    if before is None:
+        store.set_meta(settings=settings)
+        store.commit()
+        return
+    changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if changed:
+        name = changed[0]
+        raise UsageError(
+            f"--out holds a run with other settings ({name}: {before.get(name)!r} there, {settings.get(name)!r} now): "
+            "pass --overwrite true to replace it, or another folder."
+        )
+
+
+def file_digest(paths: list[str]) -> str:
+    """16 digits over the content of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
