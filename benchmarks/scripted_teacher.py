@@ -1,7 +1,7 @@
 """A language model by rule, for tests and benchmarks: it replies at once, and knows all facts of plain documents.
 
-A document of `fact_document` says "The motto of Bagaddheim is silver bell." and the like; `FactTeacher` plays every part
-that SCP synthesis asks of a language model, and plays it right.
+A document of `fact_document` says "The motto of Banbannit is silver bell." and the like; `FactTeacher` plays every
+part that SCP synthesis asks of a language model, and plays it right.
 """
 
 import json
@@ -18,6 +18,8 @@ THINGS = ("bell", "gate", "lantern", "meadow", "anchor", "willow", "bridge", "fa
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnrs" for vowel in "aeiouaeiou"]
 FACT = re.compile(r"The (\w+) of (\w+) is (\w+ \w+)\.")
 PASSAGE = re.compile(r"<passage>\n(.*?)\n</passage>", re.DOTALL)
+
+REPAIR = "Your reply could not be read"
 
 Fact = tuple[str, str, str]
 
@@ -58,6 +60,13 @@ def passage_of(messages: list[dict[str, str]]) -> str:
     return next(found for turn in messages[::-1] for found in PASSAGE.findall(turn["content"]))
 
 
+def asked_in(messages: list[dict[str, str]]) -> str:
+    """The turn that asks, also where the last one only asks for the reply in a better form."""
+    return next(
+        turn["content"] for turn in messages[::-1] if not turn["content"].startswith(REPAIR) and turn["role"] == "user"
+    )
+
+
 class FactTeacher:
     """Completes chats about documents of `fact_document`.
 
@@ -75,7 +84,7 @@ class FactTeacher:
     def reply(self, messages: list[dict[str, str]]) -> dict:
         """The reply's JSON object."""
         facts = FACT.findall(passage_of(messages)) if part_of(messages) != "teach" else []
-        return getattr(self, part_of(messages))(facts, messages[-1]["content"])
+        return getattr(self, part_of(messages))(facts, asked_in(messages))
 
     @staticmethod
     def pair(fact: Fact) -> dict[str, str]:

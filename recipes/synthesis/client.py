@@ -14,8 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from recipes.synthesis.errors import RequestFailed, UsageError
-from recipes.synthesis.replies import readable
-from recipes.synthesis.text import clean_line
+from recipes.synthesis.text import clean_line, clean_text
 
 
 MAX_REPLY_BYTES = 4 * 2**20
@@ -233,7 +232,7 @@ class ChatClient:
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _Retry("a reply that is no chat completion") from None
-        return ChatReply(readable(text) if isinstance(text, str) else "", *tokens)
+        return ChatReply(clean_text(text) if isinstance(text, str) else "", *tokens)
 
     def _message(self, body: bytes) -> str:
         """What an error's body says, in one short line without the key."""

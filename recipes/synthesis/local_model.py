@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from recipes.synthesis.client import ChatReply, ChatRequest
 from recipes.synthesis.errors import RequestFailed, UsageError
-from recipes.synthesis.replies import readable
+from recipes.synthesis.text import clean_text
 
 
 class LocalModel:
@@ -123,5 +123,5 @@ class LocalModel:
         for ids, new in zip(rows, written, strict=True):
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             count = sum(token != self.tokenizer.pad_token_id for token in new)
-            replies.append(ChatReply(readable(text), len(ids), count))
+            replies.append(ChatReply(clean_text(text), len(ids), count))
         return replies

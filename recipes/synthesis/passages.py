@@ -14,7 +14,6 @@ from recipes.synthesis.text import clean_line, clean_text, damage, letter_share
 
 MAX_DAMAGE = 0.05
 MIN_LETTERS = 0.4
-TITLE_CHARS = 200
 PIECE = re.compile(r"\w+|[^\w\s]")
 
 # Character positions, ascending, at which the tokens of a text begin.
@@ -90,12 +89,18 @@ class PassageMaker:
             yield self._passage(document, "", 0, 0, 0), fault
             return
         text = clean_text(document.text)
-        title = clean_line(document.title)[:TITLE_CHARS]
-        head = f"{title}\n" if title else ""
-        budget = max(self.max_tokens - len(self.starts(head)), self.max_tokens // 2)
+        head = self._head(clean_line(document.title))
+        budget = self.max_tokens - len(self.starts(head))
         for number, (begin, end) in enumerate(self.fitting(text, budget), start=1):
             passage = self._passage(document, head + text[begin:end], number, begin, end)
             yield passage, self._fault(passage.text, text[begin:end])
+
+    def _head(self, title: str) -> str:
+        """The title in a line of its own, cut at a quarter of the budget."""
+        starts = self.starts(title)
+        limit = max(1, self.max_tokens // 4)
+        title = title[: starts[limit]].rstrip() if len(starts) > limit else title
+        return f"{title}\n" if title else ""
 
     def fitting(self, text: str, budget: int) -> Iterator[tuple[int, int]]:
         """Spans that are within the budget when they are tokenized alone, which can give a token more than in place."""

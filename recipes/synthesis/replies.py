@@ -2,11 +2,12 @@
 
 import json
 import re
+from itertools import islice
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from recipes.synthesis.text import clean_line, clean_text
+from recipes.synthesis.text import clean_line
 
 
 COMPLEX_KINDS = ("bridging", "comparison", "aggregation", "temporal")
@@ -106,13 +107,20 @@ def parse_reply(text: str, reply_type: type[ReplyType]) -> ReplyType:
 
 
 def first_json(text: str):
-    """The first JSON object or list in the text; control characters inside strings are let pass."""
+    """The first JSON object in the text, or the list that it begins with; control characters in strings are let pass.
+
+    Raises:
+        ReplyError: there is none, or it is malformed.
+    """
     decoder = json.JSONDecoder(strict=False)
     problem = "there is no JSON object in it"
-    # From a few opening brackets only: a hostile reply could hold a million of them.
-    for opening, _ in zip(re.finditer(r"[{\[]", text), range(8), strict=False):
+    fenced = re.match(r"```(?:json)?\s*(?=\[)", text)
+    start = fenced.end() if fenced else 0
+    # From a few opening braces only: a hostile reply could hold a million of them.
+    places = [start] if text.startswith("[", start) else [brace.start() for brace in islice(re.finditer("{", text), 8)]
+    for place in places:
         try:
-            return decoder.raw_decode(text, opening.start())[0]
+            return decoder.raw_decode(text, place)[0]
         except json.JSONDecodeError as error:
             problem = f"its JSON is malformed ({error.msg} at character {error.pos})"
         except (RecursionError, ValueError) as error:
@@ -125,8 +133,3 @@ def facts(items: list[str]) -> list[str]:
     """Listed facts in one line each, without empty ones and repetitions, at most `MAX_ITEMS`."""
     lines = dict.fromkeys(clean_line(item)[:MAX_FACT_CHARS] for item in items[:MAX_ITEMS])
     return [line for line in lines if line]
-
-
-def readable(text: str) -> str:
-    """A reply's text as it can be stored: halves of surrogate pairs and control characters are gone."""
-    return clean_text(text)

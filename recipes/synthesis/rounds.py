@@ -166,8 +166,8 @@ class QuestionRounds:
     def _listed(self) -> str:
         return numbered([f"{pair.question} - {pair.answer}" for pair in self.result.pairs])
 
-    def _reject(self, kind: str, reason: str, **content: Any) -> None:
-        self.result.rejected.append(_aside(kind, reason, **content))
+    def _reject(self, what: str, reason: str, /, **content: Any) -> None:
+        self.result.rejected.append(_aside(what, reason, **content))
 
 
 async def paraphrase_rounds(
@@ -199,6 +199,6 @@ async def paraphrase_rounds(
     return None, attempts, rejected
 
 
-def _aside(kind: str, reason: str, **content: Any) -> dict[str, Any]:
+def _aside(what: str, reason: str, /, **content: Any) -> dict[str, Any]:
     """An entry of `rejected.jsonl`."""
-    return {"type": kind, "reason": reason, **content}
+    return {"type": what, "reason": reason, **content}

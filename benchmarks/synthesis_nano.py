@@ -1,0 +1,176 @@
+"""Whether SCP data made by synthesis train a compressor as well as the nano world's own generator does.
+
+    python benchmarks/synthesis_nano.py --steps 150
+    python benchmarks/synthesis_nano.py --steps 0        # makes the data only
+
+The nano world's training documents go through the whole of `recipes/synthesize.py`; the language model is a perfect
+teacher, which knows every fact of every entity. Two models are then trained alike (`recipes/nano/scp_full.yaml`, same
+seed, same steps): one on these data, one on the world's own. Both predict the target tokens of the same validation
+rows; their difference comes with a 95% bootstrap interval over the rows.
+"""
+
+import json
+import random
+import shutil
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import numpy as np
+from datasets import Dataset
+from transformers import HfArgumentParser
+
+from benchmarks.scripted_teacher import asked_in, part_of, passage_of
+from eval.data import load_scp
+from eval.report import bootstrap_interval
+from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara.processing_clara import IGNORE_INDEX
+from recipes import scp, synthesize
+from recipes.nano import world
+from recipes.synthesis import session
+from recipes.synthesis.client import ChatReply, ChatRequest
+from recipes.synthesis.store import digest_of
+from trainers.cli import run, write_json
+from trainers.scp import SCPConfig, SCPTrainer
+
+
+CONFIG = "recipes/nano/scp_full.yaml"
+
+
+class WorldTeacher:
+    """Plays every part of SCP synthesis for documents of one split of the nano world, without a mistake.
+
+    What it writes about a passage depends on the passage and the seed alone.
+    """
+
+    def __init__(self, split: world.World, seed: int = 0):
+        self.seed = seed
+        self.entities = {text: entity for entity in split.entities for text in (entity.document, entity.paraphrase)}
+        self.answers: dict[tuple[str, str], str] = {}
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        passage = passage_of(request.messages)
+        part, asked = part_of(request.messages), asked_in(request.messages)
+        # Not the hash of Python, which differs between processes.
+        chance = random.Random(digest_of(self.seed, passage, part))
+        reply = getattr(self, part)(passage, self.entities[passage], asked, chance)
+        return ChatReply(json.dumps(reply))
+
+    def pairs(self, passage: str, pairs: list[tuple[str, str]], **fields: str) -> dict:
+        self.answers.update({(passage, question): answer for question, answer in pairs})
+        return {"pairs": [{"question": question, "answer": answer, **fields} for question, answer in pairs]}
+
+    def simple(self, passage, entity, asked, chance):
+        return self.pairs(passage, world.qa_pairs(entity, chance.randint(4, 6), chance))
+
+    def complex(self, passage, entity, asked, chance):
+        subject, _ = world.describe(entity, [chance.choice(world.closed_said(entity))], chance)
+        pairs = [world.complex_question(entity, name, chance) for name in (entity.name, subject)]
+        return self.pairs(passage, pairs, kind="aggregation")
+
+    def paraphrase(self, passage, entity, asked, chance):
+        return {"paraphrase": entity.paraphrase if passage == entity.document else entity.document}
+
+    def answer(self, passage, entity, asked, chance):
+        question = asked.rpartition("Question: ")[2]
+        return {"answerable": True, "answer": self.answers[passage, question]}
+
+    def coverage(self, passage, entity, asked, chance):
+        told = "\n".join(line.rpartition(" - ")[2] for line in asked.partition("Pairs:\n")[2].splitlines())
+        facts = {key: world.ask(entity, key, entity.name, chance)[1][0] for key in entity.said}
+        return {"missing": [f"{key}: {answer}" for key, answer in facts.items() if answer not in told]}
+
+    def supplement(self, passage, entity, asked, chance):
+        wanted = asked.partition("Facts that are not asked for:\n")[2].splitlines()
+        keys = [line.partition(". ")[2].partition(": ")[0] for line in wanted]
+        asked_for = ((key, world.ask(entity, key, entity.name, chance)) for key in keys)
+        return self.pairs(passage, [(question, answers[0]) for _, (question, answers) in asked_for])
+
+    def validate(self, passage, entity, asked, chance):
+        return {"added": [], "lost": []}
+
+
+@dataclass
+class ComparisonArguments:
+    """What is made and compared."""
+
+    folder: str = field(default="runs/synthesis-nano", metadata={"help": "For data and runs."})
+    nano_world: str = field(default="runs/nano/data", metadata={"help": "The world's data; written where missing."})
+    entities: int | None = field(default=None, metadata={"help": "Entities to draw; default: all of the split."})
+    steps: int = field(default=150, metadata={"help": "Training steps of each model; 0 makes the data only."})
+    start: str = field(default="recipes/nano/pretrained/base", metadata={"help": "Base, or SCP checkpoint."})
+    validation_rows: int = field(default=1000, metadata={"help": "Rows that both models are compared on."})
+    seed: int = field(default=0, metadata={"help": "Of the world, the teacher and the training."})
+
+
+def synthesized(args: ComparisonArguments) -> Path:
+    """The training documents' data, made by the whole of `recipes/synthesize.py`."""
+    chance = random.Random(f"{args.seed}-train")
+    split = world.World("train", world.ENTITIES["train"], chance)
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "docs.jsonl", "w", encoding="utf-8") as file:
+        for entity in random.Random(args.seed).sample(split.entities, args.entities or len(split.entities)):
+            for text in (entity.document, entity.paraphrase):
+                file.write(json.dumps({"text": text}) + "\n")
+    session.make_backend = lambda _: nullcontext(WorldTeacher(split, args.seed))
+    # The teacher's answers are canonical words, which a document may say otherwise.
+    options = ["--answer_overlap", "0", "--min_passage_tokens", "8", "--model", "world", "--overwrite", "true"]
+    synthesize.main(["--corpus", str(folder / "docs.jsonl"), "--out", str(folder / "scp"), *options])
+    return folder / "scp" / "scp.jsonl"
+
+
+def train(args: ComparisonArguments, name: str, data: Path) -> Path:
+    out = Path(args.folder) / name
+    shutil.rmtree(out, ignore_errors=True)
+    fixed = {"train_file": data, "nano_world": args.nano_world, "output_dir": out, "max_steps": args.steps}
+    fixed |= {"validation_file": Path(args.nano_world, "scp_validation.jsonl"), "validation_limit": 32}
+    fixed |= {"model_name_or_path": args.start, "seed": args.seed, "eval_strategy": "no", "save_strategy": "no"}
+    fixed |= {"attn_implementation": "eager", "warmup_steps": max(1, args.steps // 10), "disable_tqdm": "true"}
+    scp.main(
+        ["--config", str(ROOT / CONFIG), *(str(part) for key, value in fixed.items() for part in (f"--{key}", value))]
+    )
+    return out
+
+
+def row_accuracies(checkpoint: Path, rows: Dataset) -> np.ndarray:
+    """Per row, the share of target tokens that are the most likely ones given those before."""
+    model = CLaRaForRetrievalGeneration.from_pretrained(checkpoint, attn_implementation="eager")
+    config = SCPConfig(output_dir=str(checkpoint), per_device_eval_batch_size=64, disable_tqdm=True)
+    found = SCPTrainer(model=model, args=config, eval_dataset=rows)
+    prediction = found.predict(found.eval_dataset)
+    targets = prediction.label_ids != IGNORE_INDEX
+    return ((prediction.predictions == prediction.label_ids) & targets).sum(1) / targets.sum(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses(arguments)
+    world.ensure(args.nano_world, args.seed)
+    data = {"synthesized": synthesized(args), "own": Path(args.nano_world, "scp_train.jsonl")}
+    if not args.steps:
+        return
+    rows = Dataset.from_list(load_scp(Path(args.nano_world, "scp_validation.jsonl"))[: args.validation_rows])
+    accuracies = {name: row_accuracies(train(args, name, path), rows) for name, path in data.items()}
+    values = np.stack(
+        [accuracies["own"], accuracies["synthesized"], accuracies["synthesized"] - accuracies["own"]], axis=1
+    )
+    low, high = bootstrap_interval(values, args.seed)
+    names = ("own", "synthesized", "difference")
+    figures = {
+        name: {"value": float(values[:, column].mean()), "low": float(low[column]), "high": float(high[column])}
+        for column, name in enumerate(names)
+    }
+    for name, number in figures.items():
+        print(f"{name}: {100 * number['value']:.2f} [{100 * number['low']:.2f}, {100 * number['high']:.2f}]")
+    settings = {"steps": args.steps, "start": args.start, "validation_rows": len(rows), "seed": args.seed}
+    write_json(Path(args.folder, "comparison.json"), {"token_accuracy": figures, "settings": settings})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,44 @@
+"""Joint data of synthesized pairs: candidates from the same passages, splits that share no document."""
+
+import json
+
+import pytest
+from scripted_endpoint import Endpoint
+
+from benchmarks.scripted_teacher import fact_document
+from recipes import synthesize
+from recipes.synthesis.errors import UsageError
+
+
+pytest.importorskip("eval.candidates")
+from eval.data import load_examples  # noqa: E402
+from recipes import joint_data  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def scp_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scp")
+    lines = [json.dumps({"id": f"d{number}", "text": fact_document(number, 4)}) for number in range(30)]
+    (folder / "docs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with Endpoint() as endpoint:
+        arguments = ["--corpus", str(folder / "docs.jsonl"), "--out", str(folder / "scp"), "--model", "scripted"]
+        synthesize.main([*arguments, "--base_url", endpoint.url, "--min_passage_tokens", "8"])
+    return folder / "scp"
+
+
+def test_every_pair_becomes_a_question_whose_passage_is_among_its_candidates(scp_folder, tmp_path):
+    joint_data.main(["--scp", str(scp_folder), "--out", str(tmp_path), "--size", "6", "--validation_share", "0.4"])
+    splits = {name: load_examples(tmp_path / f"joint_{name}.jsonl") for name in ("train", "validation")}
+    assert sum(map(len, splits.values())) == 30 * 5
+    for examples in splits.values():
+        for example in examples:
+            assert len(set(example.docs)) == 6
+            (gold,) = example.gold
+            assert all(word in gold for word in example.answers[0].replace(" and ", " ").split())
+    documents = [{doc for example in examples for doc in example.docs} for examples in splits.values()]
+    assert documents[0] and documents[1] and not documents[0] & documents[1]
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no scp.jsonl"):
+        joint_data.main(["--scp", str(tmp_path), "--out", str(tmp_path / "out")])
