@@ -6,13 +6,9 @@ import pytest
 from scripted_endpoint import Endpoint
 
 from benchmarks.scripted_teacher import fact_document
-from recipes import synthesize
+from eval.data import load_examples
+from recipes import joint_data, synthesize
 from recipes.synthesis.errors import UsageError
-
-
-pytest.importorskip("eval.candidates")
-from eval.data import load_examples  # noqa: E402
-from recipes import joint_data  # noqa: E402
 
 
 @pytest.fixture(scope="module")

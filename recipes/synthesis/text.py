@@ -54,6 +54,8 @@ def letter_share(text: str) -> float:
 
 def script(text: str) -> str | None:
     """The script of most letters ("LATIN", "CYRILLIC", "CJK"), `None` without letters."""
+    if text.isascii():
+        return "LATIN" if any(map(str.isalpha, text)) else None
     counts: dict[str, int] = {}
     for letter in filter(str.isalpha, text[:400]):
         if letter.isascii():
