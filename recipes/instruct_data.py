@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(InstructDataArguments, sys.argv[1:] if arguments is None else arguments)
     with Session(args, args.inputs(), OUTPUTS) as session:
         fill_store(args, session.store)
-        session.work(answer_question, key="key", unit="question")
+        session.work(answer_question, key="key", unit="question", kept="answers")
         stats = write_outputs(session.store, session.folder, session.settings, args.limit)
     print(f"{args.out}: {stats['kept']} of {stats['questions']} questions answered; the others are in rejected.jsonl.")
     if not stats["kept"]:

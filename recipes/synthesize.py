@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     leaks = LeakIndex(args.exclude, args.exclude_ngram)
     with Session(args, args.inputs(), OUTPUTS) as session:
         fill_store(args, session.store, leaks)
-        session.work(passage_work(args, leaks), key="text", unit="passage")
+        session.work(passage_work(args, leaks), key="text", unit="passage", kept="pairs")
         stats = write_outputs(session.store, session.folder, session.settings, args.limit)
     print(
         f"{args.out}: {stats['pairs']} pairs and {stats['paraphrases']} paraphrases of {stats['passages']} passages; "

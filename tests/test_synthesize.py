@@ -18,6 +18,7 @@ from benchmarks.scripted_teacher import FACT, REPAIR, FactTeacher, asked_in, fac
 from eval.data import load_scp
 from recipes import scp, synthesize
 from recipes.synthesis import client as client_module
+from recipes.synthesis import scp_data
 from recipes.synthesis.errors import UsageError
 from recipes.synthesis.output import OUTPUTS
 from recipes.synthesis.store import STORE_FILE, RunStore
@@ -104,7 +105,7 @@ def test_the_files_of_a_run(corpus, tmp_path, capsys):
         and "http" not in page.split("Settings")[0]
     )
     shown = capsys.readouterr()
-    assert "24 pairs and 6 paraphrases of 6 passages" in shown.out and "cost=" in shown.err and "kept=" in shown.err
+    assert "24 pairs and 6 paraphrases of 6 passages" in shown.out and "cost=" in shown.err and "pairs=24" in shown.err
     assert sorted(os.listdir(out)) == sorted([*OUTPUTS, STORE_FILE])
 
 
@@ -186,6 +187,33 @@ def test_a_stopped_run_goes_on_and_asks_for_nothing_of_a_finished_passage(corpus
         assert whole <= len(endpoint.requests) <= whole + 12
         run(corpus, tmp_path / "parts", endpoint.url)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_documents_are_read_once_also_where_cutting_them_was_stopped(corpus, tmp_path, monkeypatch):
+    lines = Path(corpus).read_text(encoding="utf-8") + "{broken\n"
+    Path(corpus).write_text(lines + lines, encoding="utf-8")
+    monkeypatch.setattr("recipes.synthesis.scp_data.DOCUMENT_BATCH", 4)
+    read, stop = scp_data.read_files, [6, 9, 13]
+
+    def stopping(*arguments):
+        for number, document in enumerate(read(*arguments), start=1):
+            if stop and number > stop[0]:
+                stop.pop(0)
+                raise Stop
+            yield document
+
+    with Endpoint() as endpoint:
+        run(corpus, tmp_path / "whole", endpoint.url)
+        monkeypatch.setattr(scp_data, "read_files", stopping)
+        for _ in range(3):
+            with pytest.raises(Stop):
+                run(corpus, tmp_path / "parts", endpoint.url)
+        run(corpus, tmp_path / "parts", endpoint.url)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert json.loads(files(tmp_path / "whole")["stats.json"])["reject_reasons"] == {
+        "passage: duplicate passage": 6,
+        "document: malformed JSON": 2,
+    }
 
 
 def start(corpus: str, out: Path, url: str) -> subprocess.Popen:
@@ -449,6 +477,24 @@ def test_what_the_user_can_mend_is_one_sentence_without_a_key_or_a_traceback(cor
     assert done.stderr.splitlines()[-1].startswith("synthesize.py: 127.0.0.1") and "--api_key_env" in done.stderr
     for path in (tmp_path / "scp").iterdir():
         assert KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_one_sentence_and_the_run_goes_on(corpus, tmp_path):
+    out = tmp_path / "scp"
+    with Endpoint(delay=lambda: 0.05) as endpoint:
+        process = start(corpus, out, endpoint.url)
+        while len(endpoint.requests) < 12 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and "Traceback" not in said
+        assert said.splitlines()[-1] == "synthesize.py: interrupted; the same command goes on where it stopped."
+        process = start(corpus, out, endpoint.url)
+        assert process.communicate(timeout=200) and process.returncode == 0
+        asked = len(endpoint.requests)
+    # Only what was under way is asked for twice.
+    assert asked <= json.loads((out / "stats.json").read_text(encoding="utf-8"))["requests"] + 4
 
 
 @pytest.mark.parametrize(

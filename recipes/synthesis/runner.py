@@ -24,11 +24,12 @@ class Progress:
         total: items of the run.
         done: sums over the items that are finished already.
         unit: what an item is.
+        kept: what it gives.
         prices: per million prompt and completion tokens; `None` shows no cost.
     """
 
-    def __init__(self, total: int, done: Totals, unit: str, prices: tuple[float, float] | None = None):
-        self.sums, self.prices = done, prices
+    def __init__(self, total: int, done: Totals, unit: str, kept: str, prices: tuple[float, float] | None = None):
+        self.sums, self.kept, self.prices = done, kept, prices
         self._bar = tqdm(total=total, initial=done.items, unit=unit, smoothing=0.05, dynamic_ncols=True)
         self._shown = 0.0
 
@@ -42,7 +43,7 @@ class Progress:
     def _show(self) -> None:
         self._shown = time.monotonic()
         sums = self.sums
-        shown = {"kept": sums.kept, "rejected": sums.rejected}
+        shown = {self.kept: sums.kept, "rejected": sums.rejected}
         shown["tokens"] = f"{tqdm.format_sizeof(sums.prompt_tokens)}+{tqdm.format_sizeof(sums.completion_tokens)}"
         if self.prices:
             shown["cost"] = f"{cost(sums, self.prices):.2f}"

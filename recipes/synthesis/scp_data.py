@@ -134,7 +134,7 @@ def passage_work(args: SynthesisArguments, leaks: LeakIndex) -> Work:
     async def work(item: dict[str, Any], conversation) -> tuple[dict[str, Any], int, int]:
         checks = PassageChecks(item["text"], conversation.teacher.prompts, leaks, args.answer_overlap)
         made = await synthesize_passage(item["text"], conversation, checks, limits)
-        return made, len(made["pairs"]) + bool(made["paraphrase"]), len(made["rejected"])
+        return made, len(made["pairs"]), len(made["rejected"])
 
     return work
 

@@ -89,17 +89,17 @@ class Session:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.store = opening.enter_context(RunStore(self.folder))
 
-    def work(self, work: Work, key: str, unit: str) -> None:
-        """Finish all items that are not finished."""
-        asyncio.run(self._work(work, key, unit))
+    def work(self, work: Work, key: str, unit: str, kept: str) -> None:
+        """Finish all items that are not finished; the progress bar counts `unit`, and what they give as `kept`."""
+        asyncio.run(self._work(work, key, unit, kept))
 
-    async def _work(self, work: Work, key: str, unit: str) -> None:
+    async def _work(self, work: Work, key: str, unit: str, kept: str) -> None:
         args, store = self.args, self.store
         total = store.count(args.limit)
         done = store.totals(args.limit)
         if done.items == total:
             return
-        progress = Progress(total, done, unit, args.prices)
+        progress = Progress(total, done, unit, kept, args.prices)
         try:
             manager = make_backend(args)
             async with manager as backend:

@@ -90,7 +90,7 @@ class RunStore:
         self._committed = time.monotonic()
 
     def close(self) -> None:
-        self.connection.commit()
+        """Close the file; a transaction that was not committed, half a batch of documents, never was."""
         self.connection.close()
 
     def __enter__(self) -> "RunStore":
