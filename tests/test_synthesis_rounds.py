@@ -60,7 +60,9 @@ def make(tmp_path, script: Script, passage: str = PASSAGE, **limits) -> dict:
         store.add_item(passage, {"text": passage})
         conversation = Conversation(Teacher(script, store, PROMPTS, "scripted"), 1, passage)
         checks = PassageChecks(passage, PROMPTS, LeakIndex())
-        return asyncio.run(synthesize_passage(passage, conversation, checks, RoundLimits(**limits)))
+        made = asyncio.run(synthesize_passage(passage, conversation, checks, RoundLimits(**limits)))
+        store.commit()
+    return made
 
 
 def reasons(made: dict) -> list[str]:
