@@ -124,8 +124,9 @@ class RetrievalTrainer(CLaRaTrainer):
         if self.store is None:
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
-            with gathered(self.store.model.parameters()), args.main_process_first(desc="compressing documents"):
-                ids, column = self.store.add(distinct, batch_size=args.memory_batch_size), "keys"
+            # Every process compresses a share, with whole weights where they are sharded.
+            with gathered(self.store.model.parameters()):
+                ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
         known = dict(zip(distinct, ids, strict=True))
         tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
         return tokenized.add_column("pos_index", positives(dataset))
