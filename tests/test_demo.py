@@ -9,7 +9,7 @@ from recipes.nano import demo, world
 from trainers.cli import UsageError
 
 
-SYSTEMS = {"clara", "clara-before-joint", "bm25", "gold", "text-gold", "no-memory", "wrong-memory"}
+SYSTEMS = {"clara", "clara-before-joint", "sup", "bm25", "gold", "text-gold", "no-memory", "wrong-memory"}
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     for name in ("table.md", "joint.png", "losses.png"):
         assert (out / name).stat().st_size > 100
 
-    # 2 steps of SCP, 1 + the interrupted one, 1 resumed, 2 of the joint stage and 2 of the text baseline.
+    # 2 steps of SCP, 1 + the interrupted one, 1 resumed, 2 each of joint, contrastive and text.
     steps = len(calls)
     demo.main(arguments)
     assert len(calls) == steps

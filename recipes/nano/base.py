@@ -98,7 +98,7 @@ def turns_about(group: list[Entity], first: Question, count: int, rng: random.Ra
         elif choice < 0.3:
             linked = [key for key, target in entity.links.items() if target in group]
             if linked:
-                question = two_hop_question(entity, rng.choice(linked), rng, facts=rng.randint(1, 2))
+                question = two_hop_question(entity, rng.choice(linked), rng, facts=rng.randint(1, 2), hints=1)
                 if sum(matches(other, question) for other in group) == 1:
                     turns.append((question.text, question.answers[0]))
         elif choice < 0.4:
@@ -132,7 +132,7 @@ def conversation(world: World, documents: int, rng: random.Random) -> tuple[str,
     """`documents` candidate documents, joined, and the turns about them."""
     entity = rng.choice(world.entities)
     if documents > 1 and rng.random() < 0.4:
-        question = two_hop_question(entity, rng.choice(list(entity.links)), rng)
+        question = two_hop_question(entity, rng.choice(list(entity.links)), rng, hints=1)
     else:
         question = single_question(entity, rng.random() < 0.25, rng)
     group = candidates(world, question, rng, documents)
@@ -191,7 +191,7 @@ def target_logits(model: Qwen3ForCausalLM, ids: torch.Tensor, weights: torch.Ten
 def evaluation_set(encoder: Encoder, count: int = 100) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Held-out probes on validation names, one answer per row; only its tokens carry weight."""
     rng = random.Random("evaluation")
-    world = World("validation", SMALL_WORLD, rng)
+    world = World("validation", SMALL_WORLD, rng, shuffled=True)
     probes: dict[str, list] = {
         name: [] for name in ("one", "named5", "described5", "two-hop", "two-hop5", "paraphrase")
     }
@@ -199,7 +199,7 @@ def evaluation_set(encoder: Encoder, count: int = 100) -> dict[str, tuple[torch.
         entity = rng.choice(world.entities)
         probes["paraphrase"].append((entity.document, [(PARAPHRASE_REQUEST, entity.paraphrase)]))
         single, named = single_question(entity, False, rng), single_question(entity, True, rng)
-        bridge = two_hop_question(entity, rng.choice(list(entity.links)), rng)
+        bridge = two_hop_question(entity, rng.choice(list(entity.links)), rng, hints=1)
         wanted = (("one", single, 1), ("named5", named, 5), ("described5", single, 5))
         for name, question, documents in (*wanted, ("two-hop", bridge, 2), ("two-hop5", bridge, 5)):
             docs = "\n".join(member.document for member in candidates(world, question, rng, documents))
@@ -252,7 +252,7 @@ def batch(step: int, encoder: Encoder, arguments: Arguments) -> tuple[torch.Tens
     rng = random.Random(f"{arguments.seed}-{step}")
     easy = step < arguments.steps * arguments.easy_share
     documents = rng.choice((1, 1, 2)) if easy else rng.choice((1, 2, 3, 4, 5))
-    world = World("train", SMALL_WORLD, rng)
+    world = World("train", SMALL_WORLD, rng, shuffled=True)
     length = 40 * documents + 22 * (8 + 3 * documents)
     talks = [conversation(world, documents, rng) for _ in range(max(1, arguments.batch_tokens // length))]
     return encoder(talks)

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from eval.report import format_tables
 from eval.run import run as evaluate
 from eval.settings import EvalSettings
-from recipes import instruct, joint, scp, text_lora
+from recipes import contrastive, instruct, joint, scp, text_lora
 from recipes.nano import world
 from trainers.cli import UsageError, read_json, run, write_json
 
@@ -34,11 +34,12 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 
 
 NANO = ROOT / "recipes" / "nano"
-STAGES = {"scp": scp, "instruct": instruct, "joint": joint, "text-lora": text_lora}
+STAGES = {"scp": scp, "instruct": instruct, "joint": joint, "contrastive": contrastive, "text-lora": text_lora}
 TITLES = {
     "scp": "SCP: learning to compress",
     "instruct": "Instruction tuning: answering from given memories",
     "joint": "Joint training: retrieval learned from answers alone",
+    "contrastive": "Supervised twin: the same retriever, learned from relevance labels",
     "text-lora": "Baseline: the plain base on raw text, with a LoRA of its own",
 }
 SECONDS_FILE = "seconds.json"
@@ -54,6 +55,10 @@ class DemoArguments:
         metadata={"help": "CLaRa checkpoint, or decoder, that SCP starts from."},
     )
     base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "Decoder of the raw-text baseline."})
+    joint_start: str = field(
+        default="scp",
+        metadata={"help": "Stage that joint training and its twin start from.", "choices": ["scp", "instruct"]},
+    )
     max_steps: int | None = field(default=None, metadata={"help": "Steps of every stage, for a quick look."})
     limit: int | None = field(default=None, metadata={"help": "Test questions to take, for a quick look."})
     overwrite: bool = field(default=False, metadata={"help": "Start again: delete what the folder holds."})
@@ -62,14 +67,14 @@ class DemoArguments:
 def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
     """The command line of one stage: its YAML, with the folders of this demo."""
     out = Path(args.output_dir)
-    starts = {"scp": args.start, "instruct": out / "scp", "joint": out / "instruct", "text-lora": args.base}
-    data = {"text-lora": "instruct"}.get(stage, stage)
+    start = {"scp": args.start, "instruct": out / "scp", "text-lora": args.base}.get(stage, out / args.joint_start)
+    data = {"text-lora": "instruct", "contrastive": "joint"}.get(stage, stage)
     values = {
         "config": NANO / f"{stage.replace('-', '_')}.yaml",
         "output_dir": out / stage,
         "nano_world": out / "data",
         "train_file": out / "data" / f"{data}_train.jsonl",
-        "model_name_or_path": starts[stage],
+        "model_name_or_path": start,
         "resume": True,
     }
     if stage == "scp":
@@ -77,7 +82,9 @@ def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
     if stage == "text-lora":
         values["clara_checkpoint"] = out / "instruct"
     else:
-        values["validation_file"] = out / "data" / f"{stage}_validation.jsonl"
+        values["validation_file"] = out / "data" / f"{data}_validation.jsonl"
+    if stage in ("joint", "contrastive"):
+        values["memory_store"] = out / "memories"
     if args.max_steps is not None:
         values["max_steps"] = args.max_steps
         values["save_steps"] = max(1, args.max_steps // 2)
@@ -145,7 +152,8 @@ def evaluate_nano(args: DemoArguments) -> dict:
         EvalSettings(
             data=str(out / "data" / "test.jsonl"),
             model=str(out / "joint"),
-            before_joint=str(out / "instruct"),
+            before_joint=str(out / args.joint_start),
+            sup=str(out / "contrastive"),
             text_model=str(out / "text-lora"),
             output_dir=str(out),
             limit=args.limit,
@@ -162,9 +170,7 @@ def report(out: Path, results: dict) -> None:
     print("\n" + format_tables(results))
     print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items()), end="")
     print(f"; in all {sum(spent.values()):.0f}.")
-    print(
-        f"In {out}: results.json, table.md, predictions/, joint.png, losses.png; checkpoints in scp, instruct, joint."
-    )
+    print(f"In {out}: results.json, table.md, predictions/, joint.png, losses.png; checkpoints in {', '.join(STAGES)}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -175,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif out.exists() and not (out / "demo.json").exists() and {path.name for path in out.iterdir()} - {"data"}:
         raise UsageError(f"output_dir {out} holds something else than this demo: choose another, or --overwrite true.")
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"max_steps": args.max_steps, "start": args.start, "base": args.base}
+    settings = {"max_steps": args.max_steps, "start": args.start, "base": args.base, "joint_start": args.joint_start}
     if (out / "demo.json").exists() and read_json(out / "demo.json") != settings:
         raise UsageError(f"{out} holds a demo with other settings: pass --overwrite true, or another --output_dir.")
     write_json(out / "demo.json", settings)

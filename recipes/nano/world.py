@@ -12,7 +12,7 @@ import json
 import os
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -42,10 +42,12 @@ QUESTIONS = {"instruct_train": 6000, "joint_train": 24000, "test": 600, "validat
 # Instruction rows stand for what a retriever found: with this chance the gold documents come first.
 GOLD_FIRST_SHARE = 0.6
 CANDIDATES = 20
+DESCRIBING_FACTS = (2, 3)
 TWO_HOP_SHARE = 0.25
 NAMED_SHARE = 0.25
 
 CLOSED = {kind: {attribute.key: attribute for attribute in ATTRIBUTES[kind]} for kind in KINDS}
+ORDER = {kind: [*(link.key for link in LINKS[kind]), *CLOSED[kind]] for kind in KINDS}
 NAMED = {kind: {link.key: link for link in LINKS[kind]} for kind in KINDS}
 
 
@@ -83,14 +85,14 @@ class Question:
 class World:
     """The entities of one split, with an index of who says what."""
 
-    def __init__(self, split: str, counts: dict[str, int], rng: random.Random):
+    def __init__(self, split: str, counts: dict[str, int], rng: random.Random, shuffled: bool = False):
         taken: set[str] = set()
         self.entities = [make_entity(kind, split, taken, rng) for kind in KINDS for _ in range(counts[kind])]
         self.of_kind = {kind: [entity for entity in self.entities if entity.kind == kind] for kind in KINDS}
         for entity in self.entities:
             for link in LINKS[entity.kind]:
                 entity.links[link.key] = rng.choice(self.of_kind[link.target])
-            write_document(entity, rng)
+            write_document(entity, rng, shuffled)
         self.sayers: dict[tuple[str, str, int], list[Entity]] = defaultdict(list)
         for entity in self.entities:
             for key in closed_said(entity):
@@ -140,9 +142,8 @@ def other_wording(wording: int | None, rng: random.Random) -> int:
 
 
 def render(entity: Entity, said: dict[str, int], rng: random.Random) -> str:
-    """The facts as an encyclopedic paragraph, in random order and sentence frames."""
+    """The facts as an encyclopedic paragraph, in their order, in random sentence frames."""
     predicates = [predicate(entity, key, wording) for key, wording in said.items()]
-    rng.shuffle(predicates)
     subject = rng.choice(INTRODUCTIONS[entity.kind]).format(N=entity.name)
     sentences = []
     while predicates:
@@ -157,12 +158,26 @@ def render(entity: Entity, said: dict[str, int], rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def write_document(entity: Entity, rng: random.Random) -> None:
-    """Chooses which facts are told and how; the paraphrase tells the same facts, each in another wording."""
+def write_document(entity: Entity, rng: random.Random, shuffled: bool) -> None:
+    """Chooses which facts are told and how; the paraphrase tells the same facts, each in another wording.
+
+    As in an encyclopedia the facts of a kind have one order, unless they are `shuffled`.
+    """
     closed = rng.sample(sorted(entity.values), 4 if entity.kind == "person" else rng.choice((4, 5)))
     entity.said = {key: rng.randrange(3) for key in [*closed, *entity.links]}
-    entity.document = render(entity, entity.said, rng)
-    entity.paraphrase = render(entity, {k: other_wording(w, rng) for k, w in entity.said.items()}, rng)
+    if not shuffled:
+        entity.said = {key: entity.said[key] for key in ORDER[entity.kind] if key in entity.said}
+    entity.document = render(entity, in_order(entity.said, shuffled, rng), rng)
+    other = {key: other_wording(wording, rng) for key, wording in entity.said.items()}
+    entity.paraphrase = render(entity, in_order(other, shuffled, rng), rng)
+
+
+def in_order(said: dict[str, int], shuffled: bool, rng: random.Random) -> dict[str, int]:
+    """`said` as it is, or in random order."""
+    keys = list(said)
+    if shuffled:
+        rng.shuffle(keys)
+    return {key: said[key] for key in keys}
 
 
 def ask(entity: Entity, key: str, subject: str, rng: random.Random) -> tuple[str, list[str]]:
@@ -179,7 +194,8 @@ def ask(entity: Entity, key: str, subject: str, rng: random.Random) -> tuple[str
 def describe(entity: Entity, keys: list[str], rng: random.Random) -> tuple[str, dict[str, int]]:
     """The subject by some of its facts, each in a wording that its document does not use."""
     wordings = {key: other_wording(entity.said.get(key), rng) for key in keys}
-    predicates = " and ".join(predicate(entity, key, wording) for key, wording in wordings.items())
+    *others, last = (predicate(entity, key, wording) for key, wording in wordings.items())
+    predicates = f"{', '.join(others)} and {last}" if others else last
     return f"{rng.choice(SUBJECTS[entity.kind])} {predicates}", wordings
 
 
@@ -200,12 +216,12 @@ def single_question(entity: Entity, named: bool, rng: random.Random, facts: int 
     return Question(text, answers, [entity], "single", False, wordings)
 
 
-def two_hop_question(entity: Entity, key: str, rng: random.Random, facts: int = 2) -> Question:
+def two_hop_question(entity: Entity, key: str, rng: random.Random, facts: int = 2, hints: int = 2) -> Question:
     """A question about the entity that `entity` links to by `key`; both are hinted at by facts in other wordings."""
     target = entity.links[key]
-    asked, hint = rng.sample(closed_said(target), 2)
+    asked, *hint = rng.sample(closed_said(target), 1 + hints)
     subject, described = describe(entity, rng.sample(closed_said(entity), facts), rng)
-    bridge, wordings = describe(target, [hint], rng)
+    bridge, wordings = describe(target, hint, rng)
     text, answers = ask(target, asked, f"{bridge} and {NAMED[entity.kind][key].bridge} {subject}", rng)
     return Question(text, answers, [entity, target], "two-hop", False, described, wordings)
 
@@ -229,19 +245,18 @@ def random_question(world: World, rng: random.Random) -> Question:
     """One question in the mixture of the data files."""
     if rng.random() < TWO_HOP_SHARE:
         entity = rng.choice(world.entities)
-        return two_hop_question(entity, rng.choice(list(entity.links)), rng)
-    return single_question(rng.choice(world.entities), rng.random() < NAMED_SHARE, rng)
+        facts, hints = rng.choice(DESCRIBING_FACTS), rng.choice(DESCRIBING_FACTS)
+        return two_hop_question(entity, rng.choice(list(entity.links)), rng, facts, hints)
+    return single_question(rng.choice(world.entities), rng.random() < NAMED_SHARE, rng, rng.choice(DESCRIBING_FACTS))
 
 
 def _sharing(world: World, gold: Entity, wordings: dict[str, int], rng: random.Random) -> list[Entity]:
-    """Entities whose documents tell one of the described facts, those that use the question's very words first."""
-    found = {}
-    for key, wording in wordings.items():
-        for entity in world.sayers[gold.kind, key, gold.values[key]]:
-            found[entity] = entity.said[key] == wording
-    found = list(found.items())
+    """Entities whose documents tell described facts in any wording; the two that share the most come first."""
+    shared = Counter(entity for key in wordings for entity in world.sayers[gold.kind, key, gold.values[key]])
+    found = list(shared.items())
     rng.shuffle(found)
-    return [entity for entity, _ in sorted(found, key=lambda pair: not pair[1])]
+    closest = sorted(found, key=lambda pair: -pair[1])[:2]
+    return list(dict.fromkeys(entity for entity, _ in closest + found))
 
 
 def _related(world: World, question: Question, rng: random.Random) -> list[Entity]:
@@ -256,8 +271,8 @@ def _related(world: World, question: Question, rng: random.Random) -> list[Entit
 def candidates(world: World, question: Question, rng: random.Random, count: int = CANDIDATES) -> list[Entity]:
     """The gold entities among `count` shuffled candidates; no other candidate fits the question's description.
 
-    Of 20, 8 to 14 share one of the described facts (two-hop: some of them the bridge's), a few share names, the rest
-    is random.
+    Of 20, 6 to 10 share one of the described facts and, for two hops, up to 2 those of the second document, which they
+    may share all; a few share names, the rest is random.
     """
     chosen = dict.fromkeys(question.gold)
 
@@ -268,7 +283,7 @@ def candidates(world: World, question: Question, rng: random.Random, count: int 
             if not matches(entity, question):
                 chosen.setdefault(entity)
 
-    hard = rng.randint(8, 14) * count // CANDIDATES
+    hard = rng.randint(6, 10) * count // CANDIDATES
     if question.hint:
         extend(_sharing(world, question.gold[1], question.hint, rng), 2 + hard // 4)
     if not question.named:
@@ -302,7 +317,8 @@ def question_row(world: World, name: str, rng: random.Random, count: int = CANDI
 def qa_pairs(entity: Entity, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """Simple question-answer pairs, each about another fact; the subject is named or described by one other fact."""
     pairs = []
-    for key in rng.sample(list(entity.said), min(count, len(entity.said))):
+    asked = rng.sample(list(entity.said), min(count, len(entity.said)))
+    for key in sorted(asked, key=list(entity.said).index):
         subject = entity.name
         if rng.random() < 0.5:
             subject, _ = describe(entity, rng.sample([k for k in closed_said(entity) if k != key], 1), rng)
@@ -362,6 +378,7 @@ def settings(seed: int) -> dict:
         "entities": ENTITIES,
         "questions": QUESTIONS,
         "candidates": CANDIDATES,
+        "describing_facts": list(DESCRIBING_FACTS),
         "two_hop_share": TWO_HOP_SHARE,
         "named_share": NAMED_SHARE,
         "gold_first_share": GOLD_FIRST_SHARE,
