@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 
 from benchmarks.scripted_teacher import asked_in, part_of, passage_of
 from eval.data import load_scp
-from eval.report import bootstrap_interval
+from eval.statistics import bootstrap_interval
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import IGNORE_INDEX
 from recipes import scp, synthesize

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -199,7 +200,10 @@ def test_gradients_that_are_not_finite_stop_the_run_before_it_saves(base, tmp_pa
 def test_all_processes_stop_when_one_diverges(base, tmp_path):
     script = Path(__file__).with_name("diverging_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(script), base, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [*command, str(script), base, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode != 0
     assert done.stderr.count("Training diverged: the loss is nan at step 3") == 2
     found = json.loads((tmp_path / "diverged.json").read_text(encoding="utf-8"))
