@@ -120,6 +120,11 @@ class CLaRaConfig(PreTrainedConfig):
                 f"{pretrained_model_name_or_path} is a checkpoint of the paper's release; convert it first: "
                 f"python -m modeling_clara.convert_original {pretrained_model_name_or_path} OUT{subfolder}"
             )
+        if values.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {values['model_type']} model and no CLaRa checkpoint: "
+                "CLaRaForRetrievalGeneration.from_base makes one from a decoder."
+            )
         return values, kwargs
 
     def __post_init__(self, **kwargs):
@@ -161,9 +166,18 @@ class CLaRaConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        targets = self.lora_target_modules
+        names = [targets] if isinstance(targets, str) else targets
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"lora_target_modules must be a string or a list of strings, got {targets!r}.")
 
     @staticmethod
     def _complete_prompts(prompts: dict | None) -> dict:
+        if prompts is not None and not isinstance(prompts, dict):
+            raise ValueError(f"prompts must be a dictionary with keys of {PROMPT_KINDS}, got {prompts!r}.")
+        wrong = [kind for kind, prompt in (prompts or {}).items() if not isinstance(prompt, dict)]
+        if wrong:
+            raise ValueError(f"prompts[{wrong[0]!r}] must be a dictionary, got {prompts[wrong[0]]!r}.")
         unknown = set(prompts or {}) - set(PROMPT_KINDS)
         if unknown:
             raise ValueError(f"prompts has unknown kinds {sorted(unknown)}; the kinds are {PROMPT_KINDS}.")
@@ -171,8 +185,14 @@ class CLaRaConfig(PreTrainedConfig):
         for kind, prompt in prompts.items():
             if set(prompt) != {"system", "user", "assistant"}:
                 raise ValueError(f"prompts[{kind!r}] needs system, user and assistant, got {sorted(prompt)}.")
+            if not isinstance(prompt["system"], (str, type(None))) or not isinstance(prompt["assistant"], str):
+                raise ValueError(f"prompts[{kind!r}] needs texts for system (or None) and assistant, got {prompt!r}.")
             users = [prompt["user"]] if isinstance(prompt["user"], str) else prompt["user"]
-            if not users or not all(isinstance(user, str) and "{docs}" in user for user in users):
+            if (
+                not isinstance(users, (list, tuple))
+                or not users
+                or not all(isinstance(user, str) and "{docs}" in user for user in users)
+            ):
                 raise ValueError(f"prompts[{kind!r}]['user'] needs {{docs}} in every template, got {users!r}.")
         return prompts
 

@@ -71,6 +71,11 @@ def cosine_scores(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor
         return queries @ memories.T
 
 
+def mask_or_ones(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
+    """`attention_mask`, or where it is `None` ones in the shape of `input_ids`: every position is attended."""
+    return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions `[rows, length]` counted from each row's first attended token, whatever the padding on the left."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -4,7 +4,8 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -54,6 +55,64 @@ def check_space(table: MemoryTable, documents: Sequence[str], positions: Collect
     if positions:
         tell = logger.warning if needed >= TOLD_BYTES else logger.info
         tell(f"{len(positions)} documents to compress: {size_text(needed)} in {table.path}, of {size_text(free)} free")
+
+
+def check_encodable(model, documents: Sequence[str], positions: Collection[int]) -> None:
+    """Raises `ValueError`, with the position in `documents`, if the model's processor refuses one at `positions`.
+
+    A model without a processor takes every text.
+    """
+    processor = getattr(model, "processor", None)
+    if processor is None or not positions:
+        return
+    # The others passed when they were stored: a stand-in for each keeps the positions right.
+    texts = ["stored"] * len(documents)
+    for position in positions:
+        texts[position] = documents[position]
+    processor.check_user_texts(texts, "documents")
+
+
+def count_cut(model, documents: Sequence[str], batches: list[list[int]], show_progress: bool) -> int:
+    """How many of the documents in `batches` the model will cut; none by a model without a processor."""
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        return 0
+    count = 0
+    total = sum(len(batch) for batch in batches)
+    with tqdm(total=total, desc="Measuring documents", unit="doc", disable=not show_progress, delay=2) as bar:
+        for batch in batches:
+            count += len(processor.find_cut_documents([documents[position] for position in batch]))
+            bar.update(len(batch))
+    return count
+
+
+def report_cut(table: MemoryTable, cut: int, total: int) -> None:
+    """Tells the user that `cut` of the `total` documents to compress will be cut."""
+    if cut:
+        logger.warning(
+            f"{cut} of {total} documents to compress are longer than doc_max_length={table.maker.doc_max_length} "
+            "tokens and are cut; model.processor.find_cut_documents(documents) lists them."
+        )
+
+
+@contextmanager
+def _quiet_cut_reports(model) -> Iterator[None]:
+    """Hide the processor's report on each batch: [`report_cut`] has told of all of them."""
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        yield
+        return
+    # Not always this package's module: a checkpoint can bring its code along.
+    reports = logging.get_logger(processor.encode_documents.__module__)
+    reports.addFilter(_is_no_cut_report)
+    try:
+        yield
+    finally:
+        reports.removeFilter(_is_no_cut_report)
+
+
+def _is_no_cut_report(record) -> bool:
+    return "find_cut_documents" not in record.getMessage()
 
 
 def fill(
@@ -107,7 +166,8 @@ def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: l
     Raises:
         ValueError: a memory of another shape than the store's, not finite, or too large for its dtype.
     """
-    memories = model.compress([documents[position] for position in batch], batch_size=len(batch))
+    with _quiet_cut_reports(model):
+        memories = model.compress([documents[position] for position in batch], batch_size=len(batch))
     expected = (len(batch), table.maker.num_memory_tokens, table.maker.hidden_size)
     if memories.shape != expected:
         raise ValueError(f"the model gave memories of shape {tuple(memories.shape)}; the store needs {expected}")

@@ -1,10 +1,9 @@
 """One version of the Lance dataset behind a memory store, as one process has it open."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import lance
@@ -17,8 +16,7 @@ from .memory_maker import KEY_LENGTH
 
 logger = logging.get_logger(__name__)
 
-# Lance prints this at each fork of a data loader. A forked worker opens the dataset for itself before it reads
-# (`MemoryTable._snapshot`), so there is nothing for the user to change.
+# Lance prints this at every fork. Only a forked process that reads is in danger, and `MemoryTable` stops that.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 
@@ -31,9 +29,8 @@ class Snapshot:
     """One version of the dataset as one process has it open, and where each key's row is in it."""
 
     dataset: "lance.LanceDataset"
-    process: int
     version: int
-    keys: np.ndarray  # sorted; arrays, because forked workers share their pages, while a dict's would be copied
+    keys: np.ndarray  # sorted
     offsets: np.ndarray
     unreadable: tuple[int, ...]  # fragments whose keys cannot be read
 
@@ -60,11 +57,7 @@ class Snapshot:
             )
         # Two processes that added one document at the same time left two rows of it: the later one counts.
         keys, newest = np.unique(keys[::-1], return_index=True)
-        return cls(dataset, os.getpid(), dataset.version, keys, offsets[::-1][newest], tuple(unreadable))
-
-    def reopened(self) -> "Snapshot":
-        """The same version for another process: a Lance handle is not meant to survive a fork."""
-        return replace(self, dataset=lance.dataset(self.dataset.uri, version=self.version), process=os.getpid())
+        return cls(dataset, dataset.version, keys, offsets[::-1][newest], tuple(unreadable))
 
 
 @contextmanager

@@ -10,7 +10,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .memory_filling import TORCH_TYPES, bytes_needed, check_space, compress_batch, fill, plan_batches, size_text
+from .memory_filling import (
+    TORCH_TYPES,
+    bytes_needed,
+    check_encodable,
+    check_space,
+    compress_batch,
+    count_cut,
+    fill,
+    plan_batches,
+    report_cut,
+    size_text,
+)
 from .memory_maker import Maker, key_of
 from .memory_parts import Signature
 from .memory_processes import Processes
@@ -33,8 +44,9 @@ class MemoryStore:
     they were written or last found sound, by size and time of change, and with `verify="all"` all of them, so that what
     a disk forgot silently is found too.
 
-    Data-loader workers may be forked or spawned. A pickled store holds its path, not its rows nor the model: the copy
-    reads, and cannot add.
+    A pickled store holds its path, not its rows nor the model: the copy reads, and cannot add. Data-loader workers get
+    such copies where they are started by "forkserver" or "spawn" (`multiprocessing_context` of a DataLoader); forked
+    ones, in which Lance can hang, are refused.
 
     Example:
 
@@ -196,8 +208,10 @@ class MemoryStore:
         memories equal its memories bit for bit, whatever the number of processes. Memories made again because single
         rows were damaged get other neighbours in their batch, on which the last bits depend.
 
+        Before anything is compressed, all missing documents are checked, and one warning tells how many will be cut.
+
         Args:
-            documents: non-empty strings.
+            documents: non-empty strings without tokens that the model reserves.
             columns: values to keep beside each document, by column name, one for each document. They replace those of
                 documents already stored; a text that occurs several times in `documents` keeps the first one's. A new
                 column is None for the other documents stored before.
@@ -248,6 +262,9 @@ class MemoryStore:
                 size = size_text(bytes_needed(self._table, documents, missing.values()))
                 description = f"Compressing documents ({size})" if show_progress else None
                 share = batches[processes.rank :: processes.count]
+                cut = sum(processes.gather(count_cut(self.model, documents, share, show_progress)))
+                if processes.is_first:
+                    report_cut(self._table, cut, len(missing))
                 parts = processes.gather(self._compress(share, keys, documents, arrays, description))
                 processes.from_first(lambda: self._table.commit([part for each in parts for part in each]))
             except BaseException:
@@ -257,7 +274,7 @@ class MemoryStore:
             finally:
                 self._table.forget()
             version = processes.from_first(lambda: self._table.version)
-        self._table.load(version)  # loads the index here, so that workers forked later share it
+        self._table.load(version)
         return keys
 
     def _check_model(self) -> None:
@@ -306,11 +323,15 @@ class MemoryStore:
         return {key: position for (key, position), offset in zip(first.items(), offsets, strict=True) if offset < 0}
 
     def _make_way(self, damaged: set[str], first: dict[str, int], arrays: dict, documents: Sequence[str]) -> int:
-        """Removes damaged rows, checks the disk and gives stored documents their columns; returns the version."""
+        """Removes damaged rows, checks what is missing and the disk, and gives stored documents their columns.
+
+        Returns the version.
+        """
         if damaged:
             logger.warning(f"{len(damaged)} memories in {self.path} are damaged on disk and are made again")
             self._table.remove(sorted(damaged))
         missing = self._missing(first)
+        check_encodable(self.model, documents, missing.values())
         check_space(self._table, documents, missing.values())
         stored = [key for key in first if key not in missing]
         self._table.set_columns(stored, pick(arrays, [first[key] for key in stored]))

@@ -38,8 +38,8 @@ class CorruptMemoryError(RuntimeError):
 class MemoryTable:
     """Rows of key, text, memory, checksum and the user's columns at `path`; each write is a new Lance version.
 
-    A table reads the version that it loaded at its first use, until `forget` is called. It can be pickled and forked:
-    every process opens the dataset for itself.
+    A table reads the version that it loaded at its first use, until `forget` is called. It can be pickled: the copy
+    opens the dataset for itself. A forked process cannot use it, where Lance's threads are missing, not their locks.
     """
 
     def __init__(self, path: Path, maker: Maker, dtype: str):
@@ -48,6 +48,7 @@ class MemoryTable:
         self.dtype = dtype
         self.parts = Parts(path)
         self._loaded: Snapshot | None = None
+        self._process = os.getpid()
 
     @classmethod
     def create(cls, path: Path, maker: Maker, dtype: str) -> None:
@@ -83,6 +84,9 @@ class MemoryTable:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_loaded": None}
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _process=os.getpid())
+
     def __len__(self) -> int:
         return len(self._snapshot().keys)
 
@@ -100,10 +104,13 @@ class MemoryTable:
         return self._snapshot().version
 
     def _snapshot(self) -> "Snapshot":
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"the memory store at {self.path} was opened before this process was forked, and Lance can hang in "
+                'forked processes: start it with "forkserver" or "spawn" (multiprocessing_context of a DataLoader)'
+            )
         if self._loaded is None:
             self._loaded = Snapshot.load(self.path)
-        elif self._loaded.process != os.getpid():
-            self._loaded = self._loaded.reopened()
         return self._loaded
 
     def key_of(self, text: str) -> str:

@@ -25,6 +25,7 @@ from .functional_clara import (
     contiguous,
     cosine_scores,
     cross_entropy,
+    mask_or_ones,
     memory_bank,
     position_ids,
     positions_to_keep,
@@ -104,15 +105,18 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             ).last_hidden_state
 
     def encode(
-        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a text and its memory tokens, which are the last l positions, under `adapter`.
+
+        Without `attention_mask` all positions are attended.
 
         Returns:
             memory states `[rows, l, H]` and the mean text state minus the mean memory state `[rows, H]`, whose mean
             square is the MSE loss.
         """
         count = self.config.num_memory_tokens
+        attention_mask = mask_or_ones(attention_mask, input_ids)
         text = self.get_input_embeddings()(input_ids[:, :-count])
         own = torch.arange(count, device=input_ids.device) % self.memory_embeddings.num_embeddings
         memory = self.memory_embeddings(own.expand(len(input_ids), -1)).to(text.dtype)
@@ -122,7 +126,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         gap = (text_states * weight).sum(dim=1) / weight.sum(dim=1) - memories.mean(dim=1)
         return memories, gap
 
-    def _encode_questions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _encode_questions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return self.encode(QUERY_REASONER if self.config.query_reasoner else COMPRESSOR, input_ids, attention_mask)[0]
 
     def _prompt_embeddings(self, input_ids: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -158,7 +162,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
 
         Documents come as token ids, compressed in the step, or as `memories` made earlier. With a query, the candidates
         are scored and the best `top_k` fill the prompt's slots through the straight-through top-k; without one, all
-        given documents fill the slots in order. With a query and no prompts, only the scores are computed.
+        given documents fill the slots in order. With a query and no prompts, only the scores are computed. A mask that
+        is not given is all ones.
 
         Args:
             input_ids, attention_mask (`[B, L]` int64, *optional*): chat prompts with memory slots, padded on the left.
@@ -212,6 +217,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             selected = torch.einsum("bkn,bnlh->bklh", weights.to(candidates.dtype), candidates)[indices >= 0]
 
         embeddings = self._prompt_embeddings(input_ids, selected)
+        attention_mask = mask_or_ones(attention_mask, input_ids)
         keep = positions_to_keep(labels) if logits_to_keep is None else logits_to_keep
         with use_adapter(self.decoder, GENERATOR):
             logits = self.decoder(

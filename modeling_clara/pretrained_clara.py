@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields as fields_of
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from .adapters import (
     copy_adapter,
     lora_layers,
 )
-from .configuration_clara import CLaRaConfig
+from .configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
 from .processing_clara import CLaRaProcessor
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
@@ -42,6 +43,12 @@ logger = logging.get_logger(__name__)
 # Values taken of every frozen matrix for the compressor's fingerprint.
 FINGERPRINT_SAMPLE = 64
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# What `from_base` takes besides fields: for the base and its tokenizer, for the base alone, for the new model.
+_READ_OPTIONS = (*_HUB_ARGUMENTS, "trust_remote_code")
+_BASE_OPTIONS = ("use_safetensors", "variant", "weights_only", "low_cpu_mem_usage")
+_PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+_TOKEN_IDS = ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
+_SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
 
 
 class CLaRaPreTrainedModel(PreTrainedModel):
@@ -122,11 +129,17 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             base_model_name_or_path (`str`): folder or Hub id of a model for `AutoModelForCausalLM`.
             dtype (`str` or `torch.dtype`): of all weights; `"auto"` takes the base's.
             attn_implementation (`str`, *optional*): as in `from_pretrained`.
-            fields: of [`CLaRaConfig`].
+            fields: of [`CLaRaConfig`]; among them, as in `from_pretrained`, options of the Hub (`revision`, `token`,
+                ...), of reading the base's weights and of placing the model (`device_map`, ...).
+
+        Raises:
+            OSError: there is no base at `base_model_name_or_path`.
+            ValueError: an unknown field, one out of range, or a base that is a CLaRa checkpoint.
         """
         name = os.fspath(base_model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        base = _load_base(name, dtype)
+        fields, read, own, place = _split_base_arguments(fields)
+        base = _load_base(name, dtype, **read, **own)
+        tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
         geometry = CLaRaConfig(**fields)
         ids = CLaRaProcessor.add_tokens(tokenizer, geometry.num_memory_tokens, geometry.distinct_memory_tokens)
@@ -147,7 +160,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             state = decoder_state(cls, base, config)
         fill_added_rows(state, base, config, first_added)
         with _quiet_load_report():
-            model, _ = cls._from_state(config, state, base.dtype, attn_implementation)
+            model, _ = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
         if config.query_reasoner:
             copy_adapter(model.decoder, COMPRESSOR, QUERY_REASONER)
         model.processor = CLaRaProcessor(tokenizer, model.config)
@@ -159,11 +172,13 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
         Arguments are those of `PreTrainedModel.from_pretrained`; fields of [`CLaRaConfig`] among them override the
         checkpoint's, for instance `base_model_name_or_path` where the base has moved. An adapter-only checkpoint finds
-        a base that is named by a path relative to the checkpoint's own folder.
+        a base that is named by a path relative to the checkpoint's own folder. Of overridden `prompts`, kinds that are
+        left out are the default ones.
 
         Raises:
-            OSError: no weights at `pretrained_model_name_or_path`, or damaged ones.
-            ValueError: weights are missing, or made for another decoder.
+            OSError: no checkpoint or no weights at `pretrained_model_name_or_path`, or damaged ones.
+            ValueError: weights are missing, or made for another decoder; a field is out of range, or asks for another
+                number of memory tokens than the checkpoint has; another kind of model.
         """
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -173,9 +188,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
-            config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+            with _absence_told(os.fspath(source)):
+                config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         if config.decoder_config is None:
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
+        config = _checked(config, name)
         _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
         if dtype in (None, "auto"):
             dtype = config.dtype or "auto"
@@ -183,15 +200,13 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             if config.checkpoint_format == "adapter":
                 path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
                 # The place as seen from here, so that the model can be saved somewhere else.
-                config = copy.deepcopy(config)
                 config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
                 base = _load_base(config.base_model_name_or_path, dtype)
                 with unpartitioned():
                     state = decoder_state(cls, base, config)
                 merge_adapter_file(state, path, base, config)
-                model, info = cls._from_state(
-                    config, state, base.dtype, kwargs.get("attn_implementation"), kwargs.get("device_map")
-                )
+                options = {key: kwargs.get(key) for key in ("attn_implementation", "device_map")}
+                model, info = cls._from_state(config, state, base.dtype, **options)
                 model.name_or_path = model.config.name_or_path = name
             else:
                 own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -206,10 +221,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
-    def _from_state(
-        cls, config: CLaRaConfig, state: dict, dtype: torch.dtype, attn_implementation=None, device_map=None
-    ):
-        options = {"attn_implementation": attn_implementation, "device_map": device_map}
+    def _from_state(cls, config: CLaRaConfig, state: dict, dtype: torch.dtype, **options):
         options = {name: value for name, value in options.items() if value is not None}
         # Mismatches are for `_check_complete` to report: in one sentence, with what to do about them.
         own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -297,6 +309,26 @@ def _damage_told(name: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _absence_told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(name):
+            raise
+        reason = _why_absent(name, error)
+        raise OSError(f"no CLaRa checkpoint at {name!r}: give its folder or Hub id ({reason}).") from error
+
+
+def _why_absent(name: str, error: OSError) -> str:
+    reason = str(error).splitlines()[0].rstrip(". ")
+    if os.path.exists(name):
+        return reason
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        return "there is no such folder"
+    return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"
+
+
 def _is_no_load_report(record) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
@@ -311,6 +343,38 @@ def _check_has_weights(folder: str) -> None:
             f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
             "another folder or save the model again."
         )
+
+
+def _checked(config: CLaRaConfig, name: str) -> CLaRaConfig:
+    """A copy of a checkpoint's configuration, whose fields may have been overridden, with all prompts."""
+    config = copy.deepcopy(config)
+    config.validate_ranges()
+    config.prompts = config._complete_prompts(config.prompts)
+    wanted = config.num_memory_tokens if config.distinct_memory_tokens else 1
+    found = len(config.memory_token_ids or [])
+    if found != wanted:
+        geometry = ("distinct_memory_tokens", "doc_max_length", "compression_rate")
+        asked = ", ".join(f"{field}={getattr(config, field)}" for field in geometry)
+        raise ValueError(
+            f"{name} has {found} memory_token_ids, but {asked} ask for {wanted}: leave these fields as the checkpoint "
+            "has them, or train a model with others from its base (from_base)."
+        )
+    return config
+
+
+def _split_base_arguments(arguments: dict) -> tuple[dict, dict, dict, dict]:
+    """The configuration fields among the arguments of `from_base`, then its three kinds of options."""
+    kinds = (_READ_OPTIONS, _BASE_OPTIONS, _PLACE_OPTIONS)
+    options = [{name: arguments[name] for name in names if name in arguments} for names in kinds]
+    fields = {name: value for name, value in arguments.items() if not any(name in kind for kind in kinds)}
+    known = {field.name for field in fields_of(CLaRaConfig)} - set(_SET_BY_FROM_BASE)
+    unknown = set(fields) - known
+    if unknown:
+        raise ValueError(
+            f"from_base takes no {', '.join(sorted(unknown))}: give fields of CLaRaConfig that the base does not set, "
+            "or options of from_pretrained such as dtype, revision, token or device_map."
+        )
+    return fields, *options
 
 
 def _is_own_weight(key: str) -> bool:
@@ -330,17 +394,19 @@ def place_of_base(base: str | None, checkpoint: str) -> str | None:
     return os.path.normpath(beside) if beside and not os.path.isdir(base) and os.path.isdir(beside) else base
 
 
-def _load_base(name: str | None, dtype) -> PreTrainedModel:
+def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:
     if name is None:
         raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
     try:
+        kind = PreTrainedConfig.get_config_dict(name, **options)[0].get("model_type")
+        if kind in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
+            raise ValueError(f"{name} is a CLaRa checkpoint and no base: from_pretrained loads it.")
         with unpartitioned():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(". ")
         raise OSError(
             f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "
-            f"({reason})."
+            f"({_why_absent(name, error)})."
         ) from error
 
 

@@ -16,6 +16,7 @@ IGNORE_INDEX = -100
 AE_TOKEN, ENC_TOKEN, SEP_TOKEN = "<AE>", "<ENC>", "<SEP>"
 # What ENC, beginning and end token add to the budget of a document.
 ENCODER_MARKERS = 3
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIELD = re.compile(r"\{(docs|question|answer|paraphrase)\}")
 
 
@@ -34,7 +35,7 @@ def check_texts(texts: list[str], argument: str) -> None:
 
     Raises:
         TypeError: `texts` is no list or holds something that is no string.
-        ValueError: `texts` is empty or holds an empty string.
+        ValueError: `texts` is empty or holds an empty string, or one with half of a surrogate pair.
     """
     if not isinstance(texts, (list, tuple)):
         raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
@@ -45,6 +46,11 @@ def check_texts(texts: list[str], argument: str) -> None:
             raise TypeError(f"{argument}[{position}] must be a string, got {type(text).__name__}.")
         if not text.strip():
             raise ValueError(f"{argument}[{position}] is an empty string: remove it or give it a text.")
+        if half := _SURROGATE.search(text):
+            raise ValueError(
+                f"{argument}[{position}] has {half[0]!r}, half of a surrogate pair, at character "
+                f"{half.start()}: remove it, or decode the text anew from its source."
+            )
 
 
 def left_pad(rows: list[list[int]], value: int) -> torch.Tensor:

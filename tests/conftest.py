@@ -150,6 +150,14 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
+def forkserver():
+    """For tests whose data-loader workers come from it: they then start with everything imported."""
+    from processes import start_server
+
+    start_server()
+
+
+@pytest.fixture(scope="session")
 def texts() -> list[str]:
     return TEXTS
 

@@ -1,17 +1,11 @@
 """A model whose memories depend on the text alone, and what the tests of the memory store do to its files."""
 
 import hashlib
-import multiprocessing
 import os
-import pickle
 import signal
-import sys
 from types import SimpleNamespace
-from uuid import uuid4
 
-import pytest
 import torch
-import torch.distributed as dist
 
 from modeling_clara.memory_store import MemoryStore
 
@@ -123,40 +117,3 @@ def killed_at(batch, model):
 
     model.compress = compress
     return model
-
-
-def in_processes(count, function, folder, *arguments):
-    """Runs `function(rank, *arguments)` in `count` processes of one torch.distributed job.
-
-    They come from a server that has imported everything and used nothing: after a fork of this process, in which Lance
-    has run, writing with Lance can crash.
-
-    Returns:
-        What each returned, by rank; of one that failed the text of its exception, of a killed one minus its signal.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        name = uuid4().hex
-        children = [
-            context.Process(target=_in_process, args=(rank, count, folder / name, function, arguments))
-            for rank in range(count)
-        ]
-        for child in children:
-            child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode is not None, "a process hangs"
-    return [
-        child.exitcode or pickle.loads((folder / f"{name}.{rank}").read_bytes()) for rank, child in enumerate(children)
-    ]
-
-
-def _in_process(rank, count, rendezvous, function, arguments):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
-    try:
-        result = function(rank, *arguments)
-    except Exception as error:
-        result = f"{type(error).__name__}: {error}"
-    rendezvous.with_suffix(f".{rank}").write_bytes(pickle.dumps(result))

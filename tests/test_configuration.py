@@ -66,6 +66,13 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
         ({"temperature": "0.02"}, "temperature must be positive, got '0.02'"),
         ({"topk_taken_mask": "soft"}, "topk_taken_mask must be one of .*'exact', 'published'.*, got 'soft'"),
         ({"checkpoint_format": "lora"}, "checkpoint_format must be one of .*'full', 'adapter'.*, got 'lora'"),
+        ({"lora_target_modules": 3}, "lora_target_modules must be a string or a list of strings, got 3"),
+        ({"lora_target_modules": []}, r"lora_target_modules must be a string or a list of strings, got \[\]"),
+        ({"lora_target_modules": ["q_proj", 3]}, "lora_target_modules must be a string or a list of strings"),
+        ({"prompts": "hello"}, "prompts must be a dictionary with keys of .*'answer', .*, got 'hello'"),
+        ({"prompts": {"answer": "hello"}}, r"prompts\['answer'\] must be a dictionary, got 'hello'"),
+        ({"prompts": {"answer": {**ANSWER, "system": 3}}}, r"prompts\['answer'\] needs texts for system \(or None\)"),
+        ({"prompts": {"answer": {**ANSWER, "user": 3}}}, r"prompts\['answer'\]\['user'\] needs {docs}"),
         ({"prompts": {"chat": ANSWER}}, r"prompts has unknown kinds \['chat'\]"),
         ({"prompts": {"answer": {"user": "{docs}"}}}, r"prompts\['answer'\] needs system, user and assistant"),
         ({"prompts": {"answer": {**ANSWER, "user": "{question}"}}}, r"prompts\['answer'\]\['user'\] needs {docs}"),
@@ -76,6 +83,15 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
 def test_a_value_out_of_range_is_named_with_what_it_is(fields, message):
     with pytest.raises(ValueError, match=message):
         CLaRaConfig(**fields)
+
+
+def test_a_configuration_of_another_model_is_refused_in_one_sentence(tmp_path, caplog):
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="holds a llama model and no CLaRa checkpoint: .*from_base makes one"
+    ) as refused:
+        CLaRaConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value) and not caplog.records
 
 
 def test_a_configuration_without_a_decoder_says_what_to_set():

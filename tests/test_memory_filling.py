@@ -1,4 +1,5 @@
 import json
+import logging
 import resource
 import shutil
 import signal
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import lance
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, build_clara
 from memory_fakes import (
     DOCUMENTS,
     BatchModel,
@@ -17,10 +18,10 @@ from memory_fakes import (
     alone,
     data_files,
     expected,
-    in_processes,
     killed_at,
     raise_,
 )
+from processes import in_processes
 
 from modeling_clara import memory_filling
 from modeling_clara.memory_store import MemoryStore
@@ -104,6 +105,65 @@ def test_an_interrupted_call_with_a_real_model_gives_the_memories_of_a_whole_one
         part.add(documents, batch_size=4, show_progress=False)
     assert len(part) == 8
     assert torch.equal(part.get(part.add(documents, batch_size=4, show_progress=False)), whole)
+
+
+TOO_LONG = [f"{number} {'Mara ' * 60}" for number in range(6)]
+
+
+def test_documents_that_will_be_cut_are_counted_once_over_those_that_are_compressed(clara, path, caplog):
+    store = MemoryStore.open(path, clara)
+    with caplog.at_level("WARNING"):
+        store.add([*TEXTS[:1], *TOO_LONG[:2]], batch_size=2, show_progress=False)
+        store.add([*TEXTS[:4], *TOO_LONG, *TOO_LONG], batch_size=2, show_progress=False)
+        store.add([*TEXTS, *TOO_LONG], batch_size=2, show_progress=False)
+    told = "documents to compress are longer than doc_max_length=32 tokens and are cut; "
+    way = "model.processor.find_cut_documents(documents) lists them."
+    assert [record.message for record in caplog.records] == [f"2 of 3 {told}{way}", f"4 of 7 {told}{way}"]
+
+
+def test_cut_documents_are_reported_again_after_adding_failed(clara, path, caplog, monkeypatch):
+    monkeypatch.setattr(clara, "_encode_rows", lambda *arguments: raise_(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        MemoryStore.open(path, clara).add(TOO_LONG, show_progress=False)
+    assert len(caplog.records) == 1
+    clara.processor.encode_documents(TOO_LONG)
+    assert "6 of 6 documents are longer" in caplog.records[-1].message
+
+
+class Reports(logging.Handler):
+    """Keeps what is logged about documents that are too long."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        if "longer" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+def reports_of_adding_together(rank, base, path):
+    reports = Reports()
+    logging.getLogger("modeling_clara").addHandler(reports)
+    store = MemoryStore.open(path, build_clara(base))
+    store.add([*TEXTS, *TOO_LONG], batch_size=2, show_progress=False, distributed=True)
+    return reports.messages
+
+
+def test_processes_that_add_together_report_cut_documents_once(base, path, tmp_path):
+    MemoryStore.open(path, build_clara(base))
+    first, second = in_processes(2, reports_of_adding_together, tmp_path, base, path)
+    assert len(first) == 1 and first[0].startswith("6 of 11 documents") and second == []
+
+
+def test_a_reserved_token_is_named_by_position_before_anything_is_compressed_or_written(clara, path):
+    store = MemoryStore.open(path, clara)
+    (key,) = store.add(TEXTS[:1], {"year": [1]}, show_progress=False)
+    clara.compress = lambda documents, **options: raise_(AssertionError("compressed"))
+    documents = [*TEXTS, *TEXTS, f"a {clara.processor.reserved_texts[0]} b"]
+    with pytest.raises(ValueError, match=r"^documents\[10\] contains '<MEM0>', a token that the model reserves"):
+        store.add(documents, {"year": list(range(11))}, batch_size=1, show_progress=False)
+    assert len(store) == 1 and store.columns([key], ["year"]) == {"year": [1]}
 
 
 def test_rows_are_appended_after_the_time_that_a_kill_may_cost(store):

@@ -1,18 +1,14 @@
-import json
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import lance
 import pytest
 import torch
 from conftest import build_clara
-from joint_worker import rows
+from datasets import Dataset
 from memory_fakes import (
     DOCUMENTS,
     BatchModel,
@@ -21,19 +17,23 @@ from memory_fakes import (
     add_together,
     alone,
     expected,
-    in_processes,
     killed_at,
     raise_,
     replace_bytes,
 )
+from processes import in_processes
 from test_trainers import make_trainer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from modeling_clara.memory_store import MemoryStore
 
 
 # pytest drops the filter that modeling_clara sets for it at import.
-pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:lance is not fork-safe"),
+    pytest.mark.usefixtures("forkserver"),
+]
 
 
 def test_two_open_stores_see_each_others_documents_when_they_add(store, path):
@@ -64,7 +64,7 @@ def test_a_pickled_store_is_small_holds_no_model_and_reads(store):
     assert torch.equal(copy.get(keys), expected(DOCUMENTS))
 
 
-class Memories(Dataset):
+class Memories(TorchDataset):
     def __init__(self, store, keys):
         self.store = store
         self.keys = keys
@@ -76,24 +76,26 @@ class Memories(Dataset):
         return self.store.get([self.keys[index]])[0]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loader_workers_read_the_store(store, start):
+def test_data_loader_workers_read_the_store(store):
     keys = store.add(DOCUMENTS, show_progress=False)
     store.get(keys)  # Lance has its threads running before the workers start
-    workers = {"fork": 2, "spawn": 1}[start]  # a spawned one imports everything anew
-    loader = DataLoader(Memories(store, keys), batch_size=8, num_workers=workers, multiprocessing_context=start)
+    loader = DataLoader(Memories(store, keys), batch_size=8, num_workers=2, multiprocessing_context="forkserver")
     assert torch.equal(torch.cat(list(loader)), expected(DOCUMENTS))
 
 
-def test_a_forked_reader_stays_at_the_version_of_its_parent(store, path):
+def test_a_forked_process_is_refused(store):
     keys = store.add(DOCUMENTS[:5], show_progress=False)
-    reader = MemoryStore.open(path)
-    reader.get(keys)
-    store._table.remove(keys[:1])  # moves every later row
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(reader.get(keys), expected(DOCUMENTS[:5])) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loader = DataLoader(Memories(store, keys), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(RuntimeError, match='can hang in forked processes: start it with "forkserver" or "spawn"'):
+        list(loader)
+
+
+@pytest.mark.parametrize(("online", "context"), [(False, "forkserver"), (True, None)])
+def test_workers_of_a_training_that_reads_a_store_are_not_forked(online, context, base, tmp_path):
+    trainer = make_trainer("joint", base, tmp_path, online=online, dataloader_num_workers=1, max_steps=2)
+    assert trainer.args.dataloader_multiprocessing_context == context
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 # Filling together
@@ -189,34 +191,49 @@ def test_adding_together_without_a_job_is_adding_alone(store):
     assert torch.equal(store.get(keys), expected(DOCUMENTS))
 
 
-def torchrun(*arguments):
-    """Runs `joint_worker.py` in two processes; returns the exit code and what it said."""
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
-    arguments = [str(tests / "joint_worker.py"), *map(str, arguments)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout + done.stderr
+def questions() -> Dataset:
+    """Twelve with three candidates each, of sixteen distinct documents of several lengths."""
+    rows = [{"question": "Who?", "answers": ["Mara"], "pos_index": [row % 3]} for row in range(12)]
+    return Dataset.from_list(
+        [{**row, "docs": [DOCUMENTS[(3 * number + i) % 16] for i in range(3)]} for number, row in enumerate(rows)]
+    )
+
+
+def train_jointly(rank, base, folder, killed_rank):
+    """Returns what this process compressed, its steps and its loss; one dies at its second batch of documents."""
+    model = build_clara(base, lora_dropout=0.0)
+    compress, compressed = model.compress, []
+
+    def counting(documents, **options):
+        if rank == killed_rank and compressed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        compressed.extend(documents)
+        return compress(documents, **options)
+
+    model.compress = counting
+    MemoryStore.write_bytes = 1
+    batches = {"per_device_train_batch_size": 2, "memory_batch_size": 2, "dataloader_num_workers": 1}
+    trainer = make_trainer("joint", base, folder, model, rows=questions(), max_steps=2, **batches)
+    trainer.train()
+    return compressed, trainer.state.global_step, trainer.state.log_history[0]["loss"]
 
 
 @pytest.mark.slow
 def test_joint_training_in_two_processes_compresses_shares_and_resumes_after_a_kill(base, tmp_path):
-    documents = sorted({text for docs in rows()["docs"] for text in docs})
-    code, told = torchrun(base, tmp_path / "two", 1)
-    assert code != 0 and "exitcode: -9" in told, told
-    code, told = torchrun(base, tmp_path / "two", -1)
-    assert code == 0, told
-    found = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in range(2)]
-    compressed = [text for process in found for text in process["compressed"]]
+    documents = sorted({text for docs in questions()["docs"] for text in docs})
+    ended = in_processes(2, train_jointly, tmp_path, base, tmp_path / "two", 1)
+    assert ended[1] == -signal.SIGKILL and isinstance(ended[0], str)
+    found = in_processes(2, train_jointly, tmp_path, base, tmp_path / "two", -1)
+    compressed = [text for process in found for text in process[0]]
     # What the killed process had finished is not compressed again, and what it had not is: its last three batches.
     assert 3 * 2 <= len(compressed) == len(set(compressed)) <= len(documents) - 2
-    assert [process["steps"] for process in found] == [2, 2]
+    assert [steps for _, steps, _ in found] == [2, 2]
 
     settings = {"per_device_train_batch_size": 4, "memory_batch_size": 2, "max_steps": 2}
     model = build_clara(base, lora_dropout=0.0)
-    trainer = make_trainer("joint", base, tmp_path / "one", model, rows=rows(), **settings)
+    trainer = make_trainer("joint", base, tmp_path / "one", model, rows=questions(), **settings)
     trainer.train()
     store = MemoryStore.open(tmp_path / "two" / "memories")
     keys = store.keys(documents)
     assert torch.equal(store.get(keys), trainer.store.get(keys)) and len(store) == len(documents)
-    assert found[0]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], abs=1e-5)
+    assert found[0][2] == pytest.approx(trainer.state.log_history[0]["loss"], abs=1e-5)

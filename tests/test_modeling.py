@@ -310,6 +310,17 @@ def test_top_k_above_the_number_of_candidates_uses_all_and_says_so_once(untouche
     assert [record.message for record in caplog.records] == [told[0].replace("=7", "=2")]
 
 
+def test_a_mask_that_is_not_given_is_all_ones(untouched_clara, texts):
+    batch = joint_batch(untouched_clara, [texts[:3], texts[1:4]])
+    masks = [name for name in batch if name.endswith("attention_mask")]
+    assert len(masks) == 3
+    unmasked = {name: value for name, value in batch.items() if name not in masks}
+    ones = {name: torch.ones_like(batch[name.replace("attention_mask", "input_ids")]) for name in masks}
+    with torch.no_grad():
+        expected, found = untouched_clara(**unmasked, **ones), untouched_clara(**unmasked)
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -1,6 +1,7 @@
 """A new model over a base: vocabulary, frozen weights, fresh adapters, and the verbs on every architecture."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -122,6 +123,38 @@ def test_a_tokenizer_that_has_a_marker_already_is_refused(base, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the tokenizer already has the tokens \['<SEP>'\]"):
         CLaRaForRetrievalGeneration.from_base(str(tmp_path), **FIELDS)
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"compresion_rate": 16}, "compresion_rate"),
+        ({"eos_token_id": 1}, "eos_token_id"),
+        ({"top_p": 1, "chunks": 2}, "chunks, top_p"),
+    ],
+)
+def test_an_argument_that_from_base_does_not_know_is_refused_by_name(base, fields, name):
+    with pytest.raises(ValueError, match=f"from_base takes no {name}: give fields of CLaRaConfig"):
+        CLaRaForRetrievalGeneration.from_base(base, **fields)
+
+
+def test_from_base_takes_the_options_of_loading_and_writes_none_of_them(base, tmp_path):
+    options = {"revision": "main", "token": "secret", "use_safetensors": True, "device_map": "cpu"}
+    model = CLaRaForRetrievalGeneration.from_base(
+        base, dtype=torch.bfloat16, attn_implementation="eager", **options, **FIELDS
+    )
+    assert model.dtype == torch.bfloat16 and model.decoder.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    assert not set(json.loads((tmp_path / "config.json").read_text())) & set(options)
+    assert not [path for path in tmp_path.glob("*.json") if "secret" in path.read_text()]
+
+
+def test_a_base_that_is_a_clara_checkpoint_or_not_there_is_told(clara, tmp_path):
+    clara.save_pretrained(tmp_path / "clara")
+    with pytest.raises(ValueError, match="clara is a CLaRa checkpoint and no base: from_pretrained loads it"):
+        CLaRaForRetrievalGeneration.from_base(tmp_path / "clara")
+    with pytest.raises(OSError, match=r"the base model '.*gone' could not be loaded: .*\(there is no such folder\)"):
+        CLaRaForRetrievalGeneration.from_base(tmp_path / "gone")
 
 
 def test_the_special_tokens_of_the_base_stay(base, tmp_path):

@@ -291,6 +291,48 @@ def test_adapters_over_another_base_are_refused_in_one_sentence(moved, tmp_path,
     assert "\n" not in str(refused.value) and "LOAD REPORT" not in caplog.text
 
 
+# Overridden fields
+
+
+@pytest.mark.parametrize("load", [AutoModel.from_pretrained, CLaRaForRetrievalGeneration.from_pretrained])
+@pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"doc_max_length": 64}, "has 4 memory_token_ids, but .*doc_max_length=64, compression_rate=8 ask for 8"),
+        ({"compression_rate": 16}, "has 4 memory_token_ids, but .*compression_rate=16 ask for 2: leave .*from_base"),
+        ({"distinct_memory_tokens": False}, "has 4 memory_token_ids, but distinct_memory_tokens=False, .* ask for 1"),
+        ({"top_k": "five"}, "top_k must be a whole number of at least 1, got 'five'"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"temperature": -1}, "temperature must be positive, got -1"),
+        ({"topk_taken_mask": "foo"}, "topk_taken_mask must be one of .*, got 'foo'"),
+        ({"prompts": "hello"}, "prompts must be a dictionary with keys of .*, got 'hello'"),
+        ({"lora_target_modules": 3}, "lora_target_modules must be a string or a list of strings, got 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_an_overridden_field_is_checked_when_loading(models, folder, load, name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        load(folder / name, **fields)
+
+
+def test_a_configuration_that_the_caller_changed_is_checked_and_kept_as_it_is(models, folder):
+    config = CLaRaConfig.from_pretrained(folder / "full-untied")
+    config.prompts = {"answer": config.prompts["answer"]}
+    model = CLaRaForRetrievalGeneration.from_pretrained(folder / "full-untied", config=config)
+    assert set(model.config.prompts) == {"answer", "qa", "paraphrase"} and set(config.prompts) == {"answer"}
+    config.doc_max_length = 64
+    with pytest.raises(ValueError, match="has 4 memory_token_ids, but .*doc_max_length=64"):
+        CLaRaForRetrievalGeneration.from_pretrained(folder / "full-untied", config=config)
+
+
+def test_a_geometry_with_as_many_memories_or_a_shared_token_with_any_number_can_be_overridden(models, folder):
+    load = CLaRaForRetrievalGeneration.from_pretrained
+    longer = load(folder / "full-untied", doc_max_length=64, compression_rate=16)
+    assert longer.compress(TEXTS).shape == (5, 4, 32)
+    assert load(folder / "adapter-shared-token", compression_rate=4).compress(TEXTS).shape == (5, 8, 32)
+
+
 # Broken checkpoints
 
 
@@ -316,6 +358,22 @@ def test_a_file_that_was_not_written_to_its_end_is_told(models, folder, tmp_path
 def test_a_folder_without_a_configuration_is_told(tmp_path):
     with pytest.raises(OSError, match="holds no CLaRa checkpoint: its config.json, if any, has no decoder_config"):
         CLaRaForRetrievalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(OSError, match=r"no CLaRa checkpoint at '.*gone': give .* \(there is no such folder\)"):
+        CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "gone")
+    with pytest.raises(
+        OSError, match="'runs/gone': give .*no such folder, nor could it be had from the Hub"
+    ) as refused:
+        CLaRaForRetrievalGeneration.from_pretrained("runs/gone")
+    assert "\n" not in str(refused.value) and isinstance(refused.value.__cause__, OSError)
+
+
+def test_a_folder_of_a_plain_decoder_is_told(base, caplog):
+    with pytest.raises(ValueError, match="holds a llama model and no CLaRa checkpoint: .*from_base makes one"):
+        CLaRaForRetrievalGeneration.from_pretrained(base)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
