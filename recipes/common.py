@@ -15,8 +15,9 @@ from trainers.base import CLaRaTrainer, CLaRaTrainingArguments
 from trainers.cli import (
     CLaRaModelArguments,
     DataArguments,
+    UsageError,
     check_folder,
-    claim_folder,
+    claimed_folder,
     is_finished,
     load_model,
     parse,
@@ -52,10 +53,29 @@ def load_split(data: DataArguments, loader: Callable[[str], list[dict]]) -> tupl
     """Training and validation data; the nano world's are written first where the recipe asks for them."""
     if data.nano_world:
         world.ensure(data.nano_world)
-    train = Dataset.from_list(loader(data.train_file))
+    train = Dataset.from_list(loader(data.train_file)[: data.train_limit])
     if data.validation_file is None:
         return train, None
     return train, Dataset.from_list(loader(data.validation_file)[: data.validation_limit])
+
+
+def check_user_texts(processor, files: dict[str | None, Dataset | None]) -> None:
+    """Raise where a text holds a token that the model reserves.
+
+    Raises:
+        UsageError: names file, row (from 1) and token.
+    """
+    for file, rows in files.items():
+        seen: set[str] = set()
+        for name in ("question", "docs") if rows is not None else ():
+            for number, given in enumerate(rows[name][:], start=1):
+                texts = [text for text in ([given] if isinstance(given, str) else given) if text not in seen]
+                try:
+                    if texts:
+                        processor.check_user_texts(texts, name)
+                except ValueError as error:
+                    raise UsageError(f"{file}, row {number}: {error}") from error
+                seen.update(texts)
 
 
 def answer_metrics(processor, rows: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -129,12 +149,13 @@ def train_recipe(
     # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
     set_seed(training_args.seed)
     model = load_model(model_args)
-    claim_folder(data_args, model_args, training_args)
-    trainer = trainer_class(
-        model=model,
-        args=training_args,
-        train_dataset=train,
-        eval_dataset=validation,
-        compute_metrics=make_metrics(model.processor, validation) if validation is not None else None,
-    )
-    train_stage(trainer, checkpoint)
+    check_user_texts(model.processor, {data_args.train_file: train, data_args.validation_file: validation})
+    with claimed_folder(data_args, model_args, training_args):
+        trainer = trainer_class(
+            model=model,
+            args=training_args,
+            train_dataset=train,
+            eval_dataset=validation,
+            compute_metrics=make_metrics(model.processor, validation) if validation is not None else None,
+        )
+        train_stage(trainer, checkpoint)

@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from modeling_clara import CLaRaProcessor
 from recipes.common import load_questions, load_split
-from trainers.cli import DataArguments, check_folder, claim_folder, is_finished, parse, run, train_stage
+from trainers.cli import DataArguments, check_folder, claimed_folder, is_finished, parse, run, train_stage
 
 
 @dataclass
@@ -49,15 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
         return
     processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
     train, validation = load_split(data_args, load_questions)
-    claim_folder(data_args, model_args, training_args)
-    trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=as_conversations(train, processor),
-        eval_dataset=None if validation is None else as_conversations(validation, processor),
-        peft_config=get_peft_config(model_args),
-    )
-    train_stage(trainer, checkpoint, "adapter_config.json")
+    with claimed_folder(data_args, model_args, training_args):
+        trainer = SFTTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=as_conversations(train, processor),
+            eval_dataset=None if validation is None else as_conversations(validation, processor),
+            peft_config=get_peft_config(model_args),
+        )
+        train_stage(trainer, checkpoint, "adapter_config.json")
 
 
 if __name__ == "__main__":

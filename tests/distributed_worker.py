@@ -1,12 +1,17 @@
 """Trains tiny models as a job file says, alone or as one of several processes; `test_distributed.py` starts it."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
+import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -67,28 +72,50 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def shard_on_cpu(path: Path) -> None:
+    """Let accelerate do on CPUs what `path`, a configuration for FSDP, asks for: by itself it shards over GPUs only."""
+    settings = yaml.safe_load(path.read_text())["fsdp_config"]
+    options = {name.removeprefix("fsdp_"): value for name, value in settings.items()}
+    options["fsdp_version"], options["cpu_offload"] = options.pop("version"), options.pop("offload_params")
+    initialize = AcceleratorState.__init__
+
+    def initialize_sharded(self, *arguments, fsdp_plugin=None, **given):
+        initialize(self, *arguments, **given)
+        if given.get("_from_accelerator"):
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
+
+    AcceleratorState.__init__ = initialize_sharded
+
+
 def run(job: dict, out: Path) -> None:
     """Train, evaluate and write `<name>.json` (log, metrics) and `<name>.safetensors` (adapters, or gradients)."""
     trainer_class, config_class = STAGES[job["stage"]]
     rows = Dataset.from_list(json.loads(Path(job["rows"]).read_text()))
+    eval_rows = rows.select(range(11))  # an odd number, for two processes
     args = config_class(output_dir=str(out / job["name"]), **job["arguments"])
     model = CLaRaForRetrievalGeneration.from_pretrained(job["model"])
     metrics = {
         "scp": token_accuracy,
-        "contrastive": ranking_metrics(model.processor, rows),
-    }.get(job["stage"], answer_metrics(model.processor, rows))
+        "contrastive": ranking_metrics(model.processor, eval_rows),
+    }.get(job["stage"], answer_metrics(model.processor, eval_rows))
     recorder = RecordGradients()
     trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=rows,
-        eval_dataset=rows,
+        eval_dataset=eval_rows,
         compute_metrics=metrics,
         callbacks=[KillAt(job.get("kill_at")), *([recorder] if job.get("gradients") else [])],
     )
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=job.get("checkpoint"))
+    if job.get("evaluate"):
+        # Answers end at different steps, also in different processes.
+        trainer.model.config.eos_token_id = list(range(0, trainer.model.config.vocab_size, 2))
     evaluation = trainer.evaluate() if job.get("evaluate") else {}
+    if job.get("save"):
+        trainer.save_model(str(out / f"{job['name']}-model"))
     tensors = recorder.gradients if job.get("gradients") else trainer.model.adapter_state_dict()
     if trainer.is_world_process_zero():
         record = {"log": trainer.state.log_history, "metrics": evaluation, "processes": args.world_size}
@@ -97,8 +124,19 @@ def run(job: dict, out: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def run_in_job(rank: int, job_file: str) -> None:
+    """As `main`, in a process that belongs to a job already; writes what it prints to `stdout<rank>`."""
+    with open(Path(job_file).with_name(f"stdout{rank}"), "w") as stdout, contextlib.redirect_stdout(stdout):
+        main(job_file)
+
+
 def main(job_file: str) -> None:
     request = json.loads(Path(job_file).read_text())
+    # A kernel that only inference calls: compiling it takes most of a minute, and a run killed meanwhile leaves a lock
+    # in the home folder on which every later one waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if request.get("fsdp"):
+        shard_on_cpu(Path(request["fsdp"]))
     for job in request["jobs"]:
         run(job, Path(request["out"]))
     if torch.distributed.is_initialized():

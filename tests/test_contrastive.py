@@ -85,6 +85,23 @@ def test_neither_generator_nor_saved_temperature_changes(base, tmp_path):
     assert model.config.temperature == temperature
 
 
+def test_questions_can_be_grouped_by_length(base, tmp_path):
+    texts = [" ".join(["What", "is", "sold", *["here"] * (8 * (number % 2)), "?"]) for number in range(64)]
+    rows = Dataset.from_list([{"question": text, "docs": TEXTS[:3], "pos_index": [0]} for text in texts])
+    options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 4}
+    trainer = make_trainer("contrastive", base, tmp_path, rows=rows, **options)
+    lengths = [{len(ids) for ids in trainer.train_dataset[batch]["query_ids"]} for batch in batches(trainer)]
+    # Sorted within four runs of four batches, each of which may have one of both lengths.
+    assert len(lengths) == 16 and sum(len(length) > 1 for length in lengths) <= 4
+    trainer.train()
+
+
+def batches(trainer) -> list[list[int]]:
+    order = list(trainer._get_train_sampler())
+    size = trainer.args.per_device_train_batch_size
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def test_the_right_document_comes_to_be_found(base, tmp_path):
     rows = QUESTIONS.select(range(3))
     model = build_clara(base, lora_dropout=0.0)

@@ -3,13 +3,17 @@
 import errno
 import json
 import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import TEXTS
+from processes import in_process
 from transformers import Trainer
 
-from recipes import instruct, joint, scp
+from recipes import common, instruct, joint, scp
 from trainers import cli
 
 
@@ -82,6 +86,12 @@ def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
         ({"lerning_rate": 0.1}, "lerning_rate"),
         ({"max_steps": "many"}, "max_steps"),
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size"),
+        ({"max_steps": [2]}, "max_steps: [2] has the wrong type"),
+        ({"use_cpu": "perhaps"}, "use_cpu: 'perhaps' has the wrong type"),
+        ({"train_file": 3}, "train_file: 3 has the wrong type"),
+        ({"train_file": {"a": 1}}, "train_file: {'a': 1} has the wrong type"),
+        ({"dtype": "float33"}, "dtype is 'float33'"),
+        ({"learning_rate": -1.0}, "Invalid learning rate"),
         ({"clara_config": {"doc_max_length": 30, "compression_rate": 8}}, "compression_rate must divide"),
         ({"clara_config": {"lora_rank": 4}}, "lora_rank"),
         ({"clara_config": "[1"}, "clara_config"),
@@ -95,6 +105,20 @@ def test_mistakes_are_one_sentence_and_leave_no_model(changes, words, config, tm
     code, text = program(monkeypatch, capsys, scp.main, "--config", config(**changes))
     assert code != 0 and words in text and "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_prompts_that_is_no_json_is_named(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.json").write_text("{", encoding="utf-8")
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(prompts_file=str(tmp_path / "prompts.json")))
+    assert code != 0 and "prompts.json is no valid JSON" in text
+
+
+@pytest.mark.parametrize(("config_option", "code"), [(["--config="], 0), (["--config"], 1)])
+def test_config_is_given_in_either_form_and_has_a_value(config_option, code, config, monkeypatch, capsys):
+    *_, last = config_option
+    given = [last + config()] if last.endswith("=") else [last]
+    found, text = program(monkeypatch, capsys, scp.main, *given)
+    assert bool(found) == bool(code) and ("--config needs the name" in text) == bool(code)
 
 
 def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):
@@ -115,7 +139,10 @@ def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):
             "line 6: there are 1 questions",
         ),
         ('{"data_type": "qa", "question": ["a"], "answers": ["b"]}', "line 6: the field 'docs' is missing"),
-        ('{"data_type": "qa", "question": ["<MEM0>?"], "answers": ["b"], "docs": ["<MEM0>"]}', "reserves"),
+        (
+            '{"data_type": "qa", "question": ["<MEM0>?"], "answers": ["b"], "docs": ["<MEM0>"]}',
+            "row 6: question[0] contains",
+        ),
     ],
 )
 def test_data_errors_name_the_line(line, words, config, scp_file, monkeypatch, capsys):
@@ -123,6 +150,15 @@ def test_data_errors_name_the_line(line, words, config, scp_file, monkeypatch, c
         file.write(line + "\n")
     code, text = program(monkeypatch, capsys, scp.main, "--config", config())
     assert code != 0 and words in text
+
+
+def test_a_run_that_fails_before_it_trains_leaves_its_folder_free(config, scp_file, tmp_path, monkeypatch, capsys):
+    whole = Path(scp_file).read_text(encoding="utf-8")
+    Path(scp_file).write_text(whole.replace("docs", "dogs"), encoding="utf-8")
+    for changes in ({}, {"learning_rate": -1.0}):
+        assert program(monkeypatch, capsys, scp.main, "--config", config(**changes))[0] != 0
+        Path(scp_file).write_text(whole, encoding="utf-8")
+    assert program(monkeypatch, capsys, scp.main, "--config", config())[0] == 0
 
 
 def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypatch, capsys, caplog):
@@ -142,8 +178,62 @@ def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypat
 def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("important")
-    code, text = program(monkeypatch, capsys, scp.main, "--config", config(), "--resume", "true")
-    assert code != 0 and "holds no run" in text and (tmp_path / "run" / "thesis.tex").exists()
+    for option in ("--resume", "--overwrite"):
+        code, text = program(monkeypatch, capsys, scp.main, "--config", config(), option, "true")
+        assert code != 0 and "holds no run" in text and (tmp_path / "run" / "thesis.tex").exists()
+
+
+def raise_while_interrupted(_):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise TimeoutError("a pool did not end")  # noqa: B904 (as libraries do)
+
+
+def raise_as_torch_on_a_full_disk(_):
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (raise_while_interrupted, "interrupted; the same command again goes on"),
+        (raise_as_torch_on_a_full_disk, "the disk is full"),
+    ],
+)
+def test_interruptions_and_full_disks_are_known_in_every_disguise(main, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match=words):
+        cli.run(main, again="the same command again")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def interrupt_a_run_and_its_child():
+    """Ctrl-C reaches every process of a program; returns how the child ended and what the program said."""
+    ended = []
+
+    def main(_):
+        heard, told = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(told, b"!")
+            time.sleep(60)
+            os._exit(0)
+        os.read(heard, 1)
+        os.kill(child, signal.SIGINT)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        return ended, stop.code
+
+
+def test_only_the_program_itself_speaks_when_it_is_interrupted(tmp_path):
+    ended, said = in_process(interrupt_a_run_and_its_child, tmp_path)
+    assert ended == [128 + signal.SIGINT] and "interrupted; the same command with --resume true" in said
 
 
 def test_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
@@ -201,3 +291,11 @@ def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
     assert model.config.query_reasoner and model.config.top_k == 2
     assert CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "instruct").config.query_reasoner is False
     assert len(model.generate(questions=["Who keeps bees?"], documents=[TEXTS], max_new_tokens=3).texts) == 1
+
+
+def test_limits_take_rows_from_the_start_of_the_files(qa_file, monkeypatch, capsys, config):
+    data = cli.DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
+    train, validation = common.load_split(data, common.load_questions)
+    assert (len(train), len(validation)) == (3, 2)
+    code, error = program(monkeypatch, capsys, scp.main, "--config", config(), "--train_limit", "0")
+    assert code != 0 and "train_limit is 0; it must be at least 1" in f"{code}{error}"

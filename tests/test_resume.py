@@ -3,43 +3,27 @@
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 from conftest import TEXTS, build_clara
+from processes import in_process
 from safetensors.torch import load_file
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from recipes import joint, scp
 from trainers import checkpoints
+from trainers.cli import is_finished, save_stage
 
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_STEPS, ACCUMULATED = 10, 3, 2
 RECIPES = {"scp": (scp, SCP_ROWS), "joint": (joint, QUESTIONS)}
-# Starts a recipe that kills itself without a warning, as the kernel would, when something is called for the n-th time.
-KILLED = """
-import os, signal, sys
-import torch
-from transformers import Trainer
-from recipes import {recipe}
-
-original, calls = {where}, []
-
-def counting(*arguments, **options):
-    calls.append(1)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **options)
-
-{where} = counting
-{recipe}.main(sys.argv[1:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +54,19 @@ def write_config(stage: str, model: str, folder: Path) -> list[str]:
     return ["--config", str(folder / "config.yaml"), "--output_dir"]
 
 
-def run_killed(stage: str, where: str, call: int, arguments: list[str]) -> None:
-    code = KILLED.format(recipe=stage, where=where, call=call)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
+def run_killed(stage: str, owner: str, name: str, call: int, arguments: list[str]) -> None:
+    """Runs a recipe that kills itself without a warning, as the kernel would, at the n-th call of something."""
+    owner = resolve_name(owner)
+    original, calls = getattr(owner, name), []
+
+    def counting(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counting)
+    RECIPES[stage][0].main(arguments)
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -97,7 +89,11 @@ def assert_same_outcome(whole: Path, resumed: Path) -> None:
 def test_run_killed_at_a_random_step_resumes_bit_for_bit(stage, model, tmp_path):
     arguments = write_config(stage, model, tmp_path)
     micro_batch = random.SystemRandom().randrange(ACCUMULATED * SAVE_STEPS + 1, ACCUMULATED * STEPS + 1)
-    run_killed(stage, "Trainer.training_step", micro_batch, [*arguments, str(tmp_path / "killed")])
+    killed = [*arguments, str(tmp_path / "killed")]
+    assert (
+        in_process(run_killed, tmp_path, stage, "transformers.Trainer", "training_step", micro_batch, killed)
+        == -signal.SIGKILL
+    )
     recipe, _ = RECIPES[stage]
     recipe.main([*arguments, str(tmp_path / "killed"), "--resume", "true"])
     recipe.main([*arguments, str(tmp_path / "whole")])
@@ -108,7 +104,8 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(stage, model, tmp_path)
 def test_run_killed_while_it_saves_resumes_from_the_checkpoint_before(model, tmp_path):
     arguments = write_config("scp", model, tmp_path)
     # Each checkpoint calls torch.save for its arguments, optimizer, scheduler and random states.
-    run_killed("scp", "torch.save", 6, [*arguments, str(tmp_path / "killed")])
+    killed = [*arguments, str(tmp_path / "killed")]
+    assert in_process(run_killed, tmp_path, "scp", "torch", "save", 6, killed) == -signal.SIGKILL
     partial = tmp_path / "killed" / checkpoints.PARTIAL_FOLDER / "checkpoint-6"
     assert (partial / "model.safetensors").exists() and not (partial / "trainer_state.json").exists()
     assert get_last_checkpoint(str(tmp_path / "killed")) == str(tmp_path / "killed" / "checkpoint-3")
@@ -182,6 +179,24 @@ def test_best_checkpoint_is_kept_and_loaded(base, tmp_path):
     kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
     state = trainer.model.adapter_state_dict()
     assert all(torch.equal(kept[key], state[key]) for key in kept)
+
+
+def test_run_that_uploaded_a_checkpoint_is_not_taken_for_a_finished_one(base, tmp_path, monkeypatch):
+    def upload(trainer, folder):
+        # What transformers' Trainer leaves in the run's folder for an upload.
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(Path(folder, name), tmp_path / name)
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", upload)
+    trainer = make_trainer("scp", base, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert (tmp_path / "config.json").exists() and not is_finished(tmp_path)
+    trainer.args.push_to_hub = False
+    save_stage(trainer)
+    assert is_finished(tmp_path)
+    (tmp_path / "final.partial").mkdir()
+    assert not is_finished(tmp_path)
 
 
 def test_checkpoint_of_other_adapters_is_refused(base, tmp_path):

@@ -222,7 +222,7 @@ def test_joint_settings_reach_the_saved_configuration(base, tmp_path):
         make_trainer("joint", base, tmp_path / "other", topk_taken_mask="none")
 
 
-def test_workers_read_the_store(base, tmp_path):
+def test_workers_read_the_store(base, tmp_path, forkserver):
     trainer = make_trainer("joint", base, tmp_path, max_steps=2, dataloader_num_workers=2)
     trainer.train()
     assert isinstance(trainer.store, MemoryStore) and trainer.state.global_step == 2

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_clara
+from processes import in_processes
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
 
 from modeling_clara import CLaRaForRetrievalGeneration
@@ -196,16 +193,17 @@ def test_gradients_that_are_not_finite_stop_the_run_before_it_saves(base, tmp_pa
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def diverge(rank, base, folder):
+    trainer = make_trainer("scp", base, folder, save_strategy="steps", save_steps=1)
+    if rank == 1:
+        poison_loss(trainer, call=3)
+    trainer.train()
+
+
 @pytest.mark.slow
 def test_all_processes_stop_when_one_diverges(base, tmp_path):
-    script = Path(__file__).with_name("diverging_run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
-        [*command, str(script), base, str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("Training diverged: the loss is nan at step 3") == 2
+    told = in_processes(2, diverge, tmp_path, base, tmp_path)
+    assert all("DivergedError: Training diverged: the loss is nan at step 3" in error for error in told)
     found = json.loads((tmp_path / "diverged.json").read_text(encoding="utf-8"))
     bad = [batch for batch in found["batches"] if batch["loss"] == "nan"]
     assert len(found["batches"]) == 2 and len(bad) == 1

@@ -1,16 +1,20 @@
 """What the stages share: arguments, the loss with its parts, and evaluation by generation."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 
 from .checkpoints import CheckpointTrainer
+from .sampling import LengthSampler
 from .watch import LocalLog, TrainingWatch
 
 
@@ -66,6 +70,26 @@ class CLaRaTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the collators need every column.")
+        if self.bf16 and self.device.type == "cpu" and not cpu_computes_bfloat16():
+            logger.warning(
+                "bf16 is on, but this CPU has no instructions for bfloat16: its matrix products take many times longer "
+                "than in float32. Turn bf16 off."
+            )
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.device.type == "cpu":
+            raise ValueError(
+                "the configuration of accelerate asks for FSDP, which it does on GPUs only (here every process would "
+                "hold the whole model): use cpu_zero2.yaml or cpu_zero3.yaml of recipes/accelerate."
+            )
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of rows is drawn with: `data_seed`, or `seed` where there is none."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 matrices on this CPU with more than plain loops."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class CLaRaTrainer(CheckpointTrainer):
@@ -127,6 +151,24 @@ class CLaRaTrainer(CheckpointTrainer):
 
     def make_collator(self, model, args):
         raise NotImplementedError
+
+    def _get_dataloader(self, *arguments, **options) -> DataLoader:
+        loader = super()._get_dataloader(*arguments, **options)
+        # Left to itself, it takes a number from dropout's generator whenever its workers start, as on resuming.
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.order_seed)
+        return loader
+
+    def current_epoch(self) -> int:
+        """For samplers: accelerate's `set_epoch` misses one that is sharded and resumed."""
+        return int(self.state.epoch or 0)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        # Its own order follows dropout's generator, and its groups the batch of a process.
+        batch_size = sampler.batch_size * self.args.world_size
+        return LengthSampler(sampler.lengths, batch_size, self.args.order_seed, self.current_epoch)
 
     def compute_loss(
         self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
@@ -213,6 +255,12 @@ class CLaRaTrainer(CheckpointTrainer):
         longest = int(self.accelerator.gather(count).max())
         padded = documents + documents[:1] * (longest - len(documents))
         return self.model.compress(padded)[: len(documents)]
+
+    @property
+    def generation_options(self) -> dict[str, int | bool]:
+        """How evaluation generates. Under FSDP, unknown to the decoder, all processes make as many steps."""
+        options = {"max_new_tokens": self.args.generation_max_new_tokens}
+        return {**options, "synced_gpus": True} if self.is_fsdp_enabled else options
 
     def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
         """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""

@@ -2,16 +2,22 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from modeling_clara.sharded_clara import whole_copy
 
 
 # Checkpoints are written in here. Neither the Trainer nor a recipe takes what it holds for a checkpoint.
@@ -64,7 +70,10 @@ class CheckpointTrainer(Trainer):
         """Write the model: adapter-only for a checkpoint, else in its configuration's `checkpoint_format`."""
         config = self.model.config
         if not self._writes_beside and config.checkpoint_format != "adapter":
-            return super().save_model(output_dir, _internal_call)
+            if not self.is_fsdp_enabled:
+                return super().save_model(output_dir, _internal_call)
+            self._save(output_dir, state_dict=self._whole_state())
+            return self._push_model(_internal_call)
         # By all processes, each of which may hold but a part of every weight.
         state = self.model.adapter_state_dict()
         wanted, config.checkpoint_format = config.checkpoint_format, "adapter"
@@ -72,13 +81,36 @@ class CheckpointTrainer(Trainer):
             self._save(output_dir, state_dict=state)
         finally:
             config.checkpoint_format = wanted
-        if self.args.push_to_hub and not _internal_call:
+        self._push_model(_internal_call)
+
+    def _push_model(self, is_internal_call: bool) -> None:
+        if self.args.push_to_hub and not is_internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _whole_state(self) -> dict[str, torch.Tensor]:
+        """The model's state in the process that saves, from the parts of all (FSDP), which call this together."""
+        state = {}
+        for key, value in self.model.state_dict().items():
+            if key not in self.model.all_tied_weights_keys:
+                copy = whole_copy(value)
+                if self.args.should_save:
+                    state[key] = copy
+        return state
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # FSDP gives the model a class of its own, whose code would be saved in place of the model's.
+        given = type(self.model)
+        self.model.__class__ = next(known for known in given.__mro__ if not issubclass(known, FSDPModule))
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__class__ = given
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Left to itself, the Trainer puts the frozen base into DeepSpeed's and FSDP's files.
         if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            with without_weights(self.model_wrapped):
+                self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
@@ -91,10 +123,16 @@ class CheckpointTrainer(Trainer):
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_deepspeed(resume_from_checkpoint)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared
+
+    def _load_deepspeed(self, checkpoint: str) -> None:
+        deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=False)
+        if not is_deepspeed_zero3_enabled():
+            # ZeRO-3 takes the weights from the optimizer's copies of them; ZeRO-1 and 2 would do so after a step.
+            self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         state = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
@@ -102,9 +140,19 @@ class CheckpointTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
-            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint, load_module_strict=False)
+            self._load_deepspeed(self.state.best_model_checkpoint)
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@contextmanager
+def without_weights(engine) -> Iterator[None]:
+    """A DeepSpeed engine that leaves the model's weights out of its files: the checkpoint's model has them already."""
+    engine.module_state_dict = lambda **options: {}
+    try:
+        yield
+    finally:
+        del engine.module_state_dict
 
 
 def put_in_place(partial: Path, finished: Path) -> None:

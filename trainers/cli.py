@@ -1,13 +1,18 @@
 """What the recipes share: parsing, the run's folder, one-sentence errors, and saving."""
 
+import argparse
 import json
 import logging as python_logging
 import os
+import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import datasets
 import torch
@@ -26,6 +31,8 @@ from .quantization import quantize_base
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.json"
+# The finished model is written in here before its files are moved into the run's folder.
+SAVED_FOLDER = "final.partial"
 # Arguments that may change between a run and its resumption.
 FREE_ARGUMENTS = (
     "resume",
@@ -49,6 +56,7 @@ class DataArguments:
 
     Parameters:
         train_file (`str`): JSONL file, `.gz` or not, in the stage's schema.
+        train_limit (`int`, *optional*): take only so many rows from its start, where a short run needs no more.
         validation_file (`str`, *optional*): the same, for evaluation during training.
         validation_limit (`int`, *optional*): take only so many rows from its start.
         nano_world (`str`, *optional*): folder where the nano world's data are written first, if they are not there.
@@ -57,11 +65,17 @@ class DataArguments:
     """
 
     train_file: str = field(metadata={"help": "Training data, JSONL or JSONL.gz."})
+    train_limit: int | None = field(default=None, metadata={"help": "Training rows to take."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, JSONL or JSONL.gz."})
     validation_limit: int | None = field(default=None, metadata={"help": "Validation rows to take."})
     nano_world: str | None = field(default=None, metadata={"help": "Write the nano world's data here if missing."})
     resume: bool = field(default=False, metadata={"help": "Go on with the run in output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run in output_dir first."})
+
+    def __post_init__(self):
+        for name in ("train_limit", "validation_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1, or absent for all rows.")
 
 
 @dataclass
@@ -98,6 +112,8 @@ class CLaRaModelArguments:
         unknown = set(self.clara_config) - {known.name for known in fields(CLaRaConfig)}
         if unknown:
             raise UsageError(f"clara_config has unknown fields {sorted(unknown)}: see CLaRaConfig.")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UsageError(f"dtype is {self.dtype!r}: it must be auto, float32, bfloat16 or float16.")
 
 
 class RecipeParser(TrlParser):
@@ -105,18 +121,26 @@ class RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         actions = {action.dest: action for action in self._actions}
+        declared = {name: str(kind) for types in self.dataclass_types for name, kind in get_type_hints(types).items()}
         for name, value in kwargs.items():
-            if name in actions:
-                self._check_type(actions[name], name, value)
+            if name in actions and value is not None and not has_type(value, declared.get(name, "")):
+                self._check_type(actions[name].type, name, value)
         return super().set_defaults_with_config(**kwargs)
 
-    def _check_type(self, action, name: str, value) -> None:
-        if value is None or action.type is None or isinstance(value, (list, dict)):
-            return
+    def _check_type(self, convert: Callable | None, name: str, value) -> None:
+        """Raise unless `convert`, what the command line's text is read with, takes a value of another type."""
+        if isinstance(value, (list, dict)) or (convert is str and not isinstance(value, str)):
+            raise UsageError(f"{name}: {value!r} has the wrong type (a {type(value).__name__}).")
         try:
-            action.type(value if isinstance(value, str) else json.dumps(value))
-        except (ValueError, TypeError) as error:
+            if convert is not None:
+                convert(value if isinstance(value, str) else json.dumps(value))
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             raise UsageError(f"{name}: {value!r} has the wrong type ({error}).") from error
+
+
+def has_type(value, annotation: str) -> bool:
+    """Whether `annotation`, as in `dict | str | None`, names the type of `value`."""
+    return re.search(rf"\b{type(value).__name__}\b", annotation) is not None
 
 
 def parse(dataclass_types: tuple, default_config: Path, arguments: list[str] | None) -> tuple:
@@ -125,7 +149,10 @@ def parse(dataclass_types: tuple, default_config: Path, arguments: list[str] | N
     Raises:
         UsageError: the YAML cannot be read, or holds an unknown key or a value of the wrong type.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [part for text in given for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
+    if arguments[-1:] == ["--config"]:
+        raise UsageError("--config needs the name of a YAML file after it.")
     if "--config" not in arguments:
         arguments = ["--config", str(default_config), *arguments]
     try:
@@ -170,7 +197,10 @@ def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid JSON ({error}).") from error
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -182,8 +212,13 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
-    """Whether the folder holds a finished stage: its configuration is what saving moves in last."""
-    finished = Path(output_dir, last).is_file()
+    """Whether the folder holds a finished stage: its configuration is what saving moves in last.
+
+    With `push_to_hub` the Trainer copies models of unfinished runs into the folder too, without the run's state.
+    """
+    folder = Path(output_dir)
+    is_saved = (folder / last).is_file() and (folder / TRAINER_STATE_NAME).is_file()
+    finished = is_saved and not (folder / SAVED_FOLDER).exists()
     if finished:
         logger.warning(f"{output_dir} holds this run, finished: it is reused.")
     return finished
@@ -206,27 +241,36 @@ def check_folder(data: DataArguments, model, training: TrainingArguments) -> str
         UsageError: the folder holds another run, or one that was not asked to be resumed or overwritten.
     """
     folder = Path(training.output_dir)
-    if data.overwrite:
-        return None
     if training.process_index == 0 and folder.exists() and any(folder.iterdir()):
-        check_same_run(folder, run_settings(data, model, training), data.resume)
-    return last_complete_checkpoint(folder) if data.resume else None
+        check_same_run(folder, run_settings(data, model, training), data)
+    return last_complete_checkpoint(folder) if data.resume and not data.overwrite else None
 
 
-def claim_folder(data: DataArguments, model, training: TrainingArguments) -> None:
-    """Record this run in `output_dir`, after deleting the run that it is to overwrite."""
-    if training.process_index != 0:
-        return
+@contextmanager
+def claimed_folder(data: DataArguments, model, training: TrainingArguments) -> Iterator[None]:
+    """Record this run in `output_dir`, after deleting the run that it is to overwrite.
+
+    If what is done inside fails before anything was written there, the folder is free again, for other arguments too.
+    """
     folder = Path(training.output_dir)
-    if data.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    write_json(folder / RUN_FILE, run_settings(data, model, training))
+    if training.process_index == 0:
+        if data.overwrite and folder.exists():
+            shutil.rmtree(folder)
+        write_json(folder / RUN_FILE, run_settings(data, model, training))
+    try:
+        yield
+    except BaseException:
+        if training.process_index == 0 and [path.name for path in folder.glob("*")] == [RUN_FILE]:
+            shutil.rmtree(folder)
+        raise
 
 
-def check_same_run(folder: Path, settings: dict, resume: bool) -> None:
+def check_same_run(folder: Path, settings: dict, data: DataArguments) -> None:
     if not (folder / RUN_FILE).is_file():
         raise UsageError(f"output_dir {folder} is not empty and holds no run: choose another folder.")
-    if not resume:
+    if data.overwrite:
+        return
+    if not data.resume:
         raise UsageError(f"output_dir {folder} holds a run: pass --resume true to go on with it, or --overwrite true.")
     before = read_json(folder / RUN_FILE)
     changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
@@ -253,7 +297,7 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 def save_stage(trainer, last: str = CONFIG_NAME) -> None:
     """Write the trained model into the run's folder: beside first, then file by file, its configuration last."""
     folder = Path(trainer.args.output_dir)
-    partial = folder / "final.partial"
+    partial = folder / SAVED_FOLDER
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.save_model(str(partial))
@@ -271,24 +315,55 @@ def train_stage(trainer, checkpoint: str | None, last: str = CONFIG_NAME) -> Non
     save_stage(trainer, last)
 
 
-def run(main: Callable[[list[str] | None], None]) -> None:
-    """Run a recipe as a program: what the user can mend is one sentence on stderr and a non-zero exit code."""
+def run(main: Callable[[list[str] | None], None], again: str = "the same command with --resume true") -> None:
+    """Run a recipe as a program: what the user can mend is one sentence on stderr and a non-zero exit code.
+
+    Args:
+        again: what goes on with an interrupted run.
+    """
     logging.set_verbosity_warning()
     name = Path(sys.argv[0]).name
+    before = signal.signal(signal.SIGINT, stop_quietly_unless(os.getpid()))
     try:
         main(None)
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; the same command with --resume true goes on from the last checkpoint.")
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"{name}: {one_sentence(error)}")
+    except BaseException as error:
+        if was_interrupted(error):
+            sys.exit(f"{name}: interrupted; {again} goes on from what is finished.")
+        if isinstance(error, (ValueError, OSError, ImportError, SafetensorError)) or is_full_disk(error):
+            sys.exit(f"{name}: {one_sentence(error, again)}")
+        raise
     finally:
+        signal.signal(signal.SIGINT, before)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def one_sentence(error: Exception) -> str:
+def stop_quietly_unless(process: int) -> Callable:
+    """A handler of Ctrl-C: `process` is interrupted; others that it forked, which get it too, just end."""
+
+    def handle(number, frame):
+        if os.getpid() != process:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    return handle
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether `error` is, or came while handling, Ctrl-C: libraries that are stopped may raise errors of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write found no space; `torch.save` says so in a way of its own."""
+    return "No space left" in str(error) or "inline_container.cc" in str(error)
+
+
+def one_sentence(error: BaseException, again: str) -> str:
     """An error's message in one line, with what to do where the disk is full."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if "No space left" in text:
-        return f"the disk is full ({text}): free some space and run the same command with --resume true."
+    if is_full_disk(error):
+        return f"the disk is full ({text}): free some space and run {again}."
     return text

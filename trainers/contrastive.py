@@ -94,7 +94,8 @@ class ContrastiveTrainer(RetrievalTrainer):
             check_positives(gold, dataset[position], position)
 
         def tokenize(row: dict, position: int) -> dict:
-            return {"query_ids": processor.encode_questions([row["question"]])[0], EXAMPLE_INDEX: position}
+            ids = processor.encode_questions([row["question"]])[0]
+            return {"query_ids": ids, args.length_column_name: len(ids), EXAMPLE_INDEX: position}
 
         tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
         return self.add_candidates(tokenized, dataset, args)

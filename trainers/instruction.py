@@ -43,6 +43,6 @@ class InstructionTrainer(CompressionTrainer):
             questions=batch["question"],
             memories=[memories[row[row >= 0].to(memories.device)] for row in index],
             rerank=False,
-            max_new_tokens=self.args.generation_max_new_tokens,
+            **self.generation_options,
         )
         return (self.generated_ids(answers.sequences),)

@@ -218,6 +218,6 @@ class JointTrainer(RetrievalTrainer):
             questions=self.eval_rows[rows]["question"],
             memories=chosen,
             rerank=False,
-            max_new_tokens=self.args.generation_max_new_tokens,
+            **self.generation_options,
         )
         return self.generated_ids(answers.sequences), ranking

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import Sampler
 
+from .sampling import epoch_generator
+
 
 class MixSampler(Sampler[int]):
     """Rows of several kinds, in shares that are exact in every epoch, in a new order each.
@@ -38,9 +40,7 @@ class MixSampler(Sampler[int]):
         return sum(self.counts.values())
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        # A stream of its own for every epoch: neighbouring seeds of two runs do not share epochs.
-        generator.manual_seed(int(torch.randint(2**62, (self.epoch() + 1,), generator=generator)[-1]))
+        generator = epoch_generator(self.seed, self.epoch())
         drawn: list[int] = []
         for kind, count in self.counts.items():
             rows = self.rows[kind]

@@ -1,5 +1,6 @@
 """What training a retriever needs, with labels or without: candidates, their memories, and their ranking."""
 
+import multiprocessing
 import os
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ def positives(dataset: Dataset) -> list[list[int]]:
     """The rows' `pos_index`, empty where it is not known."""
     if "pos_index" not in dataset.column_names:
         return [[] for _ in range(len(dataset))]
-    return [gold or [] for gold in dataset["pos_index"]]
+    return [gold or [] for gold in dataset["pos_index"][:]]
 
 
 def positive_mask(golds: list[list[int]], document_index: torch.Tensor) -> torch.Tensor:
@@ -66,6 +67,17 @@ def batch_recall(indices: torch.Tensor, is_positive: torch.Tensor) -> tuple[torc
     found = is_positive.gather(1, indices.clamp(min=0)) & (indices >= 0)
     gold = is_positive.sum(dim=1)
     return (found.sum(dim=1) / gold.clamp(min=1)).sum(), (gold > 0).sum()
+
+
+def start_workers_afresh(args: RetrievalTrainingArguments) -> None:
+    """Have data-loader workers started from a process that has not used Lance, which can hang in forked ones."""
+    if args.dataloader_multiprocessing_context not in (None, "fork"):
+        return
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        args.dataloader_multiprocessing_context = "forkserver"
+        multiprocessing.set_forkserver_preload([__name__])  # else every worker would import everything anew
+    else:
+        args.dataloader_multiprocessing_context = "spawn"
 
 
 class CandidateCollator:
@@ -113,6 +125,8 @@ class RetrievalTrainer(CLaRaTrainer):
             model.to(args.device)
         with gathered(model.parameters()), args.main_process_first(desc="opening the memory store"):
             self.store = self.open_store(model, args)
+        if self.store is not None and args.dataloader_num_workers > 0:
+            start_workers_afresh(args)
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     def open_store(self, model, args: RetrievalTrainingArguments) -> MemoryStore | None:
@@ -120,7 +134,8 @@ class RetrievalTrainer(CLaRaTrainer):
 
     def add_candidates(self, tokenized: Dataset, dataset: Dataset, args: RetrievalTrainingArguments) -> Dataset:
         """`tokenized` with the candidates of `dataset`, as keys in the store, else token ids, and its `pos_index`."""
-        distinct = list(dict.fromkeys(text for docs in dataset["docs"] for text in docs))
+        candidates = dataset["docs"][:]  # at once, not row by row
+        distinct = list(dict.fromkeys(text for docs in candidates for text in docs))
         if self.store is None:
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
@@ -128,7 +143,7 @@ class RetrievalTrainer(CLaRaTrainer):
             with gathered(self.store.model.parameters()):
                 ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
         known = dict(zip(distinct, ids, strict=True))
-        tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in dataset["docs"]])
+        tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in candidates])
         return tokenized.add_column("pos_index", positives(dataset))
 
     def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:

@@ -128,10 +128,8 @@ class SCPTrainer(CompressionTrainer):
     def __init__(self, model, args: SCPConfig, train_dataset=None, eval_dataset=None, **kwargs):
         self.mix_sampler = None
         if args.data_mix is not None and train_dataset is not None:
-            seed = args.seed if args.data_seed is None else args.data_seed
             kinds = list(train_dataset["data_type"])
-            # The state knows the epoch; accelerate's `set_epoch` misses a sampler that is sharded and resumed.
-            self.mix_sampler = MixSampler(kinds, args.data_mix, seed, epoch=lambda: int(self.state.epoch or 0))
+            self.mix_sampler = MixSampler(kinds, args.data_mix, args.order_seed, self.current_epoch)
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
@@ -140,7 +138,7 @@ class SCPTrainer(CompressionTrainer):
         return self.mix_sampler
 
     def prepare_dataset(self, dataset: Dataset, model, args: SCPConfig, options: dict) -> Dataset:
-        processor, seed, max_length = self.processor, args.data_seed or args.seed, args.max_length
+        processor, seed, max_length = self.processor, args.order_seed, args.max_length
 
         def tokenize(row: dict, position: int) -> dict:
             kind = row["data_type"]

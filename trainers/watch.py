@@ -59,8 +59,9 @@ class TrainingWatch(TrainerCallback):
     """Gathers what a stage logs beside its loss, and stops a run that diverges.
 
     Logged, over the steps since the last log and over all processes: the means that the trainer `add`s; gradient norms
-    of the parts that train, after clipping (not under DeepSpeed, which frees gradients before they can be read); tokens
-    and documents per second, without evaluation and saving; the peak memory of the fullest process in GiB.
+    of the parts that train, after clipping (under DeepSpeed, which gathers gradients for that, those of the logged step
+    alone, and none with fp16, where they are scaled); tokens and documents per second, without evaluation and saving;
+    the peak memory of the fullest process in GiB.
 
     Args:
         trainer ([`~trainers.base.CLaRaTrainer`]): whose steps are watched.
@@ -113,15 +114,41 @@ class TrainingWatch(TrainerCallback):
         model = self.trainer.model
         parts = [*model.adapter_names, MEMORY_EMBEDDINGS]
         self._parts = {part: [p for p in model.part_parameters(part) if p.requires_grad] for part in parts}
+        if self.trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and not args.fp16:
+            self._measure_before_steps(args, state)
         self._mark = time.perf_counter()
+
+    def _measure_before_steps(self, args, state) -> None:
+        """Have DeepSpeed's engine, which frees gradients in its step, read their norms before a step that is logged."""
+        from deepspeed.utils import safe_get_full_grad
+
+        engine, step = self.trainer.model_wrapped, self.trainer.model_wrapped.step
+
+        def measured_step(*arguments, **options):
+            if (state.global_step + 1) % state.logging_steps == 0:
+                norms = {
+                    part: torch.stack([safe_get_full_grad(parameter).float().norm() for parameter in parameters]).norm()
+                    for part, parameters in self._parts.items()
+                    if parameters
+                }
+                total = torch.stack(list(norms.values())).norm()
+                clipping = (args.max_grad_norm / (total + 1e-6)).clamp(max=1.0) if args.max_grad_norm else 1.0
+                for part, norm in norms.items():
+                    self._note_norm(part, norm * clipping)
+            return step(*arguments, **options)
+
+        engine.step = measured_step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         for part, parameters in self._parts.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 norm = torch.nn.utils.get_total_norm(gradients)
-                self._norms[part] = norm.full_tensor() if isinstance(norm, DTensor) else norm
-                self.add(f"grad_norm_{part}", self._norms[part], 1.0)
+                self._note_norm(part, norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _note_norm(self, part: str, norm: torch.Tensor) -> None:
+        self._norms[part] = norm
+        self.add(f"grad_norm_{part}", norm, 1.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
@@ -167,7 +194,7 @@ class TrainingWatch(TrainerCallback):
         last = get_last_checkpoint(args.output_dir)
         raise DivergedError(
             f"Training diverged: {what} at step {state.global_step}, whose rows are in {path}; look at them, or lower "
-            f"learning_rate. " + (f"The last good checkpoint is {last}." if last else "No checkpoint was saved before.")
+            f"learning_rate. " + _way_on(last)
         )
 
     def _write(self, path: Path, state, batches: list[dict], bad: list[dict]) -> None:
@@ -186,6 +213,15 @@ class TrainingWatch(TrainerCallback):
         beside = path.with_name(path.name + ".partial")
         beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, path)
+
+
+def _way_on(checkpoint: str | None) -> str:
+    if checkpoint is None:
+        return "No checkpoint was saved before."
+    return (
+        f"The last checkpoint before that step is {checkpoint}: to train on from it with other arguments, pass "
+        f"--model_name_or_path {checkpoint} and another --output_dir."
+    )
 
 
 def peak_memory(device: torch.device) -> int:
