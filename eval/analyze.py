@@ -72,6 +72,8 @@ class AnalysisSettings:
     def __post_init__(self):
         if self.limit < 10:
             raise UsageError(f"--limit must be at least 10, but is {self.limit}.")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
         if self.projection not in ("pca", "tsne"):
             raise UsageError(f"--projection must be pca or tsne, but is {self.projection!r}.")
         if self.model is not None and not Path(self.model).is_dir():
@@ -185,7 +187,9 @@ class Analysis:
             path = Path(self.run, PREDICTIONS, name or "", f"{system}.jsonl")
             if not path.exists():
                 continue
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # Not by splitlines, which also splits at line separators inside a text.
+            with open(path, encoding="utf-8") as lines:
+                records = [json.loads(line) for line in lines]
             found = scored_rankings(records, self.first["checkpoints"][checkpoint]["temperature"])
             if found is None:
                 continue
@@ -309,7 +313,10 @@ def analyze(settings: AnalysisSettings) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     try:
-        (settings,) = HfArgumentParser(AnalysisSettings).parse_args_into_dataclasses(arguments)
+        parser = HfArgumentParser(AnalysisSettings)
+        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"there is no argument {' '.join(unknown)}")
         analyze(settings)
     except (UsageError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ Beside the output, `<output>.report.json` tells what the pools give away: see `e
 """
 
 import json
+import shutil
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -180,10 +181,17 @@ class CandidateSettings:
     def __post_init__(self):
         if self.batch_size < 1:
             raise PoolError(f"--batch_size must be at least 1, but is {self.batch_size}.")
+        if self.seed < 0:
+            raise PoolError(f"--seed must be at least 0, but is {self.seed}.")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise PoolError(f"--output must end in .jsonl or .jsonl.gz, but is {self.output}.")
         if Path(self.output).exists() and not self.overwrite:
             raise PoolError(f"{self.output} is there already: give another --output, or --overwrite.")
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the embeddings that an unfinished call has made; the next call goes on from them."""
+        return Path(f"{self.output}.unfinished")
 
 
 def write_pools(settings: CandidateSettings) -> dict:
@@ -201,7 +209,9 @@ def write_pools(settings: CandidateSettings) -> dict:
     # Checked before the corpus is embedded or indexed, which may take long.
     texts, _, _ = check_pools(questions, corpus, settings.size, settings.mode)
     try:
-        retriever = make_retriever(settings.retriever, texts, settings.batch_size, show_progress=True)
+        retriever = make_retriever(
+            settings.retriever, texts, settings.batch_size, show_progress=True, parts=settings.parts
+        )
     except ImportError as error:
         raise PoolError(f"--retriever {settings.retriever}: {error}: pip install 'clara-hf[retrievers]'.") from error
     except (OSError, ValueError) as error:
@@ -224,6 +234,7 @@ def write_pools(settings: CandidateSettings) -> dict:
     # The pools come last: where they are, the report is, too.
     write_text(f"{settings.output}.report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_jsonl(settings.output, pools)
+    shutil.rmtree(settings.parts, ignore_errors=True)
     return report
 
 
@@ -242,7 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}. Nothing was written.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+        print(
+            "Interrupted: no pools were written. What a bi-encoder has embedded is kept for the same call.",
+            file=sys.stderr,
+        )
         return 130
     print(format_report(report))
     print(f"{settings.output} and {settings.output}.report.json are written.")

@@ -137,6 +137,7 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
     identifier = default_id if row.get("id") is None else row["id"]
     if type(identifier) not in (str, int):
         raise ValueError(f"'id' must be a string, but is {shown(identifier)}.")
+    check_text("id", str(identifier))
     kind = row.get("type")
     if kind is not None:
         check_text("type", kind)

@@ -21,7 +21,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def read_jsonl(
     """Yields (line number from 1, object) of a JSONL file, gzipped where its name ends in `.gz`.
 
     Raises:
-        DataError: the file cannot be read, or or, without `on_error`, a line is not UTF-8, not JSON or not an object.
+        DataError: the file cannot be read or, without `on_error`, a line is not UTF-8, not JSON or not an object.
     """
     with _Damage(path) as damage, _open(path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -115,12 +115,10 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """
     number = 0
     with _staged(path) as file:
-        packed = gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else file
-        for row in rows:
-            packed.write(_line(row))
-            number += 1
-        if packed is not file:
-            packed.close()
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else nullcontext(file) as packed:
+            for row in rows:
+                packed.write(_line(row))
+                number += 1
     return number
 
 

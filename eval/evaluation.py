@@ -78,6 +78,12 @@ class Evaluation:
         """Whether the system answers: one that would read memories needs a checkpoint for that."""
         return spec.reader != "memory" or spec.checkpoint in self.checkpoints
 
+    def can_be_scored(self, dataset: str) -> bool:
+        """Whether any system has a score there: a ranking and some controls need known gold documents."""
+        if any(one.pos_index for one in self.questions[dataset]):
+            return True
+        return any(self.reads(spec) and spec.chooser not in ("gold", "wrong-memory") for spec in self.plan)
+
     def documents(self, dataset: str, spec: SystemSpec) -> dict[str, list[str]]:
         """Question id -> the documents that it is answered from; without the questions that a system cannot answer."""
         questions = self.questions[dataset]

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eval.report import costs_csv, format_costs, format_tables, scores_csv
@@ -33,11 +35,8 @@ def read_results(folder: str | Path) -> dict | None:
         raise UsageError(f"{path} is damaged: delete it, or start again with --overwrite.") from error
 
 
-def claim_unfinished(folder: Path, record: dict, begin: bool) -> bool:
+def claim_unfinished(folder: Path, record: dict) -> bool:
     """Marks the folder as being worked on with the settings `record`.
-
-    Args:
-        begin: whether to make the mark where there is none.
 
     Returns:
         Whether there was a mark with the same settings already, so that the run goes on.
@@ -52,11 +51,13 @@ def claim_unfinished(folder: Path, record: dict, begin: bool) -> bool:
                 f"{folder} holds an unfinished run with other settings: give another --output_dir, or --overwrite."
             )
         return True
-    if begin:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".tmp")
-        staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(staged, path)
+    if path.parent.exists():
+        # What a removal that was interrupted left: it belongs to a run with other settings.
+        shutil.rmtree(path.parent)
+    path.parent.mkdir(parents=True)
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staged, path)
     return False
 
 
@@ -77,29 +78,48 @@ def write_run(folder: str | Path, results: dict, records: dict[str, dict[str, li
         records: per data file, per system, one record per question.
     """
     folder = Path(folder)
-    staged = folder / STAGED
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    with _staged(folder) as staged:
         for dataset, systems in records.items():
             target = staged / PREDICTIONS / (dataset if len(records) > 1 else "")
             target.mkdir(parents=True)
             for system, rows in systems.items():
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 (target / f"{slug(system)}.jsonl").write_text("".join(lines), encoding="utf-8")
-        tables = (
-            format_tables(results, markdown=True),
-            scores_csv(results),
-            format_costs(results, markdown=True),
-            costs_csv(results),
-        )
-        for name, text in zip(TABLES, tables, strict=True):
-            (staged / name).write_text(text, encoding="utf-8")
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        (staged / RESULTS).write_text(text, encoding="utf-8")
+        _write_tables(staged, results)
         (folder / RESULTS).unlink(missing_ok=True)
         shutil.rmtree(folder / PREDICTIONS, ignore_errors=True)
         for name in (PREDICTIONS, *TABLES, RESULTS):
             os.replace(staged / name, folder / name)
         remove_unfinished(folder)
+
+
+def write_tables(folder: Path, results: dict) -> None:
+    """Writes the tables and `results.json` of a finished run again; its predictions stay."""
+    with _staged(folder) as staged:
+        _write_tables(staged, results)
+        for name in (*TABLES, RESULTS):
+            os.replace(staged / name, folder / name)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    staged = folder / STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _write_tables(folder: Path, results: dict) -> None:
+    tables = (
+        format_tables(results, markdown=True),
+        scores_csv(results),
+        format_costs(results, markdown=True),
+        costs_csv(results),
+    )
+    for name, text in zip(TABLES, tables, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (folder / RESULTS).write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ predictions to the output folder. A call that was interrupted goes on when it is
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,24 +28,27 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from eval.data import DataError, load_examples
+from eval.data import DataError, iter_examples, load_examples
 from eval.evaluation import Evaluation
-from eval.files import UNFINISHED, claim_unfinished, holds_run, read_results, remove_unfinished, write_run
+from eval.files import UNFINISHED, claim_unfinished, holds_run, read_results, remove_unfinished, write_run, write_tables
 from eval.journal import JournalError
 from eval.reference import published_figures
 from eval.report import format_costs, format_tables
-from eval.results import dataset_results
+from eval.results import dataset_results, datasets_of
 from eval.settings import EvalSettings, UsageError
 
 
 logger = logging.get_logger(__name__)
 
 
-def evaluate_systems(settings: EvalSettings, folder: Path) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
+def evaluate_systems(
+    settings: EvalSettings, folder: Path, begin: Callable[[], None] | None = None
+) -> tuple[dict, dict[str, dict[str, list[dict]]]]:
     """Runs every chosen system on every data file, or goes on with what `folder` holds of that.
 
     Args:
         folder: where rankings and answers are written as they come.
+        begin: called once data and checkpoints are found to be sound, before anything is written.
 
     Returns:
         The results as in `results.json`, and per data file and system one record per question: `id`, `question`,
@@ -59,6 +63,11 @@ def evaluate_systems(settings: EvalSettings, folder: Path) -> tuple[dict, dict[s
     examples = {name: load_examples(path) for name, path in settings.files().items()}
     published = {name: published_figures(settings.reference, name, rows) for name, rows in examples.items()}
     evaluation = Evaluation(settings, folder, examples)
+    for name in examples:
+        if not evaluation.can_be_scored(name):
+            raise _unscored(settings, name)
+    if begin is not None:
+        begin()
     records = evaluation.run()
     found = {}
     for name, systems in records.items():
@@ -66,8 +75,7 @@ def evaluate_systems(settings: EvalSettings, folder: Path) -> tuple[dict, dict[s
             logger.warning(f"{system} is left out for {name}: no question there has the pos_index that it needs.")
             del systems[system]
         if not systems:
-            labels = ", ".join(spec.label for spec in settings.plan())
-            raise UsageError(f"{name}: none of {labels} can be scored without pos_index and --model.")
+            raise _unscored(settings, name)
         found[name] = dataset_results(evaluation.questions[name], systems, settings.seed)
         found[name]["costs"] = {s.label: evaluation.costs(name, s) for s in settings.plan() if s.label in systems}
         if published[name]:
@@ -76,6 +84,25 @@ def evaluate_systems(settings: EvalSettings, folder: Path) -> tuple[dict, dict[s
     seconds = round(time.perf_counter() - began, 1)
     rest = {"checkpoints": evaluation.checkpoints, "seconds": seconds, "settings": settings.record()}
     return {**layout, **rest}, records
+
+
+def _add_published(results: dict, settings: EvalSettings) -> bool:
+    """Puts the reference's figures into finished results, in place of others. Returns whether this changed them."""
+    changed = False
+    for name, source in settings.files().items():
+        found = datasets_of(results)[name if "datasets" in results else None]
+        # The first question tells which data set the file belongs to.
+        published = published_figures(settings.reference, name, [next(iter_examples(source))])
+        if published != found.get("published", []):
+            found["published"], changed = published, True
+            if not published:
+                del found["published"]
+    return changed
+
+
+def _unscored(settings: EvalSettings, dataset: str) -> UsageError:
+    labels = ", ".join(spec.label for spec in settings.plan())
+    return UsageError(f"{dataset}: none of {labels} can be scored without pos_index and --model.")
 
 
 def run(settings: EvalSettings) -> dict:
@@ -90,20 +117,25 @@ def run(settings: EvalSettings) -> dict:
     folder, record = settings.folder(), settings.record()
     finished = holds_run(folder) and not settings.overwrite
     unfinished = folder / UNFINISHED
-    if state.is_main_process:
-        if settings.overwrite:
-            remove_unfinished(folder)
-        goes_on = claim_unfinished(folder, record, begin=not finished)
-    state.wait_for_everyone()
     if finished and not (unfinished / "run.json").exists():
         earlier = read_results(folder)
         if earlier is None or earlier.get("settings") != record:
             raise UsageError(f"{folder} holds another run's results: give another --output_dir, or --overwrite.")
         logger.warning(f"{folder} holds these results already, they are reused (--overwrite computes them again).")
+        if settings.reference is not None and _add_published(earlier, settings) and state.is_main_process:
+            write_tables(folder, earlier)
         return earlier
-    if state.is_main_process and goes_on:
-        logger.warning(f"{folder} holds a part of this run already: it goes on from there.")
-    results, records = evaluate_systems(settings, unfinished)
+
+    def begin() -> None:
+        # Not before the data are read: a mark that a malformed file leaves would stand in the way of the mended one.
+        if state.is_main_process:
+            if settings.overwrite:
+                remove_unfinished(folder)
+            if claim_unfinished(folder, record):
+                logger.warning(f"{folder} holds a part of this run already: it goes on from there.")
+        state.wait_for_everyone()
+
+    results, records = evaluate_systems(settings, unfinished, begin)
     # The other processes read the journals, too, and writing removes them.
     state.wait_for_everyone()
     if state.is_main_process:

@@ -92,6 +92,8 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, but is {value}.")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
         for name in FOLDERS:
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():

@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import BertConfig, BertModel
 
+from eval import retrievers
 from eval.candidates import build_candidates, distinct_passages, main
 from eval.corpus import read_corpus, read_questions
 from eval.data import DataError, load_examples
@@ -79,6 +81,12 @@ def test_what_is_not_found_is_filled_up_by_chance():
     assert len({name for row in rows for name in row["doc_ids"]}) > 40
     (whole,) = build_candidates(questions[:1], CORPUS, size=len(CORPUS), mode="normal")
     assert sorted(whole["doc_ids"]) == sorted(CORPUS)
+
+
+def test_a_corpus_of_stop_words_fills_pools_by_chance():
+    corpus = {str(place): text for place, text in enumerate(("the", "of", "and", "?"))}
+    (row,) = build_candidates([{"question": "What of it?", "answers": ["x"], "positives": ["2"]}], corpus, size=3)
+    assert len(set(row["docs"])) == 3 and [row["docs"][place] for place in row["pos_index"]] == ["and"]
 
 
 def test_negatives_with_an_answer_can_be_left_out():
@@ -242,6 +250,31 @@ def test_the_command_writes_pools_that_the_loader_reads_and_their_report(tmp_pat
     assert main(again) == 0 and output.read_bytes() == before
 
 
+def test_an_interrupted_call_goes_on_from_what_is_embedded(tmp_path, capsys, files, bi_encoder, monkeypatch):
+    arguments = [*files, "--size", "12", "--retriever", bi_encoder, "--output"]
+    monkeypatch.setattr(retrievers, "PART_TEXTS", 20)
+    assert main([*arguments, str(tmp_path / "whole.jsonl")]) == 0
+    embed, embedded = BiEncoderRetriever._embed, []
+
+    def counting(self, texts):
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(BiEncoderRetriever, "_embed", counting)
+    output = str(tmp_path / "pools.jsonl")
+    assert main([*arguments, output]) == 130 and len(embedded) == 2
+    assert "kept for the same call" in capsys.readouterr().err
+    first, second = sorted(Path(f"{output}.unfinished").iterdir())
+    second.write_bytes(second.read_bytes()[:40])
+    embedded[:] = [None] * 3  # counts on, without another interruption
+    assert main([*arguments, output]) == 0
+    assert len(embedded) - 3 == -(-len(CORPUS) // 20) - 1, "all parts but the one that was whole"
+    assert Path(output).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not Path(f"{output}.unfinished").exists()
+
+
 def test_without_a_corpus_the_questions_docs_are_the_corpus(tmp_path):
     rows = build_candidates(QUESTIONS, CORPUS, size=3)
     write_jsonl(tmp_path / "small.jsonl", [{**row, "positives": None} for row in rows])
@@ -260,6 +293,7 @@ def test_without_a_corpus_the_questions_docs_are_the_corpus(tmp_path):
         (["--mode", "best"], "mode is 'best'; it must be 'oracle' or 'normal'"),
         (["--output", "pools.txt"], "--output must end in .jsonl or .jsonl.gz, but is pools.txt"),
         (["--batch_size", "0"], "--batch_size must be at least 1, but is 0"),
+        (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (["--questions", "none.jsonl"], "none.jsonl: the file cannot be read"),
         (["--retriever", "./no-such-folder"], "--retriever: ./no-such-folder cannot be loaded: "),
     ],

@@ -108,7 +108,8 @@ def runs(tmp_path_factory, base) -> list[str]:
     folder = tmp_path_factory.mktemp("runs")
     rows = [
         {
-            "question": f"What about {text.split()[place]}?",
+            # With what ends a line in Unicode, but not in JSONL.
+            "question": f"What about\u2028 {text.split()[place]}?\x85",
             "answers": [text.split()[-1]],
             "docs": TEXTS[:4],
             "pos_index": [place],
@@ -170,6 +171,7 @@ def test_a_second_analysis_needs_overwrite_and_is_the_same(tmp_path, runs, capsy
     [
         (["--runs", "no/such/run"], "--runs: no/such/run holds no finished run of eval/run.py."),
         (["--runs", ","], "--runs names no folder."),
+        (["--seed", "-1"], "--seed must be at least 0, but is -1."),
         (["--limit", "3"], "--limit must be at least 10, but is 3."),
         (["--projection", "umap"], "--projection must be pca or tsne, but is 'umap'."),
         (["--model", "no/such/model"], "--model: there is no folder no/such/model."),
@@ -179,6 +181,12 @@ def test_what_cannot_be_analysed_is_one_sentence(tmp_path, runs, capsys, changes
     assert main(["--runs", runs[0], "--output_dir", str(tmp_path / "out"), *changes]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_unknown_arguments_of_an_analysis_are_named(tmp_path, runs, capsys):
+    with pytest.raises(SystemExit):
+        main(["--runs", runs[0], "--output_dir", str(tmp_path / "out"), "--projektion", "pca"])
+    assert "there is no argument --projektion pca" in capsys.readouterr().err
 
 
 def test_an_interrupted_analysis_leaves_nothing(tmp_path, runs, monkeypatch, capsys):

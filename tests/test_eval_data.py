@@ -91,6 +91,7 @@ def test_gzip_unicode_and_a_byte_order_mark_are_read(tmp_path):
         (changed(id="1"), "id '1' is already used in line 1"),
         (changed(type=2), "'type' must be a string, but is 2"),
         (b'{"question": "\\ud800", "answers": ["a"], "docs": ["b"]}', "'question' holds half a surrogate pair"),
+        (b'{"id": "\\ud800", "question": "q", "answers": ["a"], "docs": ["b"]}', "'id' holds half a surrogate pair"),
     ],
 )
 def test_a_broken_line_is_named_with_file_and_number(tmp_path, row, message):

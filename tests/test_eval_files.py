@@ -60,14 +60,22 @@ def test_systems_with_names_have_files_of_their_own(tmp_path):
 
 
 def test_an_unfinished_run_goes_on_only_with_its_own_settings(tmp_path):
-    assert claim_unfinished(tmp_path, {"seed": 0}, begin=False) is False
-    assert not (tmp_path / "unfinished").exists()
-    assert claim_unfinished(tmp_path, {"seed": 0}, begin=True) is False
-    assert claim_unfinished(tmp_path, {"seed": 0}, begin=False) is True
+    assert claim_unfinished(tmp_path, {"seed": 0}) is False
+    assert claim_unfinished(tmp_path, {"seed": 0}) is True
     with pytest.raises(UsageError, match="unfinished run with other settings: give another --output_dir, or --over"):
-        claim_unfinished(tmp_path, {"seed": 1}, begin=True)
+        claim_unfinished(tmp_path, {"seed": 1})
     remove_unfinished(tmp_path)
-    assert claim_unfinished(tmp_path, {"seed": 1}, begin=True) is False
+    assert claim_unfinished(tmp_path, {"seed": 1}) is False
+
+
+def test_what_half_a_removal_left_is_not_taken_for_a_part_of_the_next_run(tmp_path):
+    claim_unfinished(tmp_path, {"seed": 0})
+    journal = tmp_path / "unfinished" / "answers" / "nano" / "clara.0.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text('{"id": "1", "prediction": "of seed 0"}\n')
+    (tmp_path / "unfinished" / "run.json").unlink()
+    assert claim_unfinished(tmp_path, {"seed": 1}) is False
+    assert not journal.exists()
 
 
 def test_a_damaged_results_file_is_one_sentence(tmp_path):

@@ -139,6 +139,13 @@ def test_what_is_no_such_model_is_one_sentence(tmp_path, data, capsys):
         assert error.startswith(f"error: --systems: {kind} {tmp_path / 'empty'} cannot be loaded: ")
 
 
+def test_a_classifier_of_pairs_is_no_reranker(tmp_path, data, capsys):
+    folder = save_bert(tmp_path / "classifier", BertForSequenceClassification, num_labels=2)
+    out = tmp_path / "out"
+    assert main(["--data", data, "--systems", f"cross-encoder {folder}", "--output_dir", str(out)]) == 2
+    assert "cannot be loaded: it gives 2 scores for a pair, but a reranker gives one." in capsys.readouterr().err
+
+
 def test_llmlingua2_shortens_what_the_text_reader_reads(tmp_path, data, base, monkeypatch):
     pytest.importorskip("llmlingua")
     import tiktoken

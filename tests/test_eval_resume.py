@@ -1,5 +1,6 @@
 """An evaluation that was interrupted, killed, or started in several processes gives what an uninterrupted one gives."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXTS
+from processes import in_processes
 
 from eval.journal import Journal, JournalError
 from eval.run import main
@@ -134,14 +136,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(tmp_path, arguments, un
     assert written(out) == uninterrupted
 
 
+def evaluate(rank, arguments, folder):
+    with open(folder / f"told{rank}", "w") as told, contextlib.redirect_stdout(told):
+        return main(arguments)
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path, arguments, uninterrupted):
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "eval/run.py"), *arguments, "--output_dir", str(out)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "rror" in line]
-    assert done.stdout.count("cost per question") == 1
+    codes = in_processes(2, evaluate, tmp_path, [*arguments, "--output_dir", str(out)], tmp_path)
+    assert codes == [0, 0]
+    told = "".join((tmp_path / f"told{rank}").read_text() for rank in range(2))
+    assert told.count("cost per question") == 1
     assert written(out) == uninterrupted
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from eval import files, loading
+from eval import evaluation, files, loading
 from eval.plan import DEFAULT_SYSTEMS
 from eval.run import evaluate_systems, main
 from eval.settings import EvalSettings
@@ -239,6 +239,7 @@ def test_overwrite_repeats_the_run_and_gives_the_same_numbers(tmp_path, argument
         (["--data", ","], "--data names no file."),
         (["--limit", "0"], "--limit must be at least 1, but is 0."),
         (["--batch_size", "-1"], "--batch_size must be at least 1, but is -1."),
+        (["--seed", "-1"], "--seed must be at least 0, but is -1."),
     ],
 )
 def test_what_cannot_be_carried_out_is_one_sentence_and_exit_code_2(tmp_path, arguments, capsys, changes, message):
@@ -280,6 +281,26 @@ def test_a_broken_line_is_named_and_earlier_results_stay(tmp_path, arguments, da
     assert (tmp_path / "out/results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_broken_file_leaves_no_mark_that_would_stop_the_mended_one(tmp_path, arguments, data, overwrite):
+    sound = Path(data).read_text()
+    Path(data).write_text(sound + '{"question": "Who"')
+    assert main([*arguments, *overwrite]) == 2
+    assert not (tmp_path / "out").exists()
+    Path(data).write_text(sound)
+    assert main(arguments) == 0
+
+
+def test_a_broken_file_does_not_remove_what_an_unfinished_run_has_done(tmp_path, arguments, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "scores_csv", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(arguments) == 130
+    journals = {path: path.read_bytes() for path in (tmp_path / "out/unfinished").rglob("*") if path.is_file()}
+    Path(data).write_text(Path(data).read_text() + '{"question": "Who"')
+    assert main([*arguments, "--overwrite"]) == 2
+    assert journals == {path: path.read_bytes() for path in journals}
+
+
 def test_a_text_that_the_model_cannot_read_is_named_by_its_question(arguments, data, capsys):
     questions = rows()
     questions[1]["question"] = "What is <MEM>?"
@@ -294,6 +315,14 @@ def test_nothing_to_score_is_an_error(tmp_path, data, capsys):
     write(Path(data), questions)
     assert main(["--data", data, "--output_dir", str(tmp_path / "out")]) == 2
     assert "none of bm25 can be scored without pos_index and --model" in capsys.readouterr().err
+
+
+def test_a_file_without_anything_to_score_stops_a_run_before_it_begins(tmp_path, data, monkeypatch, capsys):
+    questions = [{name: value for name, value in row.items() if name != "pos_index"} for row in rows()]
+    other = write(tmp_path / "unknown.jsonl", questions)
+    monkeypatch.setattr(evaluation, "BM25", None)
+    assert main(["--data", f"{data},{other}", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "unknown: none of bm25 can be scored" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -402,7 +431,7 @@ def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message)
     assert "--config: " in error and message in error and error.count("\n") == 1
 
 
-def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_path, data):
+def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_path, data, capsys):
     figures = {
         "source": "a paper",
         "base": "Some-7B",
@@ -420,6 +449,18 @@ def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_
         ("BM25", "oracle", "Some-7B", {"recall@1": 0.25}),
     ]
     assert "## published: a paper; base Some-7B" in (tmp_path / "out/table.md").read_text()
+    names = ("table.md", "table.csv")
+    tables = [(tmp_path / "out" / name).read_text() for name in names]
+    # A finished run takes them up, too, and loses nothing when it is repeated without them.
+    later = ["--data", data, "--output_dir", str(tmp_path / "later")]
+    assert main(later) == 0 and "published" not in read(tmp_path / "later")
+    predictions = (tmp_path / "later/predictions/bm25.jsonl").stat()
+    for more in (["--reference", str(tmp_path / "figures.json")], []):
+        assert main([*later, *more]) == 0
+        assert read(tmp_path / "later")["published"] == published
+        assert [(tmp_path / "later" / name).read_text() for name in names] == tables
+    assert (tmp_path / "later/predictions/bm25.jsonl").stat() == predictions
+    assert "published: a paper" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"end_to_end": {"normal": 3}}', '{"retrieval": {"x": {"people": 5}}}'])

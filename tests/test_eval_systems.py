@@ -63,6 +63,10 @@ def test_bm25_ranks_questions_without_any_known_word():
         assert sorted(ranking) == [0, 1]
 
 
+def test_bm25_ranks_documents_without_any_word():
+    assert sorted(bm25([example(1, "x", ["the", "of", "?"], [0], "where is the amber")])[0]) == [0, 1, 2]
+
+
 # Wrong memories
 
 
@@ -212,6 +216,8 @@ def test_documents_are_cut_at_tokens_and_shortened_once(clara, base, texts):
     short = cut(texts[0], tokenizer, 5)
     assert texts[0].startswith(short) and len(tokenizer(short, add_special_tokens=False)["input_ids"]) == 5
     assert cut("a b", tokenizer, 3) == "a b" and cut(texts[0], tokenizer, 500) == texts[0]
+    # Three tokens per character.
+    assert [cut("東京都", tokenizer, limit) for limit in (9, 8, 6, 4)] == ["東京都", "東京", "東京", "東"]
     reader = text_reader(clara, base, doc_max_length=5, shorten=shorten)
     assert [reader.prepare(texts[:2]), reader.prepare(texts[:2])] == [2, 0]
     assert seen == [cut(text, tokenizer, 5) for text in texts[:2]]

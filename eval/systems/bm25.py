@@ -24,7 +24,9 @@ class BM25:
         """Indexes `corpus`: the passages whose document frequencies and mean length count."""
         self.rows = {document: row for row, document in enumerate(corpus)}
         self.index = bm25s.BM25()
-        self.index.index(bm25_words(corpus), show_progress=False)
+        words = bm25_words(corpus)
+        # bm25s needs a word to index; no question has the empty one.
+        self.index.index(words if any(words) else [[""]] * len(corpus), show_progress=False)
         return len(corpus)
 
     def rank(self, examples: list[QAExample]) -> list[Ranking]:

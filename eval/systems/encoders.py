@@ -42,10 +42,15 @@ class CrossEncoderRanker:
         name: a local folder, or a name on the Hub.
         batch_size: pairs per forward pass.
         device: where it runs.
+
+    Raises:
+        ValueError: it gives more than one score for a pair.
     """
 
     def __init__(self, name: str, batch_size: int, device: torch.device):
         self.model = CrossEncoder(name, device=str(device))
+        if self.model.num_labels != 1:
+            raise ValueError(f"it gives {self.model.num_labels} scores for a pair, but a reranker gives one.")
         self.batch_size = batch_size
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
@@ -54,8 +59,6 @@ class CrossEncoderRanker:
     def rank(self, examples: list[QAExample]) -> list[Ranking]:
         pairs = [(example.question, document) for example in examples for document in example.docs]
         scores = self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)
-        if scores.ndim != 1:
-            raise ValueError(f"it gives {scores.shape[1]} scores for a pair, but a reranker gives one.")
         rankings, start = [], 0
         for example in examples:
             rankings.append(Ranking.of(scores[start : start + len(example.docs)].tolist()))

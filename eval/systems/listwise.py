@@ -104,8 +104,11 @@ def parse_order(text: str, count: int) -> list[int]:
 
 def cut(text: str, tokenizer, max_tokens: int) -> str:
     """The start of `text`, at most `max_tokens` tokens long, cut in the text itself."""
-    # A token has at least one character: short texts need no tokenizer.
-    if len(text) <= max_tokens:
+    # A token has at least one byte, but a character may take several tokens: short texts need no tokenizer.
+    if len(text.encode()) <= max_tokens:
         return text
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text[: ends[max_tokens - 1][1]] if len(ends) > max_tokens else text
+    if len(ends) <= max_tokens:
+        return text
+    # Before a character that the next token shares with the last one.
+    return text[: min(ends[max_tokens - 1][1], ends[max_tokens][0])]
