@@ -5,8 +5,12 @@
 
 The nano world's training documents go through the whole of `recipes/synthesize.py`; the language model is a perfect
 teacher, which knows every fact of every entity. Two models are then trained alike (`recipes/nano/scp_full.yaml`, same
-seed, same steps): one on these data, one on the world's own. Both predict the target tokens of the same validation
-rows; their difference comes with a 95% bootstrap interval over the rows.
+seed, same steps, same mix of questions and paraphrases): one on these data, one on the world's own. Both predict the
+target tokens of the same validation rows; their differences come with 95% bootstrap intervals over the rows.
+
+`answers` and `paraphrases` are what must come out of the memories. `questions` are the rest of the question lists,
+which the world's own data words and puts together as the validation rows do: two complex questions stand among simple
+ones there, and in a row of their own in synthesized data. `all` is every target token.
 """
 
 import json
@@ -23,6 +27,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import HfArgumentParser
 
@@ -36,6 +41,7 @@ from recipes.nano import world
 from recipes.synthesis import session
 from recipes.synthesis.client import ChatReply, ChatRequest
 from recipes.synthesis.store import digest_of
+from trainers.base import cpu_computes_bfloat16
 from trainers.cli import run, write_json
 from trainers.scp import SCPConfig, SCPTrainer
 
@@ -96,6 +102,9 @@ class WorldTeacher:
         return {"added": [], "lost": []}
 
 
+PARTS = ("all", "answers", "paraphrases", "questions")
+
+
 @dataclass
 class ComparisonArguments:
     """What is made and compared."""
@@ -126,27 +135,71 @@ def synthesized(args: ComparisonArguments) -> Path:
     return folder / "scp" / "scp.jsonl"
 
 
+def world_mix(data: Path) -> dict[str, float]:
+    """Shares of the kinds of rows in the world's own data."""
+    kinds = [row["data_type"] for row in load_scp(data)]
+    return {kind: kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
+
+
 def train(args: ComparisonArguments, name: str, data: Path) -> Path:
     out = Path(args.folder) / name
     shutil.rmtree(out, ignore_errors=True)
     fixed = {"train_file": data, "nano_world": args.nano_world, "output_dir": out, "max_steps": args.steps}
     fixed |= {"validation_file": Path(args.nano_world, "scp_validation.jsonl"), "validation_limit": 32}
     fixed |= {"model_name_or_path": args.start, "seed": args.seed, "eval_strategy": "no", "save_strategy": "no"}
-    fixed |= {"attn_implementation": "eager", "warmup_steps": max(1, args.steps // 10), "disable_tqdm": "true"}
+    fixed["data_mix"] = json.dumps(world_mix(Path(args.nano_world, "scp_train.jsonl")))
+    fixed |= {"warmup_steps": max(1, args.steps // 10), "disable_tqdm": "true"}
+    if not (torch.accelerator.is_available() or cpu_computes_bfloat16()):
+        fixed |= {"bf16": "false", "attn_implementation": "sdpa"}
     scp.main(
         ["--config", str(ROOT / CONFIG), *(str(part) for key, value in fixed.items() for part in (f"--{key}", value))]
     )
     return out
 
 
-def row_accuracies(checkpoint: Path, rows: Dataset) -> np.ndarray:
-    """Per row, the share of target tokens that are the most likely ones given those before."""
-    model = CLaRaForRetrievalGeneration.from_pretrained(checkpoint, attn_implementation="eager")
+def row_accuracies(checkpoint: Path, rows: Dataset) -> dict[str, np.ndarray]:
+    """Per row and part of its target, the share of tokens that are the most likely ones given those before; NaN where
+    a row has no such part."""
+    model = CLaRaForRetrievalGeneration.from_pretrained(checkpoint)
     config = SCPConfig(output_dir=str(checkpoint), per_device_eval_batch_size=64, disable_tqdm=True)
     found = SCPTrainer(model=model, args=config, eval_dataset=rows)
     prediction = found.predict(found.eval_dataset)
-    targets = prediction.label_ids != IGNORE_INDEX
-    return ((prediction.predictions == prediction.label_ids) & targets).sum(1) / targets.sum(1)
+    accuracies = {name: [] for name in PARTS}
+    for row, labels, predicted in zip(rows, prediction.label_ids, prediction.predictions, strict=True):
+        is_target = labels != IGNORE_INDEX
+        is_right = predicted[is_target] == labels[is_target]
+        is_answer = answer_tokens(model.processor, row, labels[is_target].tolist())
+        is_qa = row["data_type"] == "qa"
+        parts = (is_right, is_right[is_answer & is_qa], is_right[is_answer & (not is_qa)], is_right[~is_answer & is_qa])
+        for name, part in zip(PARTS, parts, strict=True):
+            accuracies[name].append(part.mean() if len(part) else np.nan)
+    return {name: np.array(values) for name, values in accuracies.items()}
+
+
+def answer_tokens(processor, row: dict, labels: list[int]) -> np.ndarray:
+    """Which of a row's target tokens hold something of an answer, or of the paraphrase."""
+    text = processor.target(row["data_type"], row["answers"], row["question"])
+    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if labels[: len(encoded["input_ids"])] != encoded["input_ids"]:
+        raise ValueError(f"the target {text!r} is tokenized otherwise alone: its answers cannot be found.")
+    spans, end = [], 0
+    for answer in row["answers"]:
+        start = text.index(answer, text.index("\nA: ", end) + 4 if row["data_type"] == "qa" else 0)
+        end = start + len(answer)
+        spans.append((start, end))
+    inside = [any(begin < stop and last > start for start, stop in spans) for begin, last in encoded["offset_mapping"]]
+    return np.array(inside + [False] * (len(labels) - len(inside)))
+
+
+def compare(own: np.ndarray, synthesized: np.ndarray, seed: int) -> dict[str, dict[str, float]]:
+    known = ~np.isnan(own)
+    columns = {"own": own[known], "synthesized": synthesized[known], "difference": (synthesized - own)[known]}
+    values = np.stack(list(columns.values()), axis=1)
+    bounds = zip(values.mean(axis=0), *bootstrap_interval(values, seed), strict=True)
+    return {
+        name: {"value": float(mean), "low": float(low), "high": float(high)}
+        for name, (mean, low, high) in zip(columns, bounds, strict=True)
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -157,17 +210,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     rows = Dataset.from_list(load_scp(Path(args.nano_world, "scp_validation.jsonl"))[: args.validation_rows])
     accuracies = {name: row_accuracies(train(args, name, path), rows) for name, path in data.items()}
-    values = np.stack(
-        [accuracies["own"], accuracies["synthesized"], accuracies["synthesized"] - accuracies["own"]], axis=1
-    )
-    low, high = bootstrap_interval(values, args.seed)
-    names = ("own", "synthesized", "difference")
-    figures = {
-        name: {"value": float(values[:, column].mean()), "low": float(low[column]), "high": float(high[column])}
-        for column, name in enumerate(names)
-    }
-    for name, number in figures.items():
-        print(f"{name}: {100 * number['value']:.2f} [{100 * number['low']:.2f}, {100 * number['high']:.2f}]")
+    figures = {part: compare(accuracies["own"][part], accuracies["synthesized"][part], args.seed) for part in PARTS}
+    for part, numbers in figures.items():
+        texts = (
+            f"{name} {100 * n['value']:.2f} [{100 * n['low']:.2f}, {100 * n['high']:.2f}]"
+            for name, n in numbers.items()
+        )
+        print(f"{part}: " + "; ".join(texts))
     settings = {"steps": args.steps, "start": args.start, "validation_rows": len(rows), "seed": args.seed}
     write_json(Path(args.folder, "comparison.json"), {"token_accuracy": figures, "settings": settings})
 

@@ -3,13 +3,15 @@
 import asyncio
 import email.utils
 import socket
+import threading
 import time
+from collections import Counter
 
 import pytest
 from scripted_endpoint import Cut, Endpoint, Hang, Say, Status
 
 from recipes.synthesis import client as client_module
-from recipes.synthesis.client import ChatClient, ChatRequest, retry_after
+from recipes.synthesis.client import ChatClient, ChatRequest, Places, retry_after
 from recipes.synthesis.errors import RequestFailed, UsageError
 from recipes.synthesis.prompts import Prompts
 
@@ -89,6 +91,55 @@ def test_requests_under_way_are_bounded():
         replies = ask(endpoint.url, *(request(f"The motto of A{n} is silver bell.") for n in range(12)), concurrency=3)
         assert all(reply.text for reply in replies)
         assert endpoint.most_at_once == 3
+
+
+@pytest.mark.parametrize("after", ["0.1", None])
+def test_a_limit_below_the_concurrency_loses_no_request(after):
+    windows = Counter()
+    lock = threading.Lock()
+
+    def script(messages, body, before):
+        with lock:
+            window = int(time.monotonic() / 0.1)
+            windows[window] += 1
+            if windows[window] > 3:
+                return Status(429, headers={"Retry-After": after} if after else {})
+
+    with Endpoint(script) as endpoint:
+        replies = ask(endpoint.url, *(request(str(n)) for n in range(60)), concurrency=30, timeout=20.0, max_retries=8)
+        assert all(getattr(reply, "text", None) for reply in replies), replies
+        # All of them together, each time, would be several hundred.
+        assert len(endpoint.requests) < 60 * 4
+
+
+def test_places_are_halved_once_for_a_burst_and_come_back():
+    async def scenario():
+        places = Places(8)
+        for _ in range(8):
+            await places.__aenter__()
+        sent = time.monotonic()
+        waiting = [asyncio.create_task(places.limit_met(sent)) for _ in range(8)]
+        await asyncio.sleep(0)
+        assert places.count == 4 and sum(task.done() for task in waiting) == 4
+        new = asyncio.create_task(places.__aenter__())
+        for left in range(4):
+            places.reply_came()
+            if left:
+                await places.__aexit__()
+        await asyncio.sleep(0)
+        # Three left and one place came back; those that met the limit go before the new one.
+        assert places.count == 5 and all(task.done() for task in waiting) and not new.done()
+        for _ in range(100):
+            places.reply_came()
+        await new
+        # A request alone waits for nobody.
+        alone = Places(8)
+        await alone.__aenter__()
+        await asyncio.wait_for(alone.limit_met(time.monotonic()), 5)
+        assert alone.count == 4
+        assert places.count == 8
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(("taken", "formats"), [("json_object", 2), ("none", 3)])

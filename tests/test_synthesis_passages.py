@@ -196,6 +196,12 @@ def test_paths_that_are_no_corpus(tmp_path, path, words):
         corpus_files([str(tmp_path / path)])
 
 
+def test_a_json_array_is_no_corpus(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "Words."},\n{"text": "More words."}]', encoding="utf-8")
+    with pytest.raises(UsageError, match="a.json holds a JSON array: write it as JSON lines"):
+        read(tmp_path / "a.json")
+
+
 def test_damaged_files_and_unknown_data_sets_are_one_sentence(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Words."}\n' * 99)[:-12])
     (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")

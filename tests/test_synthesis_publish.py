@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from huggingface_hub import HfApi
 from scripted_endpoint import Endpoint
 
 from benchmarks.scripted_teacher import fact_document
+from recipes.synthesis import publish
+from recipes.synthesis.errors import UsageError
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +119,18 @@ def test_a_finished_run_is_uploaded_with_a_card_that_loads_its_data(tmp_path):
         (tmp_path / "copy" / name).write_bytes(content)
     data = load_dataset(str(tmp_path / "copy"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == 9 and set(data["data_type"]) == {"qa", "paraphrase"}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise NoConnection("Connection refused")
+
+    class NoConnection(Exception):
+        """HTTP libraries have their own errors, which are no OSError."""
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    with pytest.raises(UsageError, match="not uploaded .Connection refused"):
+        publish.push(tmp_path, "someone/scp-data", (), {})
 
 
 @pytest.mark.slow

@@ -225,6 +225,9 @@ def test_a_passage_whose_requests_fail_is_set_aside_and_can_be_tried_again(corpu
     (row,) = [row for row in rows(out / "rejected.jsonl") if row["passage_id"] == "doc2#1"]
     assert row["reason"] == "request failed" and "context too long" in row["detail"]
     assert [row["passage_id"] for row in rows(out / "scp.jsonl")].count("doc2#1") == 0
+    # What failed is part of the log.
+    run(corpus, tmp_path / "replayed", "http://127.0.0.1:1/v1", "--replay", str(out))
+    assert files(tmp_path / "replayed") == files(out)
     with Endpoint() as endpoint:
         run(corpus, tmp_path / "whole", endpoint.url)
         run(corpus, out, endpoint.url, "--retry_failed", "true")
@@ -234,10 +237,13 @@ def test_a_passage_whose_requests_fail_is_set_aside_and_can_be_tried_again(corpu
 @pytest.mark.slow
 def test_an_interrupt_is_one_sentence_and_the_run_goes_on(corpus, tmp_path):
     out = tmp_path / "scp"
-    with Endpoint(delay=lambda: 0.05) as endpoint:
+    # After twelve requests replies wait, so that the run cannot end before it is interrupted.
+    waits = [False] * 12 + [True] * 1000
+    with Endpoint(delay=lambda: 20.0 if waits.pop(0) else 0.0) as endpoint:
         process = start(corpus, out, endpoint.url)
-        while len(endpoint.requests) < 12 and process.poll() is None:
+        while len(endpoint.requests) < 13 and process.poll() is None:
             time.sleep(0.01)
+        waits = [False] * 1000
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 1 and "Traceback" not in said

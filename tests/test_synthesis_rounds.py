@@ -138,6 +138,16 @@ def test_another_wording_counts_when_the_judge_agrees(tmp_path):
     assert reasons(denied).count("answer not confirmed") == 6
 
 
+@pytest.mark.parametrize(("reference", "found"), [("-5 degrees", "5 degrees"), ("C", "C++"), ("$5", "€5")])
+def test_answers_that_differ_in_a_sign_are_judged(tmp_path, reference, found):
+    passage = f"{PASSAGE} On each day the great scale of Quenby shows {reference}."
+    pairs = {"pairs": [{"question": "What does the great scale of Quenby show on each day?", "answer": reference}]}
+    said = {"answerable": True, "answer": found}
+    script = Script(simple=pairs, complex={"pairs": []}, answer=said, judge={"correct": False})
+    made = make(tmp_path, script, passage, max_rounds=0)
+    assert script.count("judge") == 1 and "answer not confirmed" in reasons(made) and not made["pairs"]
+
+
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
     script = Script(simple="Sure! Here you go: {pairs: [", repair={"pairs": [PAIR]})
     made = make(tmp_path, script, keep_uncovered=True, max_rounds=0)

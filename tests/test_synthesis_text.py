@@ -1,9 +1,11 @@
 """Replies read from whatever was written, prompts filled in one pass, checks without a language model, leaks."""
 
+import gzip
 import json
 import shutil
 
 import pytest
+from datasets import Dataset
 
 from recipes.synthesis.checks import PassageChecks, QuestionAnswer
 from recipes.synthesis.errors import UsageError
@@ -50,6 +52,7 @@ def test_a_reply_is_found_in_what_stands_around_it(text):
 def test_numbers_and_words_for_truth_are_taken():
     assert parse_reply('{"answerable": "true", "answer": 1898}', Answer) == Answer(answerable=True, answer="1898")
     assert parse_reply('{"answerable": false}', Answer).answer == ""
+    assert parse_reply('{"answerable": false, "answer": null}', Answer).answer == ""
     assert parse_reply('{"paraphrase": "a\nb"}', Paraphrase).paraphrase == "a\nb"
 
 
@@ -250,6 +253,12 @@ def test_leaks_are_runs_of_words_of_the_excluded_texts(tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("one two three four five six\n", encoding="utf-8")
     assert LeakIndex([str(lines)]).found_in("zero one two three four five six seven")
+    (tmp_path / "lines.txt.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    assert LeakIndex([str(tmp_path / "lines.txt.gz")]).found_in("zero one two three four five six seven")
+    # A file of another kind would be taken for lines of noise, and nothing be excluded.
+    Dataset.from_dict({"question": [long] * 99}).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UsageError, match="is no text"):
+        LeakIndex([str(tmp_path / "test.parquet")])
     lines.write_text("too short\n", encoding="utf-8")
     for path in (lines, tmp_path / "none.jsonl"):
         with pytest.raises(UsageError, match="--exclude"):

@@ -14,7 +14,7 @@ from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of
 from eval.data import load_scp
-from recipes import scp, synthesize
+from recipes import joint_data, scp, synthesize
 from recipes.synthesis import client as client_module
 from recipes.synthesis.errors import UsageError
 from recipes.synthesis.output import OUTPUTS
@@ -177,6 +177,26 @@ def test_lines_that_are_no_documents_are_in_the_rejected_file(tmp_path):
     assert {("malformed JSON", "2"), ("duplicate passage", "3")} <= reasons
 
 
+def test_documents_with_one_id_are_told_apart(tmp_path):
+    folder = tmp_path / "docs"
+    for number, part in enumerate(("a", "b", "c")):
+        (folder / part).mkdir(parents=True)
+        rows_ = [{"id": name, "text": fact_document(10 * number + k, 4)} for k, name in enumerate(("0", "0~2"))]
+        (folder / part / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_), encoding="utf-8")
+        (folder / part / "readme.txt").write_text(fact_document(100 + number, 4), encoding="utf-8")
+    with Endpoint() as endpoint:
+        run(str(folder), tmp_path / "scp", endpoint.url)
+    told = {row["id"]: row for row in rows(tmp_path / "scp" / "passages.jsonl")}
+    assert len(told) == 9 and {row["document"] + "#1" for row in told.values()} == set(told)
+    assert {"0#1", "0~2#1", "readme.txt#1", "readme.txt~2#1", "readme.txt~3#1"} <= set(told)
+    joint_data.main(
+        ["--scp", str(tmp_path / "scp"), "--out", str(tmp_path / "joint"), "--validation_share", "0", "--size", "4"]
+    )
+    for row in rows(tmp_path / "joint" / "joint_train.jsonl"):
+        (position,) = row["pos_index"]
+        assert all(word in row["docs"][position] for word in row["answers"][0].replace(" and ", " ").split())
+
+
 def test_excluded_questions_are_in_neither_the_passages_nor_the_pairs(corpus, tmp_path):
     (_, name, value), *_ = FACT.findall(fact_document(3, 4))
     pair = FactTeacher.pair(FACT.findall(fact_document(1, 4))[0])
@@ -237,6 +257,13 @@ def test_what_the_user_can_mend_is_one_sentence_without_a_key_or_a_traceback(cor
         assert KEY.encode() not in path.read_bytes()
 
 
+@pytest.mark.parametrize("given", [["--api_key", KEY], [f"--api-key={KEY}"]])
+def test_a_key_on_the_command_line_is_refused_without_showing_it(given, corpus, tmp_path):
+    with pytest.raises(UsageError, match="--api_key_env") as caught:
+        synthesize.main(["--corpus", corpus, "--out", str(tmp_path / "scp"), "--model", "m", *given])
+    assert KEY not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -246,6 +273,7 @@ def test_what_the_user_can_mend_is_one_sentence_without_a_key_or_a_traceback(cor
         (["--corpus", "x", "--backend", "magic"], "http, transformers"),
         (["--corpus", "x", "--limit", "0"], "--limit must be at least 1"),
         (["--corpus", "x", "--extra_body", "[1]"], "--extra_body"),
+        (["--corpus", "x", "--backend", "transformers", "--extra_body", '{"a": 1}'], "--backend transformers has none"),
         (["--corpus", "x", "--price_in", "1"], "--price_out"),
         (["--corpus", "x", "--prompts", "nowhere"], "--prompts"),
     ],

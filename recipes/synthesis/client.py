@@ -5,6 +5,7 @@ import json
 import os
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -54,6 +55,65 @@ class _Retry(Exception):
         self.after, self.limited, self.unreachable = after, limited, unreachable
 
 
+class Places:
+    """Places for requests under way: half as many when the endpoint's limit is met, and slowly more again.
+
+    A request that met the limit waits until there is a place again, before all new ones; together they would meet it
+    again and again until none has a try left.
+
+    Args:
+        most: places at the start, and never more.
+    """
+
+    def __init__(self, most: int):
+        self.most = self.count = most
+        self._free = asyncio.Semaphore(most)
+        self._surplus = self._replies = 0
+        self._waiting: deque[asyncio.Future] = deque()
+        self._halved = 0.0
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+
+    async def __aexit__(self, *_) -> None:
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        if self._surplus:
+            self._surplus -= 1
+            return
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                return
+        self._free.release()
+
+    async def limit_met(self, sent: float) -> None:
+        """Halve the places, once for all requests sent before; give this one's up where there are too many."""
+        if sent > self._halved:
+            self._halved = time.monotonic()
+            fewer = max(1, self.count // 2)
+            self._surplus += self.count - fewer
+            self.count, self._replies = fewer, 0
+            # Free places go first: a request waits only for others that are under way.
+            while self._surplus and not self._free.locked():
+                self._surplus -= 1
+                await self._free.acquire()
+        if self._surplus:
+            self._surplus -= 1
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
+
+    def reply_came(self) -> None:
+        """One place more after as many replies as there are places."""
+        self._replies += 1
+        if self._replies >= self.count < self.most:
+            self.count, self._replies = self.count + 1, 0
+            self._hand_on()
+
+
 class ChatClient:
     """Use as an async context manager; any number of tasks may call `complete` at once.
 
@@ -61,7 +121,7 @@ class ChatClient:
         base_url: up to and with `/v1`.
         model: name of the model at the endpoint.
         api_key: sent as a bearer token; left out where empty.
-        concurrency: requests under way at once.
+        concurrency: requests under way at once; fewer where the endpoint says that they are too many.
         timeout: seconds that one try may take.
         max_retries: tries after the first.
         structured_outputs: `auto` or one of `STRUCTURES`.
@@ -93,7 +153,7 @@ class ChatClient:
         self._key = api_key
         self._adapts = structured_outputs == "auto"
         self._level = 0 if self._adapts else STRUCTURES.index(structured_outputs)
-        self._slots = asyncio.Semaphore(concurrency)
+        self._places = Places(concurrency)
         self._concurrency = concurrency
         self._not_before = 0.0
         self._successes = 0
@@ -123,10 +183,11 @@ class ChatClient:
             RequestFailed: the endpoint refuses this request, or does not answer it while it answers others.
             UsageError: the endpoint does not answer, or refuses everybody.
         """
-        async with self._slots:
+        async with self._places:
             successes = self._successes
             for attempt in range(self.max_retries + 1):
                 await self._wait()
+                sent = time.monotonic()
                 try:
                     reply = await self._post(request)
                 except _Retry as problem:
@@ -138,9 +199,12 @@ class ChatClient:
                             self._not_before = max(self._not_before, time.monotonic() + problem.after)
                         else:
                             await asyncio.sleep(delay)
+                        if problem.limited:
+                            await self._places.limit_met(sent)
                 else:
                     self._successes += 1
                     self._failures_in_a_row = 0
+                    self._places.reply_came()
                     return reply
             if self._successes == successes:
                 self._give_up(last)

@@ -126,6 +126,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict | str]]:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
             while line := file.readline(MAX_DOCUMENT_BYTES + 1):
                 number += 1
+                if number == 1 and line.lstrip().startswith(b"["):
+                    raise UsageError(f"{path} holds a JSON array: write it as JSON lines, one object per line.")
                 if len(line) > MAX_DOCUMENT_BYTES:
                     _skip_line(file)
                     yield str(number), "line too long"

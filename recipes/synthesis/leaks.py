@@ -1,5 +1,6 @@
 """Texts that must not get into the data, above all evaluation sets: their n-grams, and whether a text holds one."""
 
+import gzip
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -65,8 +66,11 @@ def excluded_texts(file: str) -> Iterator[str]:
     if not path.is_file():
         raise UsageError(f"--exclude: there is no file {file}.")
     if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            yield from lines
+        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
+            for line in lines:
+                if b"\0" in line:
+                    raise UsageError(f"--exclude: {file} is no text: JSONL and text files (.gz too) can be excluded.")
+                yield line.decode("utf-8", "replace")
         return
     for _, row in read_jsonl(path):
         texts = row.get("question", row.get("text", []))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from recipes.synthesis.errors import UsageError
 
@@ -39,7 +38,7 @@ def push(folder: Path, repository: str, files: tuple[str, ...], stats: dict[str,
     """Upload the files of a finished run in one commit; returns its address.
 
     Raises:
-        UsageError: the Hub refuses.
+        UsageError: the Hub refuses, or cannot be reached.
     """
     api = HfApi()
     try:
@@ -47,7 +46,7 @@ def push(folder: Path, repository: str, files: tuple[str, ...], stats: dict[str,
         operations = [CommitOperationAdd(file, str(folder / file)) for file in files]
         operations.append(CommitOperationAdd("README.md", card(name, stats).encode()))
         commit = api.create_commit(name, operations, repo_type="dataset", commit_message="SCP data")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # beside the Hub's own errors those of its HTTP library, whichever that is
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"--push_to_hub {repository}: the data are in {folder}, but not uploaded ({reason})."

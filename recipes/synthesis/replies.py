@@ -5,7 +5,7 @@ import re
 from itertools import islice
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from recipes.synthesis.text import clean_line
 
@@ -46,6 +46,12 @@ class Paraphrase(Reply):
 class Answer(Reply):
     answerable: bool
     answer: str = Field(default="")
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def null_is_none(cls, answer):
+        """A refusal with `null` is as clear as one with an empty answer."""
+        return "" if answer is None else answer
 
 
 class Verdict(Reply):

@@ -1,7 +1,7 @@
 """From documents to SCP data: which passages there are, and what is written of each into the output files."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -113,6 +113,8 @@ def fill_store(args: SynthesisArguments, store: RunStore, leaks: LeakIndex) -> N
 def store_passages(store: RunStore, maker: PassageMaker, document: Document) -> int:
     """Add a document's passages, in the open transaction; returns how many are new and usable."""
     added = 0
+    # Two files may number their documents alike, and two folders hold files of one name.
+    document = replace(document, id=store.unique_name(clean_line(document.id)))
     for passage, fault in maker.passages(document):
         if fault is None:
             if store.add_item(passage.text, asdict(passage)):

@@ -73,6 +73,8 @@ class TeacherArguments:
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"--{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
+        if self.extra_body and self.backend == "transformers":
+            raise UsageError("--extra_body is sent to an endpoint; --backend transformers has none.")
         self.at_least(1, "concurrency", "batch_size", "max_tokens", "limit")
         self.at_least(0, "max_retries", "temperature", "price_in", "price_out")
         if self.timeout <= 0:
@@ -124,7 +126,14 @@ def parse_arguments(arguments_type: type, arguments: list[str]):
             raise UsageError(f"--config {path} must be a mapping of arguments to values.")
         from_file = [part for name, value in values.items() if value is not None for part in as_arguments(name, value)]
         arguments = [*from_file, *arguments[:place], *arguments[place + 2 :]]
-    return HfArgumentParser(arguments_type, allow_abbrev=False).parse_args_into_dataclasses(arguments)[0]
+    parser = HfArgumentParser(arguments_type, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        # Names only: the value may be a key.
+        names = [part.partition("=")[0] for part in unknown if part.startswith("--")] or ["a value without a name"]
+        hint = "; the API key is read from the environment, see --api_key_env" if "key" in "".join(names) else ""
+        raise UsageError(f"unknown on the command line: {', '.join(names)}{hint}.")
+    return parsed
 
 
 def as_arguments(name: str, value: Any) -> list[str]:

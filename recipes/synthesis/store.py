@@ -20,6 +20,7 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS items (number INTEGER PRIMARY KEY, digest BLOB UNIQUE, payload TEXT);
 CREATE TABLE IF NOT EXISTS dropped (number INTEGER PRIMARY KEY, items INTEGER, payload TEXT);
+CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY, times INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     number INTEGER, step TEXT, request BLOB, reply TEXT, PRIMARY KEY (number, step)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS records (
@@ -113,6 +114,14 @@ class RunStore:
         statement = "INSERT OR IGNORE INTO items (digest, payload) VALUES (?, ?)"
         return self.connection.execute(statement, (digest_of(key), to_json(payload))).rowcount == 1
 
+    def unique_name(self, name: str) -> str:
+        """The name, in the open transaction; where it is taken, with `~2` or a higher number behind it."""
+        statement = "INSERT INTO names VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times"
+        found = name
+        while (times := self.connection.execute(statement, (found,)).fetchone()[0]) > 1:
+            found = f"{name}~{times}" if found == name else f"{found}~{times}"
+        return found
+
     def drop(self, payload: dict) -> None:
         """Append what became no item, with its reason, in the open transaction."""
         statement = "INSERT INTO dropped (items, payload) VALUES ((SELECT coalesce(max(number), 0) FROM items), ?)"
@@ -176,6 +185,12 @@ class RunStore:
         return {
             step: (request, json.loads(reply)) for step, request, reply in self.connection.execute(query, (number,))
         }
+
+    def failure(self, number: int) -> str | None:
+        """Why the item's requests failed for good, `None` where they did not."""
+        query = "SELECT payload FROM records WHERE number = ? AND failed"
+        row = self.connection.execute(query, (number,)).fetchone()
+        return None if row is None else json.loads(row[0])["failed"]
 
     def number_of(self, key: str) -> int | None:
         """The number of the item with this key."""

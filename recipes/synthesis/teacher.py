@@ -68,10 +68,11 @@ class Conversation:
         self.teacher, self.number, self.key = teacher, number, key
         self.known = teacher.store.replies(number)
         self.prompt_tokens = self.completion_tokens = self.requests = 0
-        self._old = {}
+        self._old, self._failure = {}, None
         if teacher.replay is not None:
             old = teacher.replay.number_of(key)
-            self._old = {} if old is None else teacher.replay.replies(old)
+            if old is not None:
+                self._old, self._failure = teacher.replay.replies(old), teacher.replay.failure(old)
 
     async def ask(
         self, step: str, prompt: str, reply_type: type[ReplyType], write: bool = False, **values: str
@@ -108,6 +109,8 @@ class Conversation:
                     teacher.store.add_reply(self.number, step, identity, reply)
                 return self._count(reply)
         if teacher.backend is None:
+            if self._failure is not None:
+                raise RequestFailed(self._failure)
             raise UsageError(
                 f"--replay holds no reply to step {step!r} of {self.key[:60]!r} as it is asked now: the model, seed, "
                 "prompts or passages differ."

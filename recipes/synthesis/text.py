@@ -8,6 +8,8 @@ from html import unescape
 # Scripts without spaces between words: every character is a word of its own.
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
+# What tells apart -5 and 5, C and C++, $5 and €5, 5% and 5.
+SIGN = re.compile(r"(?<!\w)[-\u2212](?=\d)|[+#%‰°<>=$€£¥]")
 ARTICLES = {"a", "an", "the"}
 # C0 and C1 control characters but tab and newline, bidirectional overrides, surrogates, and what is no character.
 BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -42,8 +44,9 @@ def words(text: str) -> list[str]:
 
 
 def normalized(text: str) -> str:
-    """Words without articles: what two answers that say the same usually share."""
-    return " ".join(word for word in words(text) if word not in ARTICLES)
+    """Words without articles, and signs: what two answers that say the same usually share, and -5 and 5 do not."""
+    found = [*(word for word in words(text) if word not in ARTICLES), *SIGN.findall(text)]
+    return " ".join(found)
 
 
 def letter_share(text: str) -> float:
