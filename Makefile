@@ -18,11 +18,17 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+# glibc keeps what a training step frees for the next one, instead of giving the pages back and fetching them anew.
+demo: export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+demo: export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
+demo: export MALLOC_TOP_PAD_ ?= 268435456
+# Else DeepSpeed, which the demo does not use, says in the middle of it that there is no GPU.
+demo: export DS_ACCELERATOR ?= cpu
 demo: $(VENV)/.installed
 	@$(BIN)/python recipes/nano/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -117,18 +117,21 @@ def count(parameters) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def checkpoint_bytes(model: CLaRaForRetrievalGeneration, stage: str, frozen_bytes: int = 2) -> int:
+def checkpoint_bytes(
+    model: CLaRaForRetrievalGeneration, stage: str, frozen_bytes: int = 2, deepspeed: bool = False
+) -> int:
     """Size of a training checkpoint's weights and AdamW states: what trains in float32, twice more for the moments.
 
     Args:
         frozen_bytes (`int`): per value of adapters and embedding rows that do not train; 2 for bfloat16.
+        deepspeed (`bool`): whether what trains is there in bfloat16 too, beside DeepSpeed's copy in float32.
     """
     trained = sum(count(model.part_parameters(part)) for part in TRAINED[stage])
     own = count(value for name, value in model.named_parameters() if ".lora_" in name)
     own += count(model.memory_embeddings.parameters())
     matrices = 1 if model.config.get_text_config().tie_word_embeddings else 2
     rows = matrices * len(saved_rows(model.config)) * model.config.hidden_size
-    return 12 * trained + frozen_bytes * (own - trained + rows)
+    return (14 if deepspeed else 12) * trained + frozen_bytes * (own - trained + rows)
 
 
 def cost(

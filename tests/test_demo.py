@@ -64,6 +64,7 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
 
 def test_demo_leaves_a_foreign_folder_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="something else"):
-        demo.main(["--output_dir", str(tmp_path)])
+    for option in ([], ["--overwrite", "true"]):
+        with pytest.raises(UsageError, match="something else"):
+            demo.main(["--output_dir", str(tmp_path), *option])
     assert (tmp_path / "notes.txt").read_text() == "mine"

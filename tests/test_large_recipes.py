@@ -83,7 +83,8 @@ def test_checkpoint_at_7b_shapes_is_under_1_4_gb(stage, base, tmp_path):
     decoder = BASES["mistralai/Mistral-7B-Instruct-v0.2"]
     model = meta_model(CLaRaConfig(decoder_config=decoder.to_dict()).decoder_config, stage, lora_r=16)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert checkpoint_bytes(model, stage) < 1.4e9
+    # That DeepSpeed's files are as counted is in test_distributed.py.
+    assert max(checkpoint_bytes(model, stage), checkpoint_bytes(model, stage, deepspeed=True)) < 1.4e9
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -63,7 +63,7 @@ class Arguments:
     intermediate_size: int = 512
     layers: int = 4
     eval_every: int = 100
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast in training"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast in training, as the shipped run"})
     seed: int = 0
     device: str = field(default="", metadata={"help": "cuda, cpu, …; the accelerator if there is one, by default"})
 

@@ -176,10 +176,10 @@ def report(out: Path, results: dict) -> None:
 def main(arguments: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(arguments)
     out = Path(args.output_dir)
+    if out.exists() and not (out / "demo.json").exists() and {path.name for path in out.iterdir()} - {"data"}:
+        raise UsageError(f"output_dir {out} holds something else than this demo: choose another.")
     if args.overwrite and out.exists():
         shutil.rmtree(out)
-    elif out.exists() and not (out / "demo.json").exists() and {path.name for path in out.iterdir()} - {"data"}:
-        raise UsageError(f"output_dir {out} holds something else than this demo: choose another, or --overwrite true.")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"max_steps": args.max_steps, "start": args.start, "base": args.base, "joint_start": args.joint_start}
     if (out / "demo.json").exists() and read_json(out / "demo.json") != settings:
@@ -198,4 +198,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, again="the same command")

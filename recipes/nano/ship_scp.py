@@ -1,9 +1,11 @@
-"""Puts the SCP checkpoint of `scp_full.yaml` into `pretrained/scp`: adapters over the base beside it, without code.
+"""Puts an SCP checkpoint into `pretrained/scp`: adapters over the base beside it, without code.
 
 accelerate launch recipes/scp.py --config recipes/nano/scp_full.yaml
-python recipes/nano/ship_scp.py
+python recipes/nano/ship_scp.py                     # runs/nano-scp-full, where scp_full.yaml puts it
+python recipes/nano/ship_scp.py FOLDER              # another one
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -41,4 +43,7 @@ def ship(source: str | Path, out: Path = OUT) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda _: ship(ROOT / "runs" / "nano-scp-full"))
+    parser = argparse.ArgumentParser(description="Ship an SCP checkpoint as pretrained/scp.")
+    parser.add_argument("source", nargs="?", default=str(ROOT / "runs" / "nano-scp-full"), help="its folder")
+    source = parser.parse_args().source
+    run(lambda _: ship(source))
