@@ -15,7 +15,16 @@ from typing import Any
 from eval.data_files import DataError, read_jsonl, read_rows, shown, unit_of
 
 
-__all__ = ["DataError", "QAExample", "iter_examples", "load_examples", "load_scp", "parse_example", "read_jsonl"]
+__all__ = [
+    "DataError",
+    "QAExample",
+    "iter_examples",
+    "iter_scp",
+    "load_examples",
+    "load_scp",
+    "parse_example",
+    "read_jsonl",
+]
 
 REQUIRED = ("question", "answers", "docs")
 
@@ -81,23 +90,33 @@ def load_examples(source: str | Path, needs_answers: bool = True) -> list[QAExam
     return list(iter_examples(source, needs_answers))
 
 
-def load_scp(source: str | Path) -> list[dict[str, Any]]:
-    """Reads and checks SCP rows: `data_type` (`qa` or `paraphrase`), `question`, `answers`, `docs`.
+def iter_scp(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Reads and checks SCP rows one after the other: `data_type` (`qa` or `paraphrase`), `question`, `answers`, `docs`.
 
     A `qa` row has as many questions as answers; a `paraphrase` row has one answer and no question.
 
     Raises:
         DataError: a row breaks the schema, or there is no row at all.
     """
-    unit, rows = unit_of(source), []
+    unit, is_empty = unit_of(source), True
     for number, row in read_rows(source):
         try:
-            rows.append(parse_scp(row))
+            parsed = parse_scp(row)
         except ValueError as error:
             raise DataError(f"{source}, {unit} {number}: {error}") from error
-    if not rows:
+        yield parsed
+        is_empty = False
+    if is_empty:
         raise DataError(f"{source}: the file holds no row.")
-    return rows
+
+
+def load_scp(source: str | Path) -> list[dict[str, Any]]:
+    """Reads and checks all SCP rows of a file, a folder or a data set on the Hub; see [`iter_scp`].
+
+    Raises:
+        DataError: as [`iter_scp`].
+    """
+    return list(iter_scp(source))
 
 
 def parse_scp(row: dict[str, Any]) -> dict[str, Any]:

@@ -30,10 +30,13 @@ from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
     ADDED_INPUT_ROWS,
     ADDED_OUTPUT_ROWS,
+    BASE_SAMPLE,
     decoder_state,
     embedding_keys,
     fill_added_rows,
+    is_other_base,
     merge_adapter_file,
+    sample_base,
     saved_rows,
 )
 
@@ -72,6 +75,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         self.memory_embeddings = nn.Embedding(len(config.memory_token_ids), config.hidden_size)
         self._processor = None
         self._hub_arguments = {}
+        self._base_sample = None
         self.post_init()
 
     @classmethod
@@ -163,6 +167,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             model, _ = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
         if config.query_reasoner:
             copy_adapter(model.decoder, COMPRESSOR, QUERY_REASONER)
+        model._base_sample = sample_base(state, config)
         model.processor = CLaRaProcessor(tokenizer, model.config)
         return model
 
@@ -205,15 +210,22 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 with unpartitioned():
                     state = decoder_state(cls, base, config)
                 merge_adapter_file(state, path, base, config)
-                options = {key: kwargs.get(key) for key in ("attn_implementation", "device_map")}
-                model, info = cls._from_state(config, state, base.dtype, **options)
+                made_over = state.pop(BASE_SAMPLE, None)
+                model, info = cls._from_state(config, state, base.dtype, **_place_options(kwargs))
                 model.name_or_path = model.config.name_or_path = name
             else:
                 own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
                 options = {**kwargs, **hub, **own}
                 model, info = super().from_pretrained(name, *model_args, config=config, **options)
                 model.requires_grad_(False)
+                state, made_over = model.state_dict(), None
         _check_complete(info, config, name)
+        model._base_sample = sample_base(state, config)
+        if is_other_base(made_over, model._base_sample):
+            raise ValueError(
+                f"{name} was made over another base: the weights of {config.base_model_name_or_path!r} are not those "
+                "that its adapters were trained on. Pass base_model_name_or_path= with its own base."
+            )
         model._hub_arguments = hub
         if save_format is not None:
             model.config.checkpoint_format = save_format
@@ -238,7 +250,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
     def adapter_state_dict(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-        """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens.
+        """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens, and a
+        few values of the base, by which it is known again.
 
         Args:
             state_dict (*optional*): the model's whole state, or what this method returned. Without it, the weights are
@@ -255,6 +268,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         rows = saved_rows(self.config)
         for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), ends, strict=False):
             kept[name] = state_dict[key][rows].clone()
+        if self._base_sample is not None:
+            kept[BASE_SAMPLE] = self._base_sample.clone()
         return kept
 
     def load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
@@ -375,6 +390,20 @@ def _split_base_arguments(arguments: dict) -> tuple[dict, dict, dict, dict]:
             "or options of from_pretrained such as dtype, revision, token or device_map."
         )
     return fields, *options
+
+
+def _place_options(arguments: dict) -> dict:
+    """Those of `from_pretrained`'s arguments that an adapter-only checkpoint's model is made with.
+
+    Raises:
+        TypeError: an argument that `from_pretrained` does not know, as for other checkpoints.
+    """
+    names = ("attn_implementation", *_PLACE_OPTIONS)
+    without_use = (*_READ_OPTIONS, *_BASE_OPTIONS, "adapter_kwargs", "code_revision", "output_loading_info")
+    unknown = [name for name in arguments if name not in (*names, *without_use) and not name.startswith("_")]
+    if unknown:
+        raise TypeError(f"from_pretrained got an unexpected argument {unknown[0]!r}.")
+    return {name: arguments[name] for name in names if name in arguments}
 
 
 def _is_own_weight(key: str) -> bool:

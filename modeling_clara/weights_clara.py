@@ -8,6 +8,10 @@ from .configuration_clara import CLaRaConfig
 
 
 ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
+# A few values of each of the base's matrices, by which an adapter-only checkpoint knows its base again.
+BASE_SAMPLE, SAMPLED_VALUES = "base_sample", 8
+# What a base's values may differ by when they are read in another precision: bfloat16's steps, float16's smallest ones.
+SAMPLE_TOLERANCE = {"rtol": 2**-7, "atol": 1e-6}
 # Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
 MEMORY_EMBEDDING_SPREAD = 0.5
 
@@ -57,6 +61,33 @@ def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, fir
     noise = torch.randn(len(config.memory_token_ids), known.shape[1], generator=generator)
     memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
     state["memory_embeddings.weight"] = memory.to(rows.dtype)
+
+
+def sample_base(state: dict, config: CLaRaConfig) -> torch.Tensor | None:
+    """Values `[tensors, 8]` float32 from all over the base, embeddings left out; `None` if no tensor is at hand.
+
+    Args:
+        state: from [`decoder_state`], or of the whole model. Tensors that are quantized, offloaded or spread over
+            processes are left out.
+    """
+    samples = []
+    for key in sorted(state):
+        value = state[key]
+        is_at_hand = value.is_floating_point() and value.numel() > 0 and not value.is_meta
+        is_vocabulary = value.dim() == 2 and len(value) == config.vocab_size
+        if key.startswith("decoder.") and ".lora_" not in key and is_at_hand and not is_vocabulary:
+            flat = value.detach().flatten()
+            positions = torch.linspace(0, len(flat) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
+            samples.append(flat[positions.to(flat.device)].float().cpu())
+    return torch.stack(samples) if samples else None
+
+
+def is_other_base(expected: torch.Tensor | None, found: torch.Tensor | None) -> bool:
+    """Whether two of [`sample_base`] are certainly not of the same base, whatever the precision of each."""
+    if expected is None or found is None or expected.shape != found.shape:
+        # A base that is quantized in one of the two has another number of tensors.
+        return False
+    return not torch.allclose(expected, found, **SAMPLE_TOLERANCE)
 
 
 def merge_adapter_file(state: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:

@@ -1,13 +1,14 @@
 """What every stage's recipe does: parse, claim the folder, load data and model, train, save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 from transformers import EvalPrediction, set_seed
 
-from eval.data import QAExample, load_examples
+from eval.data import QAExample, iter_examples
 from eval.metrics.answer_f1.answer_f1 import score_answer
 from eval.metrics.retrieval_recall.retrieval_recall import score_ranking
 from recipes.nano import world
@@ -29,14 +30,14 @@ from trainers.cli import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_questions(path: str) -> list[dict]:
+def read_questions(path: str) -> Iterator[dict]:
     """Rows of the question-answering schema, checked line by line."""
-    return [qa_row(example) for example in load_examples(path)]
+    return map(qa_row, iter_examples(path))
 
 
-def load_labelled_questions(path: str) -> list[dict]:
+def read_labelled_questions(path: str) -> Iterator[dict]:
     """The same for training a retriever from labels: rows need no answers."""
-    return [qa_row(example) for example in load_examples(path, needs_answers=False)]
+    return map(qa_row, iter_examples(path, needs_answers=False))
 
 
 def qa_row(example: QAExample) -> dict:
@@ -49,14 +50,15 @@ def qa_row(example: QAExample) -> dict:
     }
 
 
-def load_split(data: DataArguments, loader: Callable[[str], list[dict]]) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data; the nano world's are written first where the recipe asks for them."""
+def load_split(data: DataArguments, read: Callable[[str], Iterable[dict]]) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data, up to their limits; the nano world's are written first where a recipe asks for
+    them."""
     if data.nano_world:
         world.ensure(data.nano_world)
-    train = Dataset.from_list(loader(data.train_file)[: data.train_limit])
+    train = Dataset.from_list(list(islice(read(data.train_file), data.train_limit)))
     if data.validation_file is None:
         return train, None
-    return train, Dataset.from_list(loader(data.validation_file)[: data.validation_limit])
+    return train, Dataset.from_list(list(islice(read(data.validation_file), data.validation_limit)))
 
 
 def check_user_texts(processor, files: dict[str | None, Dataset | None]) -> None:
@@ -128,7 +130,7 @@ def train_recipe(
     trainer_class: type[CLaRaTrainer],
     config_class: type[CLaRaTrainingArguments],
     default_config: str,
-    loader: Callable[[str], list[dict]],
+    read: Callable[[str], Iterable[dict]],
     make_metrics: Callable,
     arguments: list[str] | None,
 ) -> None:
@@ -145,7 +147,7 @@ def train_recipe(
         return
     # The first process may write what all read.
     with training_args.main_process_first(desc="loading data"):
-        train, validation = load_split(data_args, loader)
+        train, validation = load_split(data_args, read)
     # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
     set_seed(training_args.seed)
     model = load_model(model_args)

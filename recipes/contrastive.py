@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.common import load_labelled_questions, ranking_metrics, train_recipe
+from recipes.common import ranking_metrics, read_labelled_questions, train_recipe
 from trainers.cli import run
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
 
@@ -19,7 +19,7 @@ from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
 def main(arguments: list[str] | None = None) -> None:
     default_config = "recipes/nano/contrastive.yaml"
     train_recipe(
-        ContrastiveTrainer, ContrastiveConfig, default_config, load_labelled_questions, ranking_metrics, arguments
+        ContrastiveTrainer, ContrastiveConfig, default_config, read_labelled_questions, ranking_metrics, arguments
     )
 
 

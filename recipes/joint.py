@@ -11,14 +11,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.common import answer_metrics, load_questions, train_recipe
+from recipes.common import answer_metrics, read_questions, train_recipe
 from trainers.cli import run
 from trainers.joint import JointConfig, JointTrainer
 
 
 def main(arguments: list[str] | None = None) -> None:
     default_config = "recipes/nano/joint.yaml"
-    train_recipe(JointTrainer, JointConfig, default_config, load_questions, answer_metrics, arguments)
+    train_recipe(JointTrainer, JointConfig, default_config, read_questions, answer_metrics, arguments)
 
 
 if __name__ == "__main__":

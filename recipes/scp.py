@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.data import load_scp
+from eval.data import iter_scp
 from recipes.common import train_recipe
 from trainers.base import token_accuracy
 from trainers.cli import run
@@ -20,7 +20,7 @@ from trainers.scp import SCPConfig, SCPTrainer
 
 def main(arguments: list[str] | None = None) -> None:
     default_config = "recipes/nano/scp.yaml"
-    train_recipe(SCPTrainer, SCPConfig, default_config, load_scp, lambda *_: token_accuracy, arguments)
+    train_recipe(SCPTrainer, SCPConfig, default_config, iter_scp, lambda *_: token_accuracy, arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from modeling_clara import CLaRaProcessor
-from recipes.common import load_questions, load_split
+from recipes.common import load_split, read_questions
 from trainers.cli import DataArguments, check_folder, claimed_folder, is_finished, parse, run, train_stage
 
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
         return
     processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
-    train, validation = load_split(data_args, load_questions)
+    train, validation = load_split(data_args, read_questions)
     with claimed_folder(data_args, model_args, training_args):
         trainer = SFTTrainer(
             model=model_args.model_name_or_path,

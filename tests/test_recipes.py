@@ -295,7 +295,7 @@ def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
 
 def test_limits_take_rows_from_the_start_of_the_files(qa_file, monkeypatch, capsys, config):
     data = cli.DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
-    train, validation = common.load_split(data, common.load_questions)
+    train, validation = common.load_split(data, common.read_questions)
     assert (len(train), len(validation)) == (3, 2)
     code, error = program(monkeypatch, capsys, scp.main, "--config", config(), "--train_limit", "0")
     assert code != 0 and "train_limit is 0; it must be at least 1" in f"{code}{error}"

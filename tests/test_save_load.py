@@ -182,7 +182,7 @@ def test_an_adapter_only_file_holds_adapters_memory_embeddings_and_added_rows_on
     assert rows == {"added_rows.input"} | ({"added_rows.output"} if name == "adapter-untied" else set())
     assert all(state[key].shape == (7, 32) for key in rows)
     lora = {key for key in state if ".lora_A." in key or ".lora_B." in key}
-    assert state.keys() == lora | rows | {"memory_embeddings.weight"}
+    assert state.keys() == lora | rows | {"memory_embeddings.weight", "base_sample"}
     for adapter in (COMPRESSOR, GENERATOR, QUERY_REASONER):
         assert sum(f".{adapter}." in key for key in lora) == 2 * 14
     size = os.path.getsize(folder / name / "model.safetensors")
@@ -289,6 +289,34 @@ def test_adapters_over_another_base_are_refused_in_one_sentence(moved, tmp_path,
     with pytest.raises(ValueError, match=message) as refused:
         AutoModel.from_pretrained(moved[0], base_model_name_or_path=str(tmp_path / "other"))
     assert "\n" not in str(refused.value) and "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["as saved", "saved again"])
+def test_adapters_over_other_weights_of_the_same_shape_are_refused(moved, tmp_path, again):
+    checkpoint, base = moved
+    if again:
+        AutoModel.from_pretrained(checkpoint, base_model_name_or_path=str(base)).save_pretrained(tmp_path / "again")
+        checkpoint = tmp_path / "again"
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.02)  # a little more than bfloat16 rounds
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was made over another base: the weights of '.*other' are not those"):
+        AutoModel.from_pretrained(checkpoint, base_model_name_or_path=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_know_their_base_in_another_precision(moved, tmp_path, dtype):
+    checkpoint, base = moved
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
+    for name, wanted in ((str(base), dtype), (str(tmp_path / "half"), torch.float32)):
+        assert AutoModel.from_pretrained(checkpoint, base_model_name_or_path=name, dtype=wanted).dtype == wanted
+
+
+@pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
+def test_an_argument_that_from_pretrained_does_not_know_is_refused(models, folder, name):
+    with pytest.raises(TypeError, match="unexpected .*argument 'dtyp'"):
+        CLaRaForRetrievalGeneration.from_pretrained(folder / name, dtyp=torch.bfloat16)
 
 
 # Overridden fields

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -265,6 +265,11 @@ class CLaRaTrainer(CheckpointTrainer):
     def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
         """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""
         return sequences.masked_fill(sequences == self.model.config.pad_token_id, IGNORE_INDEX)
+
+
+def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
+    """`dataset` with further columns. `Dataset.add_column` would pickle every value for a fingerprint."""
+    return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 
 
 def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

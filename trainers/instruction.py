@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from modeling_clara.processing_clara import distinct_texts
 
-from .base import EXAMPLE_INDEX
+from .base import EXAMPLE_INDEX, with_columns
 from .scp import CompressionTrainer, CompressionTrainingArguments
 
 
@@ -33,7 +33,7 @@ class InstructionTrainer(CompressionTrainer):
             return {**example, EXAMPLE_INDEX: position}
 
         tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
-        return tokenized.add_column("document_ids", self.with_documents(dataset))
+        return with_columns(tokenized, {"document_ids": self.with_documents(dataset)})
 
     def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
         batch = self.eval_rows[rows]

@@ -13,7 +13,7 @@ from modeling_clara.memory_store import MemoryStore
 from modeling_clara.processing_clara import index_matrix
 from modeling_clara.sharded_clara import gathered
 
-from .base import CLaRaTrainer, CLaRaTrainingArguments, pad_documents
+from .base import CLaRaTrainer, CLaRaTrainingArguments, pad_documents, with_columns
 
 
 # Candidates that evaluation ranks, for Recall@5 where fewer are selected.
@@ -143,8 +143,8 @@ class RetrievalTrainer(CLaRaTrainer):
             with gathered(self.store.model.parameters()):
                 ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
         known = dict(zip(distinct, ids, strict=True))
-        tokenized = tokenized.add_column(column, [[known[text] for text in docs] for docs in candidates])
-        return tokenized.add_column("pos_index", positives(dataset))
+        columns = {column: [[known[text] for text in docs] for docs in candidates], "pos_index": positives(dataset)}
+        return with_columns(tokenized, columns)
 
     def candidate_memories(self, rows: list[int]) -> list[torch.Tensor]:
         """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""

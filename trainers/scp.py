@@ -15,7 +15,14 @@ from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
-from .base import EXAMPLE_INDEX, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, pad_examples
+from .base import (
+    EXAMPLE_INDEX,
+    CLaRaTrainer,
+    CLaRaTrainingArguments,
+    pad_documents,
+    pad_examples,
+    with_columns,
+)
 from .mix import MixSampler, check_weights
 
 
@@ -115,9 +122,10 @@ class CompressionTrainer(CLaRaTrainer):
 
     def with_documents(self, dataset: Dataset) -> list[list[list[int]]]:
         """Token ids of every row's documents; each distinct document is tokenized once, cut ones reported once."""
-        distinct = list(dict.fromkeys(text for docs in dataset["docs"] for text in docs))
+        given = dataset["docs"][:]  # at once, not row by row
+        distinct = list(dict.fromkeys(text for docs in given for text in docs))
         ids = dict(zip(distinct, self.processor.encode_documents(distinct), strict=True))
-        return [[ids[text] for text in docs] for docs in dataset["docs"]]
+        return [[ids[text] for text in docs] for docs in given]
 
 
 class SCPTrainer(CompressionTrainer):
@@ -150,4 +158,4 @@ class SCPTrainer(CompressionTrainer):
             return {**example, EXAMPLE_INDEX: position}
 
         tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
-        return tokenized.add_column("document_ids", self.with_documents(dataset))
+        return with_columns(tokenized, {"document_ids": self.with_documents(dataset)})
