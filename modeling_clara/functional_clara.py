@@ -1,5 +1,6 @@
 """Functions of tensors: banks of memories, retrieval scores, positions, the answer's cross entropy."""
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -60,6 +61,34 @@ def memory_bank(
         empty = "memories" if isinstance(memories, torch.Tensor) else f"memories[{counts.index(0)}]"
         raise ValueError(f"{empty} is empty: give every question at least one candidate.")
     return bank, index.to(device)
+
+
+def name_of_row(row: int, memories: torch.Tensor | list[torch.Tensor]) -> str:
+    """What row `row` of the bank is among the `memories` that [`memory_bank`] made it of."""
+    if isinstance(memories, torch.Tensor):
+        return f"memories[{row}]"
+    position = 0
+    while row >= len(memories[position]):
+        row -= len(memories[position])
+        position += 1
+    return f"memories[{position}][{row}]"
+
+
+def check_finite(rows: torch.Tensor, name: Callable[[int], str], remedy: str) -> None:
+    """Raise unless all values of `rows` `[N, l, H]` are finite. Waits for the device.
+
+    Args:
+        name: from a row's number to what the error calls it.
+        remedy: how the error ends.
+
+    Raises:
+        ValueError: a row holds NaN or an infinite value.
+    """
+    low, high = rows.flatten(1).aminmax(dim=1)  # NaN comes through both
+    broken = (~(low.isfinite() & high.isfinite())).nonzero()
+    if len(broken):
+        dtype = str(rows.dtype).removeprefix("torch.")
+        raise ValueError(f"{name(int(broken[0]))} has values that are NaN or infinite in {dtype}: {remedy}.")
 
 
 def cosine_scores(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,12 +22,14 @@ from .adapters import (
 )
 from .compat_original import OriginalMethods
 from .functional_clara import (
+    check_finite,
     check_memories,
     contiguous,
     cosine_scores,
     cross_entropy,
     mask_or_ones,
     memory_bank,
+    name_of_row,
     position_ids,
     positions_to_keep,
 )
@@ -40,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 MEMORY_EMBEDDINGS = "memory_embeddings"
 DEFAULT_MAX_NEW_TOKENS = 64
+FINITE_WEIGHTS = "load weights that are finite, or a dtype with a wider range"
 
 
 class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
@@ -265,6 +269,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+        kind = "documents" if adapter == COMPRESSOR else "questions"
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
         memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
         starts = logging.tqdm(range(0, len(rows), batch_size), desc="Compressing", disable=not show_progress)
@@ -273,7 +278,9 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 chosen = order[start : start + batch_size]
                 batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
                 # The type differs from the model's under autocast.
-                memories[chosen] = self.encode(adapter, batch["input_ids"], batch["attention_mask"])[0].to(self.dtype)
+                found = self.encode(adapter, batch["input_ids"], batch["attention_mask"])[0].to(self.dtype)
+                check_finite(found, lambda row, chosen=chosen: f"the memory of {kind}[{chosen[row]}]", FINITE_WEIGHTS)
+                memories[chosen] = found
         return memories
 
     def compress(self, documents: list[str], batch_size: int = 32, show_progress: bool = False) -> torch.Tensor:
@@ -288,7 +295,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             `[N, l, H]` in the model's dtype, on its device, in the order of `documents`.
 
         Raises:
-            TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token.
+            TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token; a memory with
+                values that are not finite.
         """
         return self._encode_rows(COMPRESSOR, self.processor.encode_documents(documents), batch_size, show_progress)
 
@@ -303,7 +311,9 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
 
     def _bank(self, memories, num_questions: int, allow_none: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         bank, index = memory_bank(memories, num_questions, self._memory_shape, self.device, allow_none)
-        return bank.to(self.dtype), index
+        bank = bank.to(self.dtype)
+        check_finite(bank, partial(name_of_row, memories=memories), "compress its document again")
+        return bank, index
 
     def _rank(
         self, questions: list[str], bank: torch.Tensor, index: torch.Tensor, top_k: int | None
@@ -325,7 +335,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             top_k (`int`, *optional*): how many to return; the configuration's by default, at most N.
 
         Raises:
-            TypeError, ValueError: questions that are empty or no strings, memories of another width or rate.
+            TypeError, ValueError: questions that are empty or no strings, memories of another width or rate, or with
+                values that are not finite.
         """
         self.processor.check_user_texts(questions, "questions")
         with torch.no_grad():

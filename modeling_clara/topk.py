@@ -33,7 +33,8 @@ def straight_through_topk(
 
     Returns:
         `weights` `[batch, k, candidates]` in the dtype of `scores`, and `indices` `[batch, k]` int64, best first. Equal
-        scores are taken in the order of the candidates.
+        scores are taken in the order of the candidates. A row with a NaN among its candidates' scores has NaN weights,
+        so that the loss shows it, and indices that mean nothing.
 
     Raises:
         ValueError: `k` or `taken_mask` out of range, or `scores` not two-dimensional.

@@ -304,6 +304,29 @@ def test_what_does_not_fit_is_refused_in_one_sentence(untouched_clara, arguments
         untouched_clara.generate(questions=QUESTIONS[:1], **arguments)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_memories_that_are_not_finite_are_refused_with_their_row(untouched_clara, value):
+    memories = torch.ones(3, 4, 32)
+    memories[2, 1, 5] = value
+    message = "has values that are NaN or infinite in float32: compress its document again"
+    for given, name in ((memories, r"memories\[2\]"), ([memories[:2], memories[:0], memories], r"memories\[2\]\[2\]")):
+        for rerank in (True, False) if given is memories else (False,):
+            with pytest.raises(ValueError, match=f"{name} {message}"):
+                untouched_clara.generate(questions=QUESTIONS, memories=given, rerank=rerank)
+    with pytest.raises(ValueError, match=rf"memories\[1\]\[0\] {message}"):
+        untouched_clara.retrieve(QUESTIONS[:2], [memories[:2], memories[2:]])
+
+
+@pytest.mark.parametrize("part, name", [("compressor", r"documents\[1\]"), ("query_reasoner", r"questions\[1\]")])
+def test_weights_that_are_not_finite_are_told_by_compressing(clara, part, name):
+    with torch.no_grad():
+        clara.part_parameters(part)[-1].fill_(float("nan"))
+    message = f"the memory of {name} has values that are NaN or infinite in float32: load weights that are finite"
+    verb = clara.compress if part == "compressor" else clara.encode_questions
+    with pytest.raises(ValueError, match=message):
+        verb(["a", "a longer text"])
+
+
 @pytest.mark.parametrize(
     "questions, error, message",
     [

@@ -169,6 +169,14 @@ def test_a_row_without_any_candidate_is_empty_and_without_gradient():
     assert torch.isfinite(gradient).all() and not gradient[1].any() and gradient[0].any()
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_nan_score_makes_nan_weights_in_its_own_row_only(mask):
+    scores = torch.tensor([[0.1, math.nan, 0.3], [0.1, 0.2, math.nan]])
+    candidates = torch.tensor([[True, True, True], [True, True, False]])
+    weights, indices = straight_through_topk(scores, 2, candidate_mask=candidates, taken_mask=mask)
+    assert weights[0, 0].isnan().all() and weights[1].isfinite().all() and indices[1].tolist() == [1, 0]
+
+
 def test_extreme_scores_and_temperatures_give_no_nan():
     scores = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]])
     for temperature in (0.0, 1e-9, 0.02, 1e6):
