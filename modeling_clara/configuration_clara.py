@@ -2,7 +2,7 @@
 
 import copy
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .topk import TAKEN_MASKS
 
@@ -112,6 +112,12 @@ class CLaRaConfig(PreTrainedConfig):
     original: dict | None = None
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        # As AutoConfig does it: errors can then name the folder.
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         subfolder = f" --subfolder {kwargs['subfolder']}" if kwargs.get("subfolder") else ""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -133,10 +139,8 @@ class CLaRaConfig(PreTrainedConfig):
         if self.decoder_config is None and self.base_model_name_or_path is not None:
             self.decoder_config = AutoConfig.from_pretrained(self.base_model_name_or_path)
         if isinstance(self.decoder_config, dict):
-            values = copy.deepcopy(self.decoder_config)
-            if "model_type" not in values:
-                raise ValueError(f"decoder_config needs a model_type, got the keys {sorted(values)}.")
-            self.decoder_config = AutoConfig.for_model(values.pop("model_type"), **values)
+            place = f"{kwargs['name_or_path']}: " if kwargs.get("name_or_path") else ""
+            self.decoder_config = read_decoder_config(self.decoder_config, f"{place}decoder_config")
         super().__post_init__(**kwargs)
 
     def validate_ranges(self):
@@ -222,3 +226,25 @@ class CLaRaConfig(PreTrainedConfig):
                 "this CLaRaConfig has neither decoder_config nor base_model_name_or_path: set one of them."
             )
         return self.decoder_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def read_decoder_config(values: dict, name: str) -> PreTrainedConfig:
+    """The configuration of a decoder from the dictionary that a `config.json` holds of it; `name` is used in errors.
+
+    Raises:
+        ValueError: no `model_type`, one that transformers does not know, or values that do not go together.
+    """
+    values = copy.deepcopy(values)
+    if "model_type" not in values:
+        raise ValueError(f"{name} needs a model_type, got the keys {sorted(values)}.")
+    kind = values.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{name} has the model_type {kind!r}, which this version of transformers does not know.")
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:
+        # Those of huggingface_hub's checks are no ValueErrors, and have the reason as their cause.
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(
+            f"{name} is no sound configuration of a {kind} model ({reason}): use config.json as it was saved."
+        ) from error

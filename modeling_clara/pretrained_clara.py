@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields as fields_of
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +38,7 @@ from .weights_clara import (
     is_other_base,
     merge_adapter_file,
     sample_base,
+    saved_format,
     saved_rows,
 )
 
@@ -90,8 +92,14 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
     @property
     def processor(self) -> CLaRaProcessor:
-        """The checkpoint's processor, loaded from the model's folder or repository on first use."""
+        """The checkpoint's processor, loaded from the model's folder or repository on first use.
+
+        Raises:
+            OSError: its files are missing or damaged, or the model was not loaded from anywhere.
+        """
         if self._processor is None:
+            if not self.name_or_path:
+                raise OSError("the model was loaded from no checkpoint: set model.processor to a CLaRaProcessor.")
             self._processor = CLaRaProcessor.from_pretrained(
                 self.name_or_path, config=self.config, **self._hub_arguments
             )
@@ -177,7 +185,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
         Arguments are those of `PreTrainedModel.from_pretrained`; fields of [`CLaRaConfig`] among them override the
         checkpoint's, for instance `base_model_name_or_path` where the base has moved. An adapter-only checkpoint finds
-        a base that is named by a path relative to the checkpoint's own folder. Of overridden `prompts`, kinds that are
+        a base that is named by a path relative to the checkpoint's own folder. `checkpoint_format` says how to save
+        from now on, not how the checkpoint was saved. Of overridden `prompts`, kinds that are
         left out are the default ones.
 
         Raises:
@@ -187,9 +196,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        dtype = kwargs.pop("dtype", None)
-        # How to save from now on; how the checkpoint was saved stands in its own configuration.
-        save_format = kwargs.pop("checkpoint_format", None)
+        dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
@@ -197,12 +204,14 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         if config.decoder_config is None:
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
-        config = _checked(config, name)
+        config = _checked(config, name, save_format)
+        with _absence_told(name):
+            is_adapter = saved_format(name, config, hub) == "adapter"
         _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
         if dtype in (None, "auto"):
             dtype = config.dtype or "auto"
         with _quiet_load_report(), _damage_told(name):
-            if config.checkpoint_format == "adapter":
+            if is_adapter:
                 path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
                 # The place as seen from here, so that the model can be saved somewhere else.
                 config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
@@ -219,7 +228,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 model, info = super().from_pretrained(name, *model_args, config=config, **options)
                 model.requires_grad_(False)
                 state, made_over = model.state_dict(), None
-        _check_complete(info, config, name)
+        _check_complete(info, f"{name} over the base {config.base_model_name_or_path!r}" if is_adapter else name)
         model._base_sample = sample_base(state, config)
         if is_other_base(made_over, model._base_sample):
             raise ValueError(
@@ -227,9 +236,6 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 "that its adapters were trained on. Pass base_model_name_or_path= with its own base."
             )
         model._hub_arguments = hub
-        if save_format is not None:
-            model.config.checkpoint_format = save_format
-            model.config.validate_ranges()
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
@@ -360,9 +366,10 @@ def _check_has_weights(folder: str) -> None:
         )
 
 
-def _checked(config: CLaRaConfig, name: str) -> CLaRaConfig:
+def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:
     """A copy of a checkpoint's configuration, whose fields may have been overridden, with all prompts."""
     config = copy.deepcopy(config)
+    config.checkpoint_format = save_format or config.checkpoint_format
     config.validate_ranges()
     config.prompts = config._complete_prompts(config.prompts)
     wanted = config.num_memory_tokens if config.distinct_memory_tokens else 1
@@ -437,6 +444,9 @@ def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:
             f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "
             f"({_why_absent(name, error)})."
         ) from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(f"the base model {name!r} has no sound config.json ({reason}): mend it.") from error
 
 
 def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
@@ -445,11 +455,8 @@ def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
     return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
 
 
-def _check_complete(info: dict, config: CLaRaConfig, name: str) -> None:
+def _check_complete(info: dict, name: str) -> None:
     mismatched = {key for key, *_ in info["mismatched_keys"]}
-    whole = name
-    if config.checkpoint_format == "adapter":
-        whole = f"{name} over the base {config.base_model_name_or_path!r}"
     for fault, keys in (
         ("missing", info["missing_keys"]),
         ("of another shape than the configuration says", mismatched),
@@ -457,6 +464,6 @@ def _check_complete(info: dict, config: CLaRaConfig, name: str) -> None:
     ):
         if keys:
             raise ValueError(
-                f"{whole}: {len(keys)} weights are {fault}, {min(keys)!r} among them; the checkpoint is incomplete or "
+                f"{name}: {len(keys)} weights are {fault}, {min(keys)!r} among them; the checkpoint is incomplete or "
                 "for another decoder: use config.json, weights and base that belong together."
             )

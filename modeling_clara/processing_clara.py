@@ -111,13 +111,27 @@ class CLaRaProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, config: CLaRaConfig | None = None, **kwargs):
-        """Load the tokenizer and, unless given, the configuration of a checkpoint folder or Hub repository."""
+        """Load the tokenizer and, unless given, the configuration of a checkpoint folder or Hub repository.
+
+        Raises:
+            OSError: files are missing or damaged.
+        """
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
         hub = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
         if config is None:
             config = CLaRaConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         # Without the configuration, AutoTokenizer would load it itself and ask whether to trust its code.
-        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **hub), config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **hub)
+        except ImportError:
+            raise
+        except Exception as error:  # of many kinds, each in several lines
+            reason = str(error).strip().split("\n")[0].rstrip(" .:")
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no tokenizer that can be loaded ({reason}): its tokenizer.json "
+                "or tokenizer_config.json is missing or damaged; save the processor there again."
+            ) from error
+        return cls(tokenizer, config)
 
     # Encoder side: documents and questions
 

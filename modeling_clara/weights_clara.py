@@ -2,7 +2,7 @@
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_clara import CLaRaConfig
 
@@ -14,6 +14,17 @@ BASE_SAMPLE, SAMPLED_VALUES = "base_sample", 8
 SAMPLE_TOLERANCE = {"rtol": 2**-7, "atol": 1e-6}
 # Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
 MEMORY_EMBEDDING_SPREAD = 0.5
+
+
+def saved_format(name: str, config: CLaRaConfig, hub: dict) -> str:
+    """How the weights at `name` were saved, `full` or `adapter`: from its own `config.json`, since the field of
+    `config` may have been overridden, which says how to save from now on.
+
+    Args:
+        hub: arguments of the Hub (`revision`, `token`, ...).
+    """
+    values = PreTrainedConfig.get_config_dict(name, **hub)[0]
+    return values.get("checkpoint_format", "full") if values else config.checkpoint_format
 
 
 def embedding_keys(decoder: PreTrainedModel) -> tuple[str, str | None]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -155,6 +156,14 @@ def test_a_base_that_is_a_clara_checkpoint_or_not_there_is_told(clara, tmp_path)
         CLaRaForRetrievalGeneration.from_base(tmp_path / "clara")
     with pytest.raises(OSError, match=r"the base model '.*gone' could not be loaded: .*\(there is no such folder\)"):
         CLaRaForRetrievalGeneration.from_base(tmp_path / "gone")
+
+
+def test_a_base_whose_configuration_contradicts_itself_is_told(bases, tmp_path):
+    shutil.copytree(bases["qwen3"], tmp_path / "odd")
+    path = tmp_path / "odd" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"base model '.*odd' has no sound config.json \(`num_hidden_layers` \(3\)"):
+        CLaRaForRetrievalGeneration.from_base(tmp_path / "odd")
 
 
 def test_the_special_tokens_of_the_base_stay(base, tmp_path):

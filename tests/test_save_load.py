@@ -323,6 +323,19 @@ def test_an_argument_that_from_pretrained_does_not_know_is_refused(models, folde
 
 
 @pytest.mark.parametrize("load", [AutoModel.from_pretrained, CLaRaForRetrievalGeneration.from_pretrained])
+@pytest.mark.parametrize("name, other", [("full-untied", "adapter"), ("adapter-tied", "full")])
+def test_the_format_to_save_in_is_not_taken_for_the_one_that_was_saved(models, folder, tmp_path, load, name, other):
+    model = load(folder / name, checkpoint_format=other)
+    assert torch.equal(model.compress(TEXTS), models[name].compress(TEXTS))
+    model.save_pretrained(tmp_path)
+    assert ("added_rows.input" in load_file(tmp_path / "model.safetensors")) == (other == "adapter")
+    config = CLaRaConfig.from_pretrained(folder / name, checkpoint_format=other)
+    assert CLaRaForRetrievalGeneration.from_pretrained(folder / name, config=config).config.checkpoint_format == other
+    with pytest.raises(ValueError, match="checkpoint_format must be one of .*, got 'lora'"):
+        load(folder / name, checkpoint_format="lora")
+
+
+@pytest.mark.parametrize("load", [AutoModel.from_pretrained, CLaRaForRetrievalGeneration.from_pretrained])
 @pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
 @pytest.mark.parametrize(
     "fields, message",
@@ -438,6 +451,42 @@ def test_a_configuration_of_another_decoder_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=f"{message}.* among them; .* for another decoder: use config.json") as refused:
         AutoModel.from_pretrained(tmp_path / "other")
     assert "\n" not in str(refused.value) and "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "decoder, message",
+    [
+        ({"num_hidden_layers": 3}, r"`num_hidden_layers` \(3\) must be equal to .*\): use config.json as it was saved"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"model_type": "nope"}, "the model_type 'nope', which this version of transformers does not know"),
+    ],
+    ids=["layer_types", "type", "model_type"],
+)
+def test_a_configuration_that_contradicts_itself_is_told_with_its_folder(models, folder, tmp_path, decoder, message):
+    shutil.copytree(folder / "full-tied", tmp_path / "odd")
+    change_config(tmp_path / "odd", decoder)
+    for load in (
+        AutoModel.from_pretrained,
+        CLaRaForRetrievalGeneration.from_pretrained,
+        CLaRaProcessor.from_pretrained,
+    ):
+        with pytest.raises(ValueError, match=f"odd: decoder_config .*{message}") as refused:
+            load(tmp_path / "odd")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tokenizer_that_is_missing_or_damaged_is_told_with_the_folder(models, folder, tmp_path, damaged):
+    shutil.copytree(folder / "full-untied", tmp_path / "broken")
+    for path in (tmp_path / "broken").glob("tokenizer*"):
+        path.write_text("{") if damaged else path.unlink()
+    model = AutoModel.from_pretrained(tmp_path / "broken")
+    with pytest.raises(OSError, match=r"broken has no tokenizer that can be loaded \(.*\): .* save the") as told:
+        model.compress(TEXTS)
+    assert "\n" not in str(told.value)
+    model.name_or_path = ""
+    with pytest.raises(OSError, match="was loaded from no checkpoint: set model.processor to a CLaRaProcessor"):
+        model.compress(TEXTS)
 
 
 def test_saving_over_an_older_checkpoint_replaces_it(models, base, tmp_path):
