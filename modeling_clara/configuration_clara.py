@@ -1,6 +1,7 @@
 """Configuration of a CLaRa model: the nested decoder, the compression geometry, adapters, retrieval and prompts."""
 
 import copy
+import math
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -9,6 +10,7 @@ from .topk import TAKEN_MASKS
 
 CHECKPOINT_FORMATS = ("full", "adapter")
 EMBEDDING_ROWS = ("added", "all")
+SWITCHES = ("distinct_memory_tokens", "query_reasoner", "keep_end_token", "separated_slots", "exact_prompt_end")
 ORIGINAL_MODEL_TYPE = "CLaRa"
 PROMPT_KINDS = ("answer", "qa", "paraphrase")
 DEFAULT_PROMPTS = {
@@ -75,7 +77,7 @@ class CLaRaConfig(PreTrainedConfig):
             `config.json`, and which of its adapters held copies of the embeddings.
 
     Raises:
-        ValueError: a value out of range, naming the argument.
+        ValueError: a value out of range or of another type, naming the argument.
     """
 
     model_type = "clara"
@@ -144,7 +146,7 @@ class CLaRaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_ranges(self):
-        """Raise a `ValueError` that names the field whose value is out of range."""
+        """Raise a `ValueError` that names the field whose value is out of range or of another type."""
         for name in ("doc_max_length", "compression_rate", "query_max_length", "top_k", "lora_r"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -160,8 +162,15 @@ class CLaRaConfig(PreTrainedConfig):
             ("lora_dropout", lambda value: 0 <= value < 1, "at least 0 and below 1"),
         ):
             value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}.")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.document_start, (str, type(None))):
+            raise ValueError(f"document_start must be a text or None, got {self.document_start!r}.")
         choices = {
             "topk_taken_mask": TAKEN_MASKS,
             "checkpoint_format": CHECKPOINT_FORMATS,
