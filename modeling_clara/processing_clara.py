@@ -196,9 +196,25 @@ class CLaRaProcessor(ProcessorMixin):
         return self._encode(documents, self.config.doc_max_length)[1]
 
     def encode_questions(self, questions: list[str]) -> list[list[int]]:
-        """Token ids of each question with its markers, without memory tokens, at most `query_max_length` + 3 long."""
+        """Token ids of each question with its markers, without memory tokens, at most `query_max_length` + 3 long.
+
+        Questions over the budget are cut; a warning says how many and how to list them, once for each number.
+        """
         self.check_user_texts(questions, "questions")
-        return self._encode(questions, self.config.query_max_length)[0]
+        rows, cut = self._encode(questions, self.config.query_max_length)
+        if cut:
+            # Data loaders call this for one question at a time.
+            logger.warning_once(
+                f"{len(cut)} of {len(questions)} questions are longer than query_max_length="
+                f"{self.config.query_max_length} tokens and were cut for retrieval; "
+                "processor.find_cut_questions(questions) lists them."
+            )
+        return rows
+
+    def find_cut_questions(self, questions: list[str]) -> list[int]:
+        """Positions of the questions that are longer than `query_max_length` tokens."""
+        self.check_user_texts(questions, "questions")
+        return self._encode(questions, self.config.query_max_length)[1]
 
     def pad_encodings(self, rows: list[list[int]], width: int | None = None) -> BatchFeature:
         """Batch encoded documents or questions: left padding to the longest (or `width`), then the memory tokens.
@@ -245,11 +261,18 @@ class CLaRaProcessor(ProcessorMixin):
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception:  # templates without a system role raise, each with a sentence of its own
-            if messages[0]["role"] != "system":
-                raise
-        system, user, *rest = messages
-        merged = {"role": "user", "content": f"{system['content']}\n{user['content']}"}
-        return self.tokenizer.apply_chat_template([merged, *rest], **options)
+            pass
+        if messages[0]["role"] == "system":
+            system, user, *rest = messages
+            messages = [{"role": "user", "content": f"{system['content']}\n{user['content']}"}, *rest]
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f"the tokenizer's chat template cannot write a question and its answer ({reason}): set "
+                "tokenizer.chat_template to one that can, or to None."
+            ) from error
 
     def answer_prompt(self, question: str, num_documents: int = 0, documents: list[str] | None = None) -> str:
         """The chat prompt for a question over memory slots, or over the raw text of `documents`."""

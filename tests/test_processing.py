@@ -125,6 +125,28 @@ def test_cut_documents_are_counted_once_per_call_with_the_way_to_list_them(proce
     ]
 
 
+def test_cut_questions_are_told_once_with_the_way_to_list_them(caplog):
+    processor = build_processor(query_max_length=7)
+    long = exactly(processor, 8)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            processor.encode_questions(["Who?", long])
+        processor.encode_questions(["Who?", exactly(processor, 7)])
+    assert [record.message for record in caplog.records] == [
+        "1 of 2 questions are longer than query_max_length=7 tokens and were cut for retrieval; "
+        "processor.find_cut_questions(questions) lists them."
+    ]
+    assert processor.find_cut_questions(["Who?", long]) == [1]
+
+
+@pytest.mark.parametrize("system", ["Be brief.", None])
+def test_a_chat_template_that_always_raises_is_told(system):
+    processor = build_processor(prompts={"answer": {**PROMPTS["answer"], "system": system}})
+    processor.tokenizer.chat_template = "{{ raise_exception('No roles at all.') }}"
+    with pytest.raises(ValueError, match=r"the tokenizer's chat template cannot write .* \(No roles at all\): set"):
+        processor.answer_prompt("Who?", 1)
+
+
 def test_questions_have_a_budget_of_their_own():
     processor = build_processor(query_max_length=5)
     (row,) = processor.encode_questions([exactly(processor, 30)])
