@@ -25,6 +25,19 @@ def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str
         )
 
 
+def check_document_index(document_index: torch.Tensor, count: int) -> None:
+    """Raise if `document_index` `[B, N]` goes beyond `count` documents; one on a device is not waited for.
+
+    Raises:
+        ValueError: a value of at least `count`.
+    """
+    if document_index.device.type == "cpu" and document_index.numel() > 0 and int(document_index.max()) >= count:
+        raise ValueError(
+            f"document_index holds {int(document_index.max())}, but there are {count} documents: give rows from 0 to "
+            f"{count - 1}, or -1 for none."
+        )
+
+
 def memory_bank(
     memories: torch.Tensor | list[torch.Tensor],
     num_questions: int,

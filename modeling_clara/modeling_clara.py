@@ -22,6 +22,7 @@ from .adapters import (
 )
 from .compat_original import OriginalMethods
 from .functional_clara import (
+    check_document_index,
     check_finite,
     check_memories,
     contiguous,
@@ -182,8 +183,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 divided by it, else their mean.
 
         Raises:
-            ValueError: neither or both of documents and memories, memories of another width or rate, slots that do not
-                match the documents, or neither prompts nor a query.
+            ValueError: neither or both of documents and memories, memories of another width or rate, a document_index
+                (on the CPU) beyond them, slots that do not match the documents, or neither prompts nor a query.
         """
         if (document_input_ids is None) == (memories is None) or document_index is None:
             raise ValueError("give document_index and either document_input_ids or memories, not both and not neither.")
@@ -192,7 +193,9 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         mse_loss = None
         if memories is not None:
             check_memories(memories, self._memory_shape, "memories")
+            check_document_index(document_index, len(memories))
         else:
+            check_document_index(document_index, len(document_input_ids))
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.
             with nullcontext() if self.compressor_trains else self._inference():
                 memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask)
@@ -357,14 +360,17 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             questions (`list[str]`, B of them).
             documents (`list[list[str]]`): candidates of each question, compressed here; or
             memories: made earlier, `[N, l, H]` shared by all questions or a list of B tensors `[N_b, l, H]`.
-            top_k (`int`, *optional*): documents in the prompt; the configuration's by default.
-            rerank (`bool`): `False` puts all given documents into the prompt in their order; with memories `[0, l, H]`
+            top_k (`int`, *optional*): documents in the prompt; the configuration's by default, all with `rerank=False`.
+                The `top_k` of sampling is given in a [`~transformers.GenerationConfig`].
+            rerank (`bool`): `False` puts the given documents into the prompt in their order; with memories `[0, l, H]`
                 the prompt has none.
-            generate_kwargs: any option of transformers' `generate`, a streamer included. By default decoding is greedy
-                with at most 64 new tokens, and the base's own generation defaults are not used.
+            generate_kwargs: any option of transformers' `generate`, a streamer and `generation_config` included. By
+                default decoding is greedy with at most 64 new tokens, and the base's own generation defaults are not
+                used. `max_length` counts the prompt too: `max_new_tokens` does not.
 
         Raises:
-            TypeError, ValueError: see `compress` and `retrieve`; neither or both of documents and memories.
+            TypeError, ValueError: see `compress` and `retrieve`; neither or both of documents and memories; a
+                `max_length` that the prompt fills.
         """
         if (documents is None) == (memories is None):
             raise ValueError("give either documents or memories, not both and not neither.")
@@ -381,6 +387,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             if rerank:
                 found = self._rank(questions, bank, index, top_k)
                 scores, chosen = found.scores, found.indices
+            elif top_k is not None:
+                chosen = chosen[:, : self._slots(index >= 0, top_k)]
             return self._answer(questions, bank, index, chosen, scores, generate_kwargs)
 
     def _answer(self, questions, bank, index, chosen, scores, generate_kwargs) -> CLaRaGenerationOutput:
@@ -405,6 +413,13 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         options = {**generate_kwargs}
         given = options.get("generation_config")
         known = options if given is None else {name for name, value in given.to_dict().items() if value is not None}
+        longest = options.get("max_length") if given is None else given.max_length
+        width = batch["input_ids"].shape[1]
+        if longest is not None and longest <= width and "max_new_tokens" not in known:
+            raise ValueError(
+                f"max_length={longest} leaves no room for an answer, since it counts the prompt's {width} tokens too: "
+                "give max_new_tokens instead."
+            )
         defaults = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
         if "max_length" not in known:
             defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS

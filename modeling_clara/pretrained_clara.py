@@ -293,7 +293,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             copy_whole(given[key], value)
 
     def compressor_fingerprint(self) -> str:
-        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base."""
+        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base.
+
+        Any change of the first three changes it. Of every frozen matrix only 64 values are looked at, evenly spread:
+        another base is told, but not one in which a few other values were changed.
+        """
         config = self.config
         geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
         digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())

@@ -335,6 +335,10 @@ def test_a_mask_that_is_not_given_is_all_ones(untouched_clara, texts):
             {"memories": torch.zeros(4, 2, 32)},
             r"memories has the shape \[4, 2, 32\], but this model makes \[N, 4, 32\]",
         ),
+        (
+            {"document_index": torch.tensor([[0, 4]])},
+            "document_index holds 4, but there are 4 documents: give rows from 0 to 3, or -1 for none",
+        ),
         ({"document_index": torch.tensor([[0]])}, "hold 8 memory positions, but 4 memory vectors were selected"),
     ],
 )

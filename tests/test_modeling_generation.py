@@ -140,6 +140,21 @@ def test_without_rerank_all_documents_are_used_in_the_given_order(double_clara, 
     assert trimmed(double_clara, ragged.sequences[1]) == slow_answer(double_clara, QUESTIONS[1], memories[3:], 5)
 
 
+def test_without_rerank_top_k_takes_the_first_and_sampling_has_a_top_k_of_its_own(double_clara, memories):
+    rows = [memories[:1], memories[1:4]]
+    output = double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, top_k=2, max_new_tokens=5)
+    assert output.indices.tolist() == [[0, -1], [0, 1]]
+    expected = slow_answer(double_clara, QUESTIONS[1], memories[1:3], 5)
+    assert trimmed(double_clara, output.sequences[1]) == expected
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
+        double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, top_k=0)
+    # Sampling from one token is greedy decoding, whatever the number of documents.
+    config = GenerationConfig(do_sample=True, top_k=1, temperature=9.0, max_new_tokens=5)
+    sampled = double_clara.generate(questions=QUESTIONS, memories=memories, top_k=2, generation_config=config)
+    greedy = double_clara.generate(questions=QUESTIONS, memories=memories, top_k=2, max_new_tokens=5)
+    assert torch.equal(sampled.sequences, greedy.sequences) and sampled.indices.shape == (3, 2)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_no_memory_is_a_prompt_without_documents(double_clara, memories, shared):
     nothing = memories[:0]
@@ -190,6 +205,10 @@ def test_a_generation_config_is_used_as_it_is_and_gets_the_models_end_and_paddin
     short = GenerationConfig(max_length=length + 2)
     limited = double_clara.generate(questions=QUESTIONS, memories=memories, generation_config=short)
     assert limited.sequences.shape == (3, 2)
+    with pytest.raises(ValueError, match=f"max_length=8 leaves no room .* prompt's {length} tokens too: give max_new_"):
+        double_clara.generate(questions=QUESTIONS, memories=memories, generation_config=GenerationConfig(max_length=8))
+    with pytest.raises(ValueError, match=f"max_length={length} leaves no room for an answer"):
+        double_clara.generate(questions=QUESTIONS, memories=memories, max_length=length)
     assert config.eos_token_id is None
     assert not [record for record in caplog.records if "generation_config" in record.message]
 
