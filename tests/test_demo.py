@@ -1,6 +1,7 @@
 """The whole demo in a shrunken form: interrupted once, called again, then reused."""
 
 import json
+import warnings
 
 import pytest
 from transformers import Trainer
@@ -37,9 +38,16 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     assert (out / "scp" / "config.json").exists() and not (out / "instruct" / "config.json").exists()
     assert not (out / "results.json").exists()
 
-    capsys.readouterr()
-    demo.main(arguments)
-    assert "clara-before-joint" in capsys.readouterr().out and "reused" in caplog.text
+    assert (
+        f"[1/7] Data: documents about an invented world, and questions over them\n{out / 'data'} holds the data.\n"
+        in (capsys.readouterr().out)
+    )
+    with warnings.catch_warnings(record=True) as told:
+        demo.main(arguments)
+    assert not [one for one in told if "gradient_checkpointing" in str(one.message)]
+    printed = capsys.readouterr().out
+    assert f"{out / 'data'} holds the data already: they are reused." in printed
+    assert "clara-before-joint" in printed and "reused" in caplog.text
     results = json.loads((out / "results.json").read_text())
     assert set(results["systems"]) == SYSTEMS
     for metrics in results["systems"].values():
@@ -57,6 +65,20 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     demo.main(arguments)
     assert len(calls) == steps
     assert json.loads((out / "results.json").read_text())["systems"] == results["systems"]
+
+    # Another limit evaluates anew, and the stages are reused.
+    demo.main([*arguments, "--limit", "6"])
+    fewer = json.loads((out / "results.json").read_text())
+    assert len(calls) == steps and {metrics["f1"]["n"] for metrics in fewer["systems"].values()} == {6}
+
+    # An evaluation that was interrupted goes on with its own limit, and is replaced with another.
+    monkeypatch.setattr(demo, "evaluate", lambda settings: settings.overwrite)
+    replaced = [demo.evaluate_nano(demo.DemoArguments(output_dir=str(out), limit=limit)) for limit in (6, 7)]
+    assert replaced == [False, True]
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "run.json").write_text(json.dumps({**fewer["settings"], "limit": 7}))
+    replaced = [demo.evaluate_nano(demo.DemoArguments(output_dir=str(out), limit=limit)) for limit in (6, 7)]
+    assert replaced == [True, False]
 
     with pytest.raises(UsageError, match="other settings"):
         demo.main([*arguments, "--max_steps", "3"])

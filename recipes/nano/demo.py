@@ -6,9 +6,11 @@
 A second call goes on where an interrupted one stopped, and says what it reuses. `--overwrite true` starts again.
 """
 
+import logging
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
+    # PEFT imports bitsandbytes where it is installed, whose missing kernel means nothing here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import matplotlib
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.trainer import TRAINER_STATE_NAME
 
+from eval.files import RUN, UNFINISHED, read_results
 from eval.report import format_tables
 from eval.run import run as evaluate
 from eval.settings import EvalSettings
@@ -36,11 +42,13 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 NANO = ROOT / "recipes" / "nano"
 STAGES = {"scp": scp, "instruct": instruct, "joint": joint, "contrastive": contrastive, "text-lora": text_lora}
 TITLES = {
+    "data": "Data: documents about an invented world, and questions over them",
     "scp": "SCP: learning to compress",
     "instruct": "Instruction tuning: answering from given memories",
     "joint": "Joint training: retrieval learned from answers alone",
     "contrastive": "Supervised twin: the same retriever, learned from relevance labels",
     "text-lora": "Baseline: the plain base on raw text, with a LoRA of its own",
+    "evaluation": "Evaluation on questions over unseen documents",
 }
 SECONDS_FILE = "seconds.json"
 
@@ -146,21 +154,32 @@ def plot_joint(out: Path) -> None:
 
 
 def evaluate_nano(args: DemoArguments) -> dict:
-    """Evaluate every system on the test questions; writes predictions, `table.md` and `results.json`."""
+    """Evaluate every system on the test questions; writes predictions, `table.md` and `results.json`.
+
+    Results with other settings, as of another `limit`, are replaced.
+    """
     out = Path(args.output_dir)
-    return evaluate(
-        EvalSettings(
-            data=str(out / "data" / "test.jsonl"),
-            model=str(out / "joint"),
-            before_joint=str(out / args.joint_start),
-            sup=str(out / "contrastive"),
-            text_model=str(out / "text-lora"),
-            output_dir=str(out),
-            limit=args.limit,
-            batch_size=64,
-            max_new_tokens=12,
-        )
+    settings = EvalSettings(
+        data=str(out / "data" / "test.jsonl"),
+        model=str(out / "joint"),
+        before_joint=str(out / args.joint_start),
+        sup=str(out / "contrastive"),
+        text_model=str(out / "text-lora"),
+        output_dir=str(out),
+        limit=args.limit,
+        batch_size=64,
+        max_new_tokens=12,
     )
+    begun = out / UNFINISHED / RUN
+    earlier = read_json(begun) if begun.exists() else (read_results(out) or {}).get("settings")
+    settings.overwrite = earlier is not None and earlier != settings.record()
+    return evaluate(settings)
+
+
+def make_data(folder: Path) -> None:
+    """Write the data files unless they are there; either is told."""
+    wrote = world.ensure(folder, progress=lambda items, name: tqdm(items, desc=f"Writing {name}", leave=False))
+    print(f"{folder} holds the data{'' if wrote else ' already: they are reused'}.", flush=True)
 
 
 def report(out: Path, results: dict) -> None:
@@ -185,13 +204,17 @@ def main(arguments: list[str] | None = None) -> None:
     if (out / "demo.json").exists() and read_json(out / "demo.json") != settings:
         raise UsageError(f"{out} holds a demo with other settings: pass --overwrite true, or another --output_dir.")
     write_json(out / "demo.json", settings)
-    timed(out, "data", lambda: world.ensure(out / "data"))
-    for number, (stage, recipe) in enumerate(STAGES.items(), start=1):
-        print(f"\n[{number}/{len(STAGES) + 1}] {TITLES[stage]}", flush=True)
-        timed(out, stage, lambda recipe=recipe, stage=stage: recipe.main(stage_arguments(args, stage)))
-    print(f"\n[{len(STAGES) + 1}/{len(STAGES) + 1}] Evaluation on questions over unseen documents", flush=True)
+    # TRL and the YAML use names that newer transformers warn of; older ones know no others.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     found = []
-    timed(out, "evaluation", lambda: found.append(evaluate_nano(args)))
+    work = {
+        "data": lambda: make_data(out / "data"),
+        **{stage: lambda stage=stage: STAGES[stage].main(stage_arguments(args, stage)) for stage in STAGES},
+        "evaluation": lambda: found.append(evaluate_nano(args)),
+    }
+    for number, (name, step) in enumerate(work.items(), start=1):
+        print(f"\n[{number}/{len(work)}] {TITLES[name]}", flush=True)
+        timed(out, name, step)
     plot_losses(out)
     plot_joint(out)
     report(out, found[0])

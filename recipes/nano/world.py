@@ -14,6 +14,7 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import islice
@@ -383,16 +384,21 @@ def scp_rows(entity: Entity, rng: random.Random) -> list[dict]:
     return rows
 
 
-def generate(seed: int) -> dict[str, list[dict]]:
-    """All rows of all files, by file name without extension."""
+def generate(seed: int, progress: Callable[[Iterable, str], Iterable] | None = None) -> dict[str, list[dict]]:
+    """All rows of all files, by file name without extension.
+
+    Args:
+        progress (*optional*): gets what each file is made from and the file's name; returns the same to go through.
+    """
+    follow = progress or (lambda items, name: items)
     rows: dict[str, list[dict]] = {}
     for split in SPLITS:
         rng = random.Random(f"{seed}-{split}")
         world = World(split, ENTITIES[split], rng)
         if split == "test":
-            rows["test"] = [question_row(world, f"test-{i}", rng) for i in range(QUESTIONS["test"])]
+            rows["test"] = [question_row(world, f"test-{i}", rng) for i in follow(range(QUESTIONS["test"]), "test")]
             continue
-        scp = [row for entity in world.entities for row in scp_rows(entity, rng)]
+        scp = [row for entity in follow(world.entities, f"scp_{split}") for row in scp_rows(entity, rng)]
         rng.shuffle(scp)
         rows[f"scp_{split}"] = scp
         for stage in ("instruct", "joint"):
@@ -402,7 +408,7 @@ def generate(seed: int) -> dict[str, list[dict]]:
                 question_row(world, f"{name}-{i}", rng, rng.randint(1, 5), GOLD_FIRST_SHARE)
                 if stage == "instruct"
                 else question_row(world, f"{name}-{i}", rng)
-                for i in range(total)
+                for i in follow(range(total), name)
             ]
     return rows
 
@@ -429,10 +435,11 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def ensure(out: str | os.PathLike, seed: int = 0) -> bool:
+def ensure(out: str | os.PathLike, seed: int = 0, progress: Callable[[Iterable, str], Iterable] | None = None) -> bool:
     """Writes the data files to folder `out` unless they are there; returns whether it wrote them.
 
-    The manifest is written last, so a folder without one is unfinished and is written again.
+    The manifest is written last, so a folder without one is unfinished and is written again. `progress` is as in
+    [`generate`].
 
     Raises:
         ValueError: the folder holds finished data made with other settings.
@@ -454,7 +461,7 @@ def ensure(out: str | os.PathLike, seed: int = 0) -> bool:
     sizes, collects = {}, gc.isenabled()
     gc.disable()  # there are millions of objects and no cycles to find: a quarter of the time
     try:
-        for name, rows in generate(seed).items():
+        for name, rows in generate(seed, progress).items():
             path = out / f"{name}.jsonl"
             _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             sizes[path.name] = path.stat().st_size
