@@ -295,8 +295,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
     def compressor_fingerprint(self) -> str:
         """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base.
 
-        Any change of the first three changes it. Of every frozen matrix only 64 values are looked at, evenly spread:
-        another base is told, but not one in which a few other values were changed.
+        Any change of the first three changes it. Of every frozen tensor only some 64 values are looked at, evenly
+        spread: another base is told, but not one in which a few other values were changed.
         """
         config = self.config
         geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
