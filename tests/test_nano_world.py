@@ -228,7 +228,7 @@ def test_chat_template_marks_turns_and_keeps_answers_tokenised_as_alone(tokenize
 
 
 def test_ensure_reuses_finished_data_repairs_lost_files_and_refuses_other_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "generate", lambda seed: {"test": [{"question": f"seed {seed}"}]})
+    monkeypatch.setattr(world, "generate", lambda seed, progress: {"test": [{"question": f"seed {seed}"}]})
     assert world.ensure(tmp_path, seed=0) is True
     assert world.ensure(tmp_path, seed=0) is False
     (tmp_path / "test.jsonl").unlink()
