@@ -79,12 +79,15 @@ def test_training_changes_only_the_adapters_and_saves_them_alone(bits, stage, ch
     assert own.keys() == expected.keys() and all(torch.equal(own[key], expected[key]) for key in own)
 
 
-def test_quantized_base_that_would_be_saved_is_refused(checkpoint):
+def test_quantized_base_that_would_be_saved_or_divided_is_refused(checkpoint, monkeypatch):
     model = CLaRaForRetrievalGeneration.from_pretrained(checkpoint, checkpoint_format="full")
     with pytest.raises(ValueError, match="checkpoint_format"):
         quantize_base(model, 4)
     with pytest.raises(ValueError, match="bits"):
         quantize_base(model, 3)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP cannot divide a quantized base: use DDP"):
+        load_model(CLaRaModelArguments(checkpoint, load_in_4bit=True))
     with pytest.raises(UsageError, match="choose one"):
         CLaRaModelArguments(checkpoint, load_in_4bit=True, load_in_8bit=True)
 

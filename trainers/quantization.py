@@ -1,5 +1,7 @@
 """QLoRA: a frozen base in 4 or 8 bits under adapters and memory embeddings in full precision (arXiv 2305.14314)."""
 
+import os
+
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -19,8 +21,8 @@ def quantize_base(model: CLaRaForRetrievalGeneration, bits: int) -> None:
 
     Raises:
         ImportError: bitsandbytes is not installed, or does not run here.
-        ValueError: other `bits`, a `checkpoint_format` that would save the base, or ZeRO-3, which divides weights that
-            bitsandbytes needs whole.
+        ValueError: other `bits`, a `checkpoint_format` that would save the base, or ZeRO-3 or FSDP, which divide
+            weights that bitsandbytes needs whole.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
@@ -31,6 +33,8 @@ def quantize_base(model: CLaRaForRetrievalGeneration, bits: int) -> None:
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError("ZeRO-3 cannot divide a quantized base: use DDP, ZeRO-1 or ZeRO-2, or no quantization.")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP cannot divide a quantized base: use DDP, ZeRO-1 or ZeRO-2, or no quantization.")
     try:
         import bitsandbytes
     except (ImportError, RuntimeError) as error:
