@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -132,9 +131,6 @@ def run_in_job(rank: int, job_file: str) -> None:
 
 def main(job_file: str) -> None:
     request = json.loads(Path(job_file).read_text())
-    # A kernel that only inference calls: compiling it takes most of a minute, and a run killed meanwhile leaves a lock
-    # in the home folder on which every later one waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if request.get("fsdp"):
         shard_on_cpu(Path(request["fsdp"]))
     for job in request["jobs"]:

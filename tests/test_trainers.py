@@ -180,6 +180,14 @@ def test_joint_training_compresses_every_distinct_document_once(base, tmp_path, 
     assert len(compressed) == 4 and len(again.store) == 4
 
 
+def test_what_the_trainer_refuses_is_refused_before_documents_are_compressed(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        make_trainer("joint", base, tmp_path, save_strategy="best")
+    with pytest.raises(ValueError, match="verify_memories is 'some'"):
+        make_trainer("joint", base, tmp_path, verify_memories="some")
+
+
 def test_store_of_another_compressor_is_refused(base, tmp_path):
     make_trainer("joint", base, tmp_path, build_clara(base, seed=1))
     with pytest.raises(ValueError, match="made"):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -22,6 +23,10 @@ logger = logging.get_logger(__name__)
 
 EXAMPLE_INDEX = "example_index"
 IS_POSITIVE = "is_positive"
+# In a run's folder, where the memory store is unless another place is given.
+MEMORIES_FOLDER = "memories"
+# Trackers whose package transformers does not look for.
+UNKNOWN_TRACKERS = ("azure_ml", "flyte")
 
 
 @dataclass
@@ -67,7 +72,16 @@ class CLaRaTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or self.deepspeed
+        if uses_deepspeed and (self.use_cpu or not torch.accelerator.is_available()):
+            leave_out_shared_memory_kernel()
         super().__post_init__()
+        for tracker in self.report_to:
+            if tracker not in (*get_available_reporting_integrations(), *UNKNOWN_TRACKERS):
+                raise ValueError(
+                    f"report_to names {tracker!r}, which is not installed here or not known: install it, or choose "
+                    "'none', whose log is log.jsonl in output_dir."
+                )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: the collators need every column.")
         if self.bf16 and self.device.type == "cpu" and not cpu_computes_bfloat16():
@@ -90,6 +104,16 @@ class CLaRaTrainingArguments(TrainingArguments):
 def cpu_computes_bfloat16() -> bool:
     """Whether PyTorch multiplies bfloat16 matrices on this CPU with more than plain loops."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def leave_out_shared_memory_kernel() -> None:
+    """Keep DeepSpeed from compiling, on a machine without a GPU, a kernel that only inference calls.
+
+    It takes a minute, and a run that is killed meanwhile leaves a lock on which every later one waits for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class CLaRaTrainer(CheckpointTrainer):
@@ -125,11 +149,7 @@ class CLaRaTrainer(CheckpointTrainer):
         self.processor: CLaRaProcessor = model.processor
         self.train_rows, self.eval_rows = train_dataset, eval_dataset
         self.watch = TrainingWatch(self)
-        options = {"num_proc": args.dataset_num_proc, "desc": "Tokenizing"}
-        if train_dataset is not None:
-            train_dataset = self.prepare_dataset(train_dataset, model, args, options)
-        if eval_dataset is not None:
-            eval_dataset = self.prepare_dataset(eval_dataset, model, args, options)
+        # Before the data are prepared, which may take hours: it refuses arguments that do not go together.
         super().__init__(
             model=model,
             args=args,
@@ -139,6 +159,11 @@ class CLaRaTrainer(CheckpointTrainer):
             data_collator=kwargs.pop("data_collator", None) or self.make_collator(model, args),
             **kwargs,
         )
+        options = {"num_proc": args.dataset_num_proc, "desc": "Tokenizing"}
+        if train_dataset is not None:
+            self.train_dataset = self.prepare_dataset(train_dataset, model, args, options)
+        if eval_dataset is not None:
+            self.eval_dataset = self.prepare_dataset(eval_dataset, model, args, options)
         self.add_callback(self.watch)
         self.add_callback(LocalLog)
 
@@ -217,6 +242,11 @@ class CLaRaTrainer(CheckpointTrainer):
         """
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return count_documents(document_index) * processes / self.documents_in_batch
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self.watch.note_clipping(norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

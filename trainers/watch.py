@@ -59,9 +59,9 @@ class TrainingWatch(TrainerCallback):
     """Gathers what a stage logs beside its loss, and stops a run that diverges.
 
     Logged, over the steps since the last log and over all processes: the means that the trainer `add`s; gradient norms
-    of the parts that train, after clipping (under DeepSpeed, which gathers gradients for that, those of the logged step
-    alone, and none with fp16, where they are scaled); tokens and documents per second, without evaluation and saving;
-    the peak memory of the fullest process in GiB.
+    of the parts that train, before clipping (under DeepSpeed, which gathers gradients for that, those of the logged
+    step alone, and none with fp16, where they are scaled); tokens and documents per second, without evaluation and
+    saving; the peak memory of the fullest process in GiB.
 
     Args:
         trainer ([`~trainers.base.CLaRaTrainer`]): whose steps are watched.
@@ -72,6 +72,7 @@ class TrainingWatch(TrainerCallback):
         self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0.0])
         self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._norms: dict[str, torch.Tensor] = {}
+        self._clipping: torch.Tensor | float = 1.0
         self._seconds, self._mark = 0.0, time.perf_counter()
 
     def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
@@ -89,6 +90,11 @@ class TrainingWatch(TrainerCallback):
     def note_step(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Remember a micro-batch's loss and rows until its optimizer step has been checked."""
         self._batches.append((loss, rows))
+
+    def note_clipping(self, norm: torch.Tensor | float | None) -> None:
+        """Remember by what a step's gradients were multiplied, whose `norm` before that is given."""
+        if norm is not None:
+            self._clipping = clipping_factor(norm, self.trainer.args.max_grad_norm)
 
     def take(self) -> dict[str, float]:
         """The means since the last call, over all processes, which must call together."""
@@ -131,10 +137,8 @@ class TrainingWatch(TrainerCallback):
                     for part, parameters in self._parts.items()
                     if parameters
                 }
-                total = torch.stack(list(norms.values())).norm()
-                clipping = (args.max_grad_norm / (total + 1e-6)).clamp(max=1.0) if args.max_grad_norm else 1.0
                 for part, norm in norms.items():
-                    self._note_norm(part, norm * clipping)
+                    self._note_norm(part, norm)
             return step(*arguments, **options)
 
         engine.step = measured_step
@@ -144,7 +148,7 @@ class TrainingWatch(TrainerCallback):
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
                 norm = torch.nn.utils.get_total_norm(gradients)
-                self._note_norm(part, norm.full_tensor() if isinstance(norm, DTensor) else norm)
+                self._note_norm(part, whole(norm) / self._clipping)
 
     def _note_norm(self, part: str, norm: torch.Tensor) -> None:
         self._norms[part] = norm
@@ -156,7 +160,7 @@ class TrainingWatch(TrainerCallback):
         try:
             self._check_step(args, state)
         finally:
-            self._batches, self._norms = [], {}
+            self._batches, self._norms, self._clipping = [], {}, 1.0
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._mark = time.perf_counter()
@@ -222,6 +226,17 @@ def _way_on(checkpoint: str | None) -> str:
         f"The last checkpoint before that step is {checkpoint}: to train on from it with other arguments, pass "
         f"--model_name_or_path {checkpoint} and another --output_dir."
     )
+
+
+def clipping_factor(norm: torch.Tensor | float, max_norm: float) -> torch.Tensor | float:
+    """What [`torch.nn.utils.clip_grad_norm_`] multiplies gradients of this `norm` with; 1 where it is not finite."""
+    norm = whole(norm)
+    factor = (max_norm / (torch.as_tensor(norm).float() + 1e-6)).clamp(max=1.0)
+    return factor if factor > 0 else 1.0
+
+
+def whole(norm: torch.Tensor | float) -> torch.Tensor | float:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def peak_memory(device: torch.device) -> int:
