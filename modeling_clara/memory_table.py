@@ -31,7 +31,7 @@ READ_ROWS = 512
 NUMPY_TYPES = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
 
 
-class CorruptMemoryError(RuntimeError):
+class CorruptMemoryError(OSError):
     """A stored row cannot be read, or is not what was written."""
 
 

@@ -18,6 +18,7 @@ from trainers.cli import (
     DataArguments,
     UsageError,
     check_folder,
+    checkpoint_to_resume,
     claimed_folder,
     is_finished,
     load_model,
@@ -69,7 +70,7 @@ def check_user_texts(processor, files: dict[str | None, Dataset | None]) -> None
     """
     for file, rows in files.items():
         seen: set[str] = set()
-        for name in ("question", "docs") if rows is not None else ():
+        for name in ("question", "answers", "docs") if rows is not None else ():
             for number, given in enumerate(rows[name][:], start=1):
                 texts = [text for text in ([given] if isinstance(given, str) else given) if text not in seen]
                 try:
@@ -142,9 +143,10 @@ def train_recipe(
     types = (DataArguments, config_class, CLaRaModelArguments)
     data_args, training_args, model_args = parse(types, ROOT / default_config, arguments)
     quieten(training_args)
-    checkpoint = check_folder(data_args, model_args, training_args)
+    check_folder(data_args, model_args, training_args)
     if not data_args.overwrite and is_finished(training_args.output_dir):
         return
+    checkpoint = checkpoint_to_resume(data_args, training_args)
     # The first process may write what all read.
     with training_args.main_process_first(desc="loading data"):
         train, validation = load_split(data_args, read)
@@ -152,6 +154,8 @@ def train_recipe(
     set_seed(training_args.seed)
     model = load_model(model_args)
     check_user_texts(model.processor, {data_args.train_file: train, data_args.validation_file: validation})
+    # What an overwritten run left: the memories are used again if this model's compressor made them.
+    options = {"replace_memories": data_args.overwrite} if hasattr(training_args, "memory_store") else {}
     with claimed_folder(data_args, model_args, training_args):
         trainer = trainer_class(
             model=model,
@@ -159,5 +163,6 @@ def train_recipe(
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=make_metrics(model.processor, validation) if validation is not None else None,
+            **options,
         )
         train_stage(trainer, checkpoint)

@@ -20,7 +20,16 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from modeling_clara import CLaRaProcessor
 from recipes.common import load_split, read_questions
-from trainers.cli import DataArguments, check_folder, claimed_folder, is_finished, parse, run, train_stage
+from trainers.cli import (
+    DataArguments,
+    check_folder,
+    checkpoint_to_resume,
+    claimed_folder,
+    is_finished,
+    parse,
+    run,
+    train_stage,
+)
 
 
 @dataclass
@@ -44,9 +53,10 @@ def as_conversations(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
     data_args, training_args, model_args = parse(types, ROOT / "recipes/nano/text_lora.yaml", arguments)
-    checkpoint = check_folder(data_args, model_args, training_args)
+    check_folder(data_args, model_args, training_args)
     if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
         return
+    checkpoint = checkpoint_to_resume(data_args, training_args)
     processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
     train, validation = load_split(data_args, read_questions)
     with claimed_folder(data_args, model_args, training_args):

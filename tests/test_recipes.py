@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import lance
 import pytest
 from conftest import TEXTS
 from processes import in_process
 from transformers import Trainer
 
+from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara.memory_store import MemoryStore
 from recipes import common, instruct, joint, scp
 from trainers import cli
 
@@ -69,8 +72,6 @@ def program(monkeypatch, capsys, main, *arguments: str) -> tuple[int | str | Non
 
 
 def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
-    from modeling_clara import CLaRaForRetrievalGeneration
-
     scp.main(["--config", config(), "--output_dir", str(tmp_path / "other"), "--max_steps", "1", "--seed", "3"])
     settings = json.loads((tmp_path / "other" / "run.json").read_text())
     assert (settings["max_steps"], settings["seed"]) == (1, 3)
@@ -99,6 +100,9 @@ def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
         ({"train_file": "no-such.jsonl"}, "no-such.jsonl"),
         ({"prompts_file": "no-such.json"}, "no-such.json"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"resume_from_checkpoint": "some"}, "resume_from_checkpoint is 'some', which recipes do not take: --resume"),
+        ({"eval_strategy": "steps"}, "eval_strategy is 'steps' without a validation_file"),
+        ({"report_to": "paper"}, "report_to names 'paper', which is not installed"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_no_model(changes, words, config, tmp_path, monkeypatch, capsys):
@@ -143,6 +147,10 @@ def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):
             '{"data_type": "qa", "question": ["<MEM0>?"], "answers": ["b"], "docs": ["<MEM0>"]}',
             "row 6: question[0] contains",
         ),
+        (
+            '{"data_type": "qa", "question": ["a?"], "answers": ["<MEM0>"], "docs": ["d"]}',
+            "scp.jsonl, row 6: answers[0] contains",
+        ),
     ],
 )
 def test_data_errors_name_the_line(line, words, config, scp_file, monkeypatch, capsys):
@@ -168,11 +176,80 @@ def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypat
     assert code != 0 and "--resume true" in text and "--overwrite true" in text
     code, text = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5), "--resume", "true")
     assert code != 0 and "learning_rate" in text
-    code, text = program(monkeypatch, capsys, scp.main, "--config", config(), "--resume", "true")
+    free = {"dataloader_num_workers": 1, "save_total_limit": 1, "per_device_eval_batch_size": 1, "report_to": "none"}
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(**free), "--resume", "true")
     assert code == 0 and "reused" in caplog.text
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
     code, _ = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5), "--overwrite", "true")
     assert code == 0 and (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_a_run_of_another_number_of_processes_is_refused_with_its_global_batch(tmp_path):
+    now = {"num_processes": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    data = cli.DataArguments("train.jsonl", resume=True)
+    cli.write_json(tmp_path / "run.json", {**now, "num_processes": 2})
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(cli.UsageError, match=r"\(2 there, 4 now\): start 2 again .* global batch.* at 12\."):
+        cli.check_same_run(tmp_path, now, data)
+    # A run of before the number was recorded, and one of which nothing was trained.
+    cli.write_json(tmp_path / "run.json", {name: now[name] for name in now if name != "num_processes"})
+    cli.check_same_run(tmp_path, now, data)
+    with pytest.raises(cli.UsageError, match="max_steps: 1 there, 5 now"):
+        cli.check_same_run(tmp_path, {**now, "max_steps": 5}, data)
+    (tmp_path / "log.jsonl").rename(tmp_path / "memories")
+    cli.check_same_run(tmp_path, {**now, "max_steps": 5}, data)
+
+
+def damage_silently(path: Path) -> None:
+    """Changes one byte of a stored memory, but neither size nor time of its file."""
+    store = MemoryStore.open(path)
+    dataset = lance.dataset(str(path))
+    memory = store.get([dataset.to_table(columns=["key"])["key"][0].as_py()]).numpy().tobytes()
+    (file,) = (path / "data").glob("*.lance")
+    content, stat = file.read_bytes(), file.stat()
+    assert content.count(memory) == 1
+    file.write_bytes(content.replace(memory, bytes([memory[0] ^ 1]) + memory[1:]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_memories_outlive_failed_and_overwritten_runs_and_are_mended_on_demand(
+    config, qa_file, tmp_path, monkeypatch, capsys
+):
+    compressed, original = [], CLaRaForRetrievalGeneration.compress
+
+    def counting(self, documents, **options):
+        compressed.extend(documents)
+        return original(self, documents, **options)
+
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", counting)
+
+    def joint_run(*arguments, **changes) -> tuple[int | str | None, str, int]:
+        before = len(compressed)
+        given = {"train_file": str(qa_file), "max_steps": 1, "save_strategy": "no", **changes}
+        code, text = program(monkeypatch, capsys, joint.main, "--config", config(**given), *arguments)
+        return code, text, len(compressed) - before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: cli.load_model(cli.CLaRaModelArguments("none")))
+        code, text, count = joint_run()
+    assert code != 0 and count == len(TEXTS)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["memories"]
+    assert joint_run(learning_rate=1e-3)[::2] == (0, 0)
+    damage_silently(tmp_path / "run" / "memories")
+    code, text, count = joint_run("--overwrite", "true")
+    assert code != 0 and count == 0 and "a memory in" in text and "Traceback" not in text
+    assert "--resume true --verify_memories all makes it" in text
+    assert joint_run("--resume", "true", "--verify_memories", "all")[::2] == (0, 1)
+    # The fingerprint of a compressor covers this.
+    other = {"clara_config": {"doc_max_length": 32, "compression_rate": 8, "lora_r": 4, "lora_alpha": 4}}
+    code, text, count = joint_run("--overwrite", "true", **other)
+    assert (code, count) == (0, len(TEXTS))
+
+
+def test_an_error_in_a_data_loader_worker_is_its_last_line():
+    stack = 'Original Traceback (most recent call last):\n  File "x.py", line 1\n'
+    error = OSError(f"Caught SomeError in DataLoader worker process 0.\n{stack}some.place.SomeError: it is: so\n")
+    assert cli.one_sentence(error, "") == "it is: so"
 
 
 def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, capsys):
@@ -278,8 +355,6 @@ def test_full_disk_is_said_and_leaves_nothing_that_looks_finished(config, tmp_pa
 
 
 def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
-    from modeling_clara import CLaRaForRetrievalGeneration
-
     def stage(main, start, out, **changes):
         path = config(model_name_or_path=str(start), output_dir=str(tmp_path / out), clara_config=None, **changes)
         main(["--config", path])

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from recipes import joint, scp
 from trainers import checkpoints
-from trainers.cli import is_finished, save_stage
+from trainers.cli import UsageError, is_finished, last_complete_checkpoint, save_stage
 
 
 STEPS, SAVE_STEPS, ACCUMULATED = 10, 3, 2
@@ -204,3 +204,24 @@ def test_checkpoint_of_other_adapters_is_refused(base, tmp_path):
     trainer = make_trainer("joint", base, tmp_path / "joint", max_steps=1)
     with pytest.raises(ValueError, match="query_reasoner"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_damaged_checkpoints_are_passed_over_and_those_of_the_model_alone_refused(base, tmp_path):
+    make_trainer("scp", base, tmp_path, max_steps=3, save_strategy="steps", save_steps=1).train()
+    one, two, three = (tmp_path / f"checkpoint-{step}" for step in (1, 2, 3))
+    assert last_complete_checkpoint(tmp_path) == str(three)
+    file = three / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert last_complete_checkpoint(tmp_path) == str(two)
+    file = two / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert last_complete_checkpoint(tmp_path) == str(one)
+    file = one / "optimizer.pt"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole: pass --overwrite true"):
+        last_complete_checkpoint(tmp_path)
+    (three / "optimizer.pt").unlink()
+    with pytest.raises(UsageError, match="checkpoint-3 holds the model alone, as with save_only_model"):
+        last_complete_checkpoint(tmp_path)

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
@@ -169,3 +171,25 @@ def put_in_place(partial: Path, finished: Path) -> None:
         if not finished.is_dir():
             raise
     shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+def holds_training_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the state of optimizer and scheduler, in the files of any way of training."""
+    has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+    return has_optimizer and (checkpoint / SCHEDULER_NAME).is_file()
+
+
+def damaged_file(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint that is cut off, or whose checksums are wrong."""
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):  # zip files of torch.save
+                with zipfile.ZipFile(path) as file:
+                    if file.testzip() is not None:
+                        return path
+        except (SafetensorError, zipfile.BadZipFile, OSError):
+            return path
+    return None

@@ -25,6 +25,8 @@ from trl import TrlParser
 
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 
+from .base import MEMORIES_FOLDER
+from .checkpoints import damaged_file, holds_training_state
 from .quantization import quantize_base
 
 
@@ -33,7 +35,8 @@ logger = logging.get_logger(__name__)
 RUN_FILE = "run.json"
 # The finished model is written in here before its files are moved into the run's folder.
 SAVED_FOLDER = "final.partial"
-# Arguments that may change between a run and its resumption.
+PROCESSES = "num_processes"
+# Arguments that may change between a run and its resumption: they change no number that training computes.
 FREE_ARGUMENTS = (
     "resume",
     "overwrite",
@@ -43,6 +46,19 @@ FREE_ARGUMENTS = (
     "run_name",
     "local_rank",
     "log_level",
+    "save_total_limit",
+    "memory_store",
+    "memory_batch_size",
+    "verify_memories",
+    "per_device_eval_batch_size",
+    "eval_accumulation_steps",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+    "ddp_timeout",
 )
 
 
@@ -61,7 +77,7 @@ class DataArguments:
         validation_limit (`int`, *optional*): take only so many rows from its start.
         nano_world (`str`, *optional*): folder where the nano world's data are written first, if they are not there.
         resume (`bool`): go on with the run that `output_dir` holds; a finished one is reused.
-        overwrite (`bool`): delete the run that `output_dir` holds.
+        overwrite (`bool`): delete the run that `output_dir` holds, but for memories that this one can use.
     """
 
     train_file: str = field(metadata={"help": "Training data, JSONL or JSONL.gz."})
@@ -226,43 +242,92 @@ def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
 
 def run_settings(data: DataArguments, model, training: TrainingArguments) -> dict:
     """The arguments that make a run what it is, as they stand in its `run.json`."""
-    settings = {**asdict(data), **asdict(model), **training.to_dict()}
+    settings = {**asdict(data), **asdict(model), **training.to_dict(), PROCESSES: training.world_size}
     settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_folder(data: DataArguments, model, training: TrainingArguments) -> str | None:
-    """Whether `output_dir` may be used for this run; nothing is changed.
-
-    Returns:
-        The checkpoint to resume from, or `None` to start.
+def check_arguments(data: DataArguments, training: TrainingArguments) -> None:
+    """Raise for what a run would only find out after its longest work.
 
     Raises:
-        UsageError: the folder holds another run, or one that was not asked to be resumed or overwritten.
+        UsageError: names the argument and how to mend it.
     """
+    if training.resume_from_checkpoint is not None:
+        raise UsageError(
+            f"resume_from_checkpoint is {training.resume_from_checkpoint!r}, which recipes do not take: --resume true "
+            "goes on from the last whole checkpoint in output_dir."
+        )
+    if training.eval_strategy != "no" and data.validation_file is None:
+        raise UsageError(
+            f"eval_strategy is {training.eval_strategy.value!r} without a validation_file: name one, or set "
+            "eval_strategy to 'no'."
+        )
+
+
+def check_folder(data: DataArguments, model, training: TrainingArguments) -> None:
+    """Whether `output_dir` may be used for this run; nothing is changed.
+
+    Raises:
+        UsageError: the folder holds another run, or one that was not asked to be resumed or overwritten; or arguments
+            that do not go together.
+    """
+    check_arguments(data, training)
     folder = Path(training.output_dir)
-    if training.process_index == 0 and folder.exists() and any(folder.iterdir()):
+    if training.process_index == 0 and folder.exists() and names_in(folder) - {MEMORIES_FOLDER}:
         check_same_run(folder, run_settings(data, model, training), data)
-    return last_complete_checkpoint(folder) if data.resume and not data.overwrite else None
+
+
+def checkpoint_to_resume(data: DataArguments, training: TrainingArguments) -> str | None:
+    """The checkpoint to resume from, or `None` to start."""
+    return last_complete_checkpoint(Path(training.output_dir)) if data.resume and not data.overwrite else None
 
 
 @contextmanager
 def claimed_folder(data: DataArguments, model, training: TrainingArguments) -> Iterator[None]:
     """Record this run in `output_dir`, after deleting the run that it is to overwrite.
 
-    If what is done inside fails before anything was written there, the folder is free again, for other arguments too.
+    If what is done inside fails before anything was trained, the folder is free again, for other arguments too.
+    Memories are never deleted here: they know which compressor made them.
     """
     folder = Path(training.output_dir)
     if training.process_index == 0:
-        if data.overwrite and folder.exists():
-            shutil.rmtree(folder)
+        if data.overwrite and (folder / RUN_FILE).is_file():
+            delete_run(folder, keep_memories=reads_own_memories(training))
         write_json(folder / RUN_FILE, run_settings(data, model, training))
     try:
         yield
     except BaseException:
-        if training.process_index == 0 and [path.name for path in folder.glob("*")] == [RUN_FILE]:
-            shutil.rmtree(folder)
+        if training.process_index == 0 and folder.is_dir() and not holds_training(folder):
+            delete_run(folder, keep_memories=True)
         raise
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def holds_training(folder: Path) -> bool:
+    """Whether a run's folder holds more than its record and memories."""
+    return not names_in(folder) <= {RUN_FILE, MEMORIES_FOLDER}
+
+
+def reads_own_memories(training: TrainingArguments) -> bool:
+    """Whether the stage's memory store is the one in its `output_dir`."""
+    return getattr(training, "memory_store", "") is None
+
+
+def delete_run(folder: Path, keep_memories: bool) -> None:
+    """Delete a run's folder, or all but its memories, the record of the run last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RUN_FILE):
+        if path.name == MEMORIES_FOLDER and keep_memories:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not names_in(folder):
+        folder.rmdir()
 
 
 def check_same_run(folder: Path, settings: dict, data: DataArguments) -> None:
@@ -272,25 +337,61 @@ def check_same_run(folder: Path, settings: dict, data: DataArguments) -> None:
         return
     if not data.resume:
         raise UsageError(f"output_dir {folder} holds a run: pass --resume true to go on with it, or --overwrite true.")
-    before = read_json(folder / RUN_FILE)
-    changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if not holds_training(folder):
+        return
+    before = {PROCESSES: settings[PROCESSES], **read_json(folder / RUN_FILE)}
+    names = {*before, *settings} - set(FREE_ARGUMENTS)
+    changed = sorted(name for name in names if before.get(name) != settings.get(name))
+    if changed == [PROCESSES]:
+        raise UsageError(other_processes(folder, before, settings))
     if changed:
-        name = changed[0]
+        name = next(name for name in changed if name != PROCESSES)
         raise UsageError(
             f"output_dir {folder} holds a run with other arguments ({name}: {before.get(name)!r} there, "
             f"{settings.get(name)!r} now): pass --overwrite true to replace it, or another output_dir."
         )
 
 
+def other_processes(folder: Path, before: dict, settings: dict) -> str:
+    """What is wrong with resuming a run with another number of processes, and how its global batch is kept."""
+    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    return (
+        f"output_dir {folder} holds a run with another number of processes ({before[PROCESSES]} there, "
+        f"{settings[PROCESSES]} now): start {before[PROCESSES]} again (--num_processes of accelerate launch), or begin "
+        "anew with --overwrite true and keep the global batch, per_device_train_batch_size x "
+        f"gradient_accumulation_steps x processes, at {rows * before[PROCESSES]}."
+    )
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-N` that was written to its end; later, half-written ones are passed over."""
+    """The newest `checkpoint-N` that was written to its end and is not damaged; others are passed over, and told.
+
+    Raises:
+        UsageError: there are checkpoints, and training cannot go on from any of them.
+    """
     steps = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[-1].isdigit()}
     for path in sorted(steps, key=steps.get, reverse=True):
         try:
-            if read_json(path / TRAINER_STATE_NAME)["global_step"] == steps[path]:
-                return str(path)
+            is_whole = read_json(path / TRAINER_STATE_NAME)["global_step"] == steps[path]
         except (OSError, ValueError, KeyError):
+            is_whole = False
+        if not is_whole:
             logger.warning(f"{path} was not written to its end and is passed over.")
+            continue
+        if not holds_training_state(path):
+            raise UsageError(
+                f"{path} holds the model alone, as with save_only_model, so that training cannot go on from it: pass "
+                f"--overwrite true to begin anew, or start from it with --model_name_or_path {path} and another "
+                "--output_dir."
+            )
+        damaged = damaged_file(path)
+        if damaged is None:
+            return str(path)
+        logger.warning(f"{damaged} is damaged: its checkpoint is passed over.")
+    if steps:
+        raise UsageError(
+            f"no checkpoint in {folder} is whole: pass --overwrite true to begin anew, or choose another output_dir."
+        )
     return None
 
 
@@ -363,7 +464,10 @@ def is_full_disk(error: BaseException) -> bool:
 
 def one_sentence(error: BaseException, again: str) -> str:
     """An error's message in one line, with what to do where the disk is full."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if text.startswith("Caught ") and "Traceback" in text:  # in a data-loader worker, whose stack is in the message
+        text = text.strip().splitlines()[-1].partition(": ")[2] or text
+    text = " ".join(text.split()) or type(error).__name__
     if is_full_disk(error):
         return f"the disk is full ({text}): free some space and run {again}."
     return text

@@ -1,20 +1,25 @@
 """What training a retriever needs, with labels or without: candidates, their memories, and their ranking."""
 
 import multiprocessing
-import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
-from modeling_clara.memory_store import MemoryStore
+from modeling_clara.memory_maker import Maker
+from modeling_clara.memory_store import CorruptMemoryError, MemoryStore
 from modeling_clara.processing_clara import index_matrix
 from modeling_clara.sharded_clara import gathered
 
-from .base import CLaRaTrainer, CLaRaTrainingArguments, pad_documents, with_columns
+from .base import MEMORIES_FOLDER, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, with_columns
 
+
+logger = logging.get_logger(__name__)
 
 # Candidates that evaluation ranks, for Recall@5 where fewer are selected.
 RANKING_DEPTH = 5
@@ -33,10 +38,21 @@ class RetrievalTrainingArguments(CLaRaTrainingArguments):
             default.
         memory_batch_size (`int`, *optional*, defaults to `64`):
             Documents per forward pass when the store is filled.
+        verify_memories (`str`, *optional*, defaults to `"changed"`):
+            Which stored memories are read before training, and made again if they are damaged: those in files that
+            `changed` since they were last found sound, or `all`. Each batch checks what it reads, always.
     """
 
     memory_store: str | None = field(default=None, metadata={"help": "Folder of the memory store."})
     memory_batch_size: int = field(default=64, metadata={"help": "Documents per forward pass filling the store."})
+    verify_memories: str = field(
+        default="changed", metadata={"help": "Stored memories to check before training: changed or all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.verify_memories not in ("changed", "all"):
+            raise ValueError(f"verify_memories is {self.verify_memories!r}: it must be 'changed' or 'all'.")
 
 
 def positives(dataset: Dataset) -> list[list[int]]:
@@ -80,6 +96,32 @@ def start_workers_afresh(args: RetrievalTrainingArguments) -> None:
         args.dataloader_multiprocessing_context = "spawn"
 
 
+def read_memories(store: MemoryStore, keys: list[str]) -> torch.Tensor:
+    """[`MemoryStore.get`], with what to do about a damaged store.
+
+    Raises:
+        CorruptMemoryError: a memory is damaged on disk.
+    """
+    try:
+        return store.get(keys)
+    except CorruptMemoryError as error:
+        raise CorruptMemoryError(
+            f"a memory in {store.path} is damaged on disk: the same command with --resume true --verify_memories all "
+            "makes it, and any other that is damaged, anew."
+        ) from error
+
+
+def delete_foreign_memories(path: Path, model: CLaRaForRetrievalGeneration) -> None:
+    """Delete the memory store at `path` if another compressor made it; anything else there is left as it is."""
+    try:
+        maker = MemoryStore.open(path).maker
+    except (FileNotFoundError, ValueError):
+        return
+    if not maker.makes_the_same_as(Maker.of(model)):
+        logger.warning(f"The memories in {path} were made by another compressor: they are deleted, and made anew.")
+        shutil.rmtree(path)
+
+
 class CandidateCollator:
     """Questions and the memories of their candidates, each distinct document once.
 
@@ -102,14 +144,19 @@ class CandidateCollator:
         position = {key: row for row, key in enumerate(dict.fromkeys(k for f in features for k in f["keys"]))}
         return {
             **batch,
-            "memories": self.store.get(list(position)),
+            "memories": read_memories(self.store, list(position)),
             "document_index": index_matrix([[position[key] for key in row["keys"]] for row in features]),
         }
 
 
 class RetrievalTrainer(CLaRaTrainer):
     """Base of the stages that train the query reasoner over candidates. Without a store, candidates are compressed in
-    every step."""
+    every step.
+
+    Args:
+        replace_memories (`bool`): whether memories that another compressor left in `output_dir` are deleted; else they
+            are an error.
+    """
 
     def __init__(
         self,
@@ -117,6 +164,7 @@ class RetrievalTrainer(CLaRaTrainer):
         args: RetrievalTrainingArguments,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
+        replace_memories: bool = False,
         **kwargs,
     ):
         model.add_query_reasoner()
@@ -124,13 +172,15 @@ class RetrievalTrainer(CLaRaTrainer):
             # Documents are compressed before the Trainer would put the model there.
             model.to(args.device)
         with gathered(model.parameters()), args.main_process_first(desc="opening the memory store"):
+            if replace_memories and args.process_index == 0:
+                delete_foreign_memories(Path(args.output_dir, MEMORIES_FOLDER), model)
             self.store = self.open_store(model, args)
         if self.store is not None and args.dataloader_num_workers > 0:
             start_workers_afresh(args)
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     def open_store(self, model, args: RetrievalTrainingArguments) -> MemoryStore | None:
-        return MemoryStore.open(args.memory_store or os.path.join(args.output_dir, "memories"), model)
+        return MemoryStore.open(args.memory_store or Path(args.output_dir, MEMORIES_FOLDER), model)
 
     def add_candidates(self, tokenized: Dataset, dataset: Dataset, args: RetrievalTrainingArguments) -> Dataset:
         """`tokenized` with the candidates of `dataset`, as keys in the store, else token ids, and its `pos_index`."""
@@ -140,8 +190,9 @@ class RetrievalTrainer(CLaRaTrainer):
             ids, column = self.processor.encode_documents(distinct), "document_ids"
         else:
             # Every process compresses a share, with whole weights where they are sharded.
+            options = {"batch_size": args.memory_batch_size, "verify": args.verify_memories, "distributed": True}
             with gathered(self.store.model.parameters()):
-                ids, column = self.store.add(distinct, batch_size=args.memory_batch_size, distributed=True), "keys"
+                ids, column = self.store.add(distinct, **options), "keys"
         known = dict(zip(distinct, ids, strict=True))
         columns = {column: [[known[text] for text in docs] for docs in candidates], "pos_index": positives(dataset)}
         return with_columns(tokenized, columns)
@@ -150,7 +201,7 @@ class RetrievalTrainer(CLaRaTrainer):
         """Memories `[N_b, l, H]` of the candidates of evaluation rows, stored or compressed now."""
         if self.store is not None:
             keys = [self.eval_dataset[row]["keys"] for row in rows]
-            memories = self.store.get([key for candidates in keys for key in candidates])
+            memories = read_memories(self.store, [key for candidates in keys for key in candidates])
             return list(memories.split([len(candidates) for candidates in keys]))
         documents = [self.eval_rows[row]["docs"] for row in rows]
         distinct = list(dict.fromkeys(text for docs in documents for text in docs))
