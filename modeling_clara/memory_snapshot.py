@@ -1,13 +1,14 @@
 """One version of the Lance dataset behind a memory store, as one process has it open."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import lance
 import numpy as np
+import pyarrow as pa
 from lance.fragment import FragmentMetadata
 from transformers.utils import logging
 
@@ -20,8 +21,30 @@ logger = logging.get_logger(__name__)
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 
+# Of a key: bytes, padded with zeros, as NumPy compares them.
+PACKED = f"S{KEY_LENGTH // 2}"
+
+
 class Unreadable(Exception):
     """Lance cannot read what was asked for."""
+
+
+def packed(keys: Sequence[str]) -> np.ndarray:
+    """Keys as the bytes that their digits stand for; what is no key is like no key."""
+    return np.array([_bytes_of(str(key)) for key in keys], dtype=PACKED)
+
+
+def _bytes_of(key: str) -> bytes:
+    try:
+        value = bytes.fromhex(key)
+    except ValueError:
+        return b""
+    return value if value.hex() == key and len(key) == KEY_LENGTH else b""
+
+
+def unpacked(keys: np.ndarray) -> list[str]:
+    digits = keys.tobytes().hex()
+    return [digits[start : start + KEY_LENGTH] for start in range(0, len(digits), KEY_LENGTH)]
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,7 @@ class Snapshot:
 
     dataset: "lance.LanceDataset"
     version: int
-    keys: np.ndarray  # sorted
+    keys: np.ndarray  # sorted, as `packed` has them
     offsets: np.ndarray
     unreadable: tuple[int, ...]  # fragments whose keys cannot be read
 
@@ -42,7 +65,7 @@ class Snapshot:
             keys = _key_array(dataset)
             offsets = np.arange(len(keys))
         except Unreadable:
-            parts, count = [(np.empty(0, f"S{KEY_LENGTH}"), np.empty(0, np.int64))], 0
+            parts, count = [(np.empty(0, PACKED), np.empty(0, np.int64))], 0
             for fragment in dataset.get_fragments():
                 try:
                     found = _key_array(fragment)
@@ -89,7 +112,7 @@ def data_files(metadata: FragmentMetadata) -> list[str]:
 
 def _key_array(source) -> np.ndarray:
     with reading():
-        keys = source.to_table(columns=["key"])["key"].to_pylist()
-        if any(len(key) != KEY_LENGTH for key in keys):
-            raise ValueError("the keys are damaged")
-        return np.array(keys, dtype=f"S{KEY_LENGTH}")
+        # Millions of them, in every process that reads: at no time a Python object for each.
+        keys = source.to_table(columns=["key"])["key"].cast(pa.binary()).cast(pa.binary(KEY_LENGTH)).combine_chunks()
+        digits = keys.buffers()[1][keys.offset * KEY_LENGTH :].to_pybytes()[: len(keys) * KEY_LENGTH]
+        return np.frombuffer(bytes.fromhex(digits.decode("ascii")), dtype=PACKED)

@@ -20,7 +20,7 @@ except ImportError as error:
 
 from .memory_maker import Maker, key_of
 from .memory_parts import Parts, Signature
-from .memory_snapshot import Snapshot, Unreadable, data_files, files_in, files_of, reading
+from .memory_snapshot import Snapshot, Unreadable, data_files, files_in, files_of, packed, reading, unpacked
 
 
 FORMAT = 1
@@ -126,7 +126,7 @@ class MemoryTable:
         snapshot = self._snapshot()
         if len(keys) == 0 or len(snapshot.keys) == 0:
             return np.full(len(keys), -1)
-        wanted = np.array([str(key).encode() for key in keys])
+        wanted = packed(keys)
         places = np.searchsorted(snapshot.keys, wanted).clip(max=len(snapshot.keys) - 1)
         return np.where(snapshot.keys[places] == wanted, snapshot.offsets[places], -1)
 
@@ -286,7 +286,7 @@ class MemoryTable:
         scratch = np.empty((min(READ_ROWS, len(order)), self.maker.width), NUMPY_TYPES[self.dtype])
         for start in range(0, len(order), READ_ROWS):
             rows = order[start : start + READ_ROWS]
-            some = [key.decode() for key in keys[rows]]
+            some = unpacked(keys[rows])
             intact = self.read(some, offsets[rows], scratch[: len(rows)], whole=True)
             yield len(rows), [key for key, good in zip(some, intact, strict=True) if not good]
 

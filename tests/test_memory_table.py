@@ -5,6 +5,7 @@ import pytest
 import torch
 from memory_fakes import DOCUMENTS, FakeModel, data_files, expected, replace_bytes
 
+from modeling_clara.memory_snapshot import packed, unpacked
 from modeling_clara.memory_store import CorruptMemoryError, MemoryStore
 
 
@@ -142,3 +143,13 @@ def test_the_damaged_key_that_comes_first_is_named(store, path):
         first = next(index for index in order if index in (3, 7))
         with pytest.raises(CorruptMemoryError, match=keys[first]):
             MemoryStore.open(path).get([keys[index] for index in order])
+
+
+def test_keys_take_the_bytes_that_they_stand_for_and_what_is_no_key_is_not_found(store):
+    keys = store.add(DOCUMENTS, show_progress=False)
+    snapshot = store._table._snapshot()
+    assert snapshot.keys.nbytes == 16 * len(keys) and unpacked(snapshot.keys) == sorted(keys)
+    for wrong in ("", "no key", keys[0][:-1], keys[0].upper(), keys[0] + "00", f" {keys[0]}"):
+        assert wrong not in store
+    with_zeros = "ab" * 14 + "0000"
+    assert unpacked(packed([with_zeros])) == [with_zeros]
