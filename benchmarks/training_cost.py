@@ -72,6 +72,8 @@ TARGET_TOKENS = {"scp": 200, "instruct": 60, "joint": 15}
 COMPRESSED = {"scp": 1, "instruct": 5, "joint": 0}
 # Assumed for a GPU of the H100 class in bfloat16: two fifths of its peak.
 ACHIEVED_TFLOPS = 400
+# Documents per forward pass when the memory store is filled, where a recipe does not say.
+MEMORY_BATCH = 64
 # CUDA context, libraries' workspaces and fragmentation, assumed.
 OVERHEAD_BYTES = 3 * 10**9
 GPUS = 8
@@ -88,6 +90,9 @@ class Cost:
         row_flops: forward, recomputation and backward; no gradients for the frozen weights.
         document_flops: of compressing a document of full length.
         checkpoint: of a `checkpoint-N` folder: own weights and optimizer states.
+        compression: the whole model, which every GPU holds while the memory store is filled, with ZeRO-3 and FSDP too,
+            and one layer's activations; 0 for stages without a store.
+        host: main memory of every process while it loads the base, whole in any way of training.
     """
 
     weights: float
@@ -95,11 +100,22 @@ class Cost:
     row_flops: float
     document_flops: float
     checkpoint: float
+    compression: float
+    host: float
     overhead: float = OVERHEAD_BYTES
 
     @property
-    def memory(self) -> float:
+    def training_memory(self) -> float:
         return self.weights + self.activations + self.overhead
+
+    @property
+    def compression_memory(self) -> float:
+        return self.compression + self.overhead if self.compression else 0.0
+
+    @property
+    def memory(self) -> float:
+        """The peak: the two come one after the other."""
+        return max(self.training_memory, self.compression_memory)
 
 
 def meta_model(decoder: PreTrainedConfig, stage: str, **fields) -> CLaRaForRetrievalGeneration:
@@ -135,11 +151,18 @@ def checkpoint_bytes(
 
 
 def cost(
-    model: CLaRaForRetrievalGeneration, stage: str, rows: int, top_k: int, gpus: int = GPUS, zero: int = 0
+    model: CLaRaForRetrievalGeneration,
+    stage: str,
+    rows: int,
+    top_k: int,
+    gpus: int = GPUS,
+    zero: int = 0,
+    memory_batch: int = MEMORY_BATCH,
 ) -> Cost:
     """What training needs with `rows` examples per GPU and forward pass, and activation checkpointing.
 
     Args:
+        memory_batch (`int`): documents per forward pass when the memory store is filled.
         zero (`int`): ZeRO stage; from 1 the optimizer's states, from 2 gradients, and in 3 weights too are divided.
     """
     config = model.config
@@ -172,7 +195,14 @@ def cost(
     # Logits in bfloat16, in float32, and their gradient.
     logits = 10 * rows * TARGET_TOKENS[stage] * config.vocab_size
     document_flops = 2 * (config.doc_max_length + memory) * linear
-    return Cost(weights, kept + layer + logits, row_flops, document_flops, checkpoint_bytes(model, stage))
+    compression, host = 0, 2 * count(frozen)
+    if stage == "joint":
+        # Nothing is kept for backward: about two vectors of the hidden and four of the inner width per token.
+        layer_width = 2 * config.hidden_size + 4 * text.intermediate_size
+        compression = host + 2 * idle + 4 * trained
+        compression += 2 * memory_batch * (config.doc_max_length + memory) * layer_width
+    checkpoint = checkpoint_bytes(model, stage)
+    return Cost(weights, kept + layer + logits, row_flops, document_flops, checkpoint, compression, host)
 
 
 def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost, dict]:
@@ -186,7 +216,8 @@ def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost
     decoder = decoder or AutoConfig.from_pretrained(name)
     model = meta_model(decoder, stage, **first["clara_config"])
     rows, top_k = values["per_device_train_batch_size"], values.get("top_k") or model.config.top_k
-    return cost(model, stage, rows, top_k, gpus, zero), values
+    memory_batch = values.get("memory_batch_size", MEMORY_BATCH)
+    return cost(model, stage, rows, top_k, gpus, zero, memory_batch), values
 
 
 def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, zero: int = 0) -> list[str]:
@@ -200,13 +231,21 @@ def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, 
 
     lines = [
         f"Global batch {batch} on {gpus} GPUs.",
-        f"Memory per GPU: {needed.memory / gigabyte:.0f} GB (weights and optimizer {needed.weights / gigabyte:.1f}, "
-        f"activations {needed.activations / gigabyte:.1f}, overhead {needed.overhead / gigabyte:.0f}).",
+        f"Memory per GPU: {needed.training_memory / gigabyte:.0f} GB in training (weights and optimizer "
+        f"{needed.weights / gigabyte:.1f}, activations {needed.activations / gigabyte:.1f}, overhead "
+        f"{needed.overhead / gigabyte:.0f}).",
+        f"Host memory: {needed.host / gigabyte:.1f} GB per process while it loads the base, "
+        f"{gpus * needed.host / gigabyte:.0f} GB for {gpus}.",
         f"Time per 100,000 rows: {minutes(1e5 * needed.row_flops)}.",
         f"Size of a checkpoint: {needed.checkpoint / gigabyte:.2f} GB.",
     ]
     if Path(path).stem == "joint":
-        lines.insert(3, f"Time to compress 1,000,000 documents, once: {minutes(1e6 * needed.document_flops)}.")
+        lines.insert(
+            2,
+            f"Memory per GPU: {needed.compression_memory / gigabyte:.0f} GB while documents are compressed, once, with "
+            "the whole base on each, under ZeRO-3 and FSDP too.",
+        )
+        lines.insert(-1, f"Time to compress 1,000,000 documents, once: {minutes(1e6 * needed.document_flops)}.")
     return lines
 
 

@@ -10,7 +10,7 @@ from conftest import build_clara
 from safetensors.torch import load_file
 from test_trainers import make_trainer
 
-from benchmarks.training_cost import BASES, checkpoint_bytes, meta_model, report
+from benchmarks.training_cost import BASES, checkpoint_bytes, meta_model, recipe_cost, report
 from modeling_clara import CLaRaConfig
 from trainers import InstructionConfig, JointConfig, SCPConfig
 from trainers.cli import CLaRaModelArguments, DataArguments, parse
@@ -53,6 +53,13 @@ def test_comment_of_a_recipe_is_what_the_script_computes(model, stage):
     text = path.read_text()
     for line in report(path):
         assert f"#   {line}\n" in text, line
+
+
+def test_a_gpu_holds_the_whole_base_while_documents_are_compressed_even_under_zero3():
+    folder = ROOT / "recipes" / "mistral-7b"
+    joint, instruct = (recipe_cost(folder / f"{name}.yaml", zero=3)[0] for name in ("joint", "instruct"))
+    assert joint.training_memory < 7e9 < joint.host < joint.compression_memory == joint.memory < 21e9
+    assert instruct.memory == instruct.training_memory < instruct.host == joint.host
 
 
 def test_counted_weights_are_those_of_the_known_models():
