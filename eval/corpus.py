@@ -1,6 +1,7 @@
 """A corpus of one's own, and questions about it, before they have candidates."""
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def read_corpus(source: str | Path, show_progress: bool = False) -> dict[str, st
     rows = read_rows(source)
     for number, row in tqdm(rows, desc="reading the corpus", unit=" passages", disable=not show_progress, leave=False):
         try:
-            name = str(row.get("id", row.get("_id", number)))
+            # An id that is null is none, as in eval/data.py.
+            name = str(next((row[key] for key in ("id", "_id") if row.get(key) is not None), number))
             field_name = next((name for name in TEXTS if name in row), "text")
             check_text(field_name, row.get(field_name))
             if name in corpus:
@@ -61,14 +63,19 @@ def read_questions(source: str | Path, corpus: dict[str, str], pooled: bool = Fa
         numbers[question["id"]] = number
         gold = [question["docs"][position] for position in question.pop("pos_index")]
         for text in [*gold, *(question["docs"] if pooled else ())]:
-            name = ids.setdefault(same_text_key(text), f"doc:{len(corpus)}")
-            corpus.setdefault(name, text)
+            if (key := same_text_key(text)) not in ids:
+                ids[key] = _unused_id(corpus)
+                corpus[ids[key]] = text
         question["positives"] = question["positives"] or [ids[same_text_key(text)] for text in gold]
         del question["docs"]
         questions.append(question)
     if not questions:
         raise DataError(f"{source}: the file holds no question.")
     return questions
+
+
+def _unused_id(corpus):
+    return next(name for number in count(len(corpus)) if (name := f"doc:{number}") not in corpus)
 
 
 def _question(row, default_id):
@@ -84,7 +91,7 @@ def _question(row, default_id):
                 raise ValueError(f"the field {name!r} is missing.")
         check_text("question", row["question"])
         check_texts("answers", row["answers"])
-        checked = {"docs": [], "pos_index": [], "id": str(row.get("id", default_id))}
+        checked = {"docs": [], "pos_index": [], "id": default_id if row.get("id") is None else str(row["id"])}
     return {**row, **checked, "positives": [str(name) for name in positives]}
 
 

@@ -175,6 +175,22 @@ def test_a_corpus_has_titles_in_front_of_its_texts_and_ids_or_numbers(tmp_path):
     rows = [{"_id": "a", "title": "Lynx", "text": "It sleeps."}, {"contents": "An otter."}, {"id": 7, "content": "x"}]
     write_jsonl(tmp_path / "c.jsonl", rows)
     assert read_corpus(tmp_path / "c.jsonl") == {"a": "Lynx\nIt sleeps.", "2": "An otter.", "7": "x"}
+    write_jsonl(tmp_path / "null.jsonl", [{"id": None, "_id": "a", "text": "x"}, {"id": None, "text": "y"}])
+    assert read_corpus(tmp_path / "null.jsonl") == {"a": "x", "2": "y"}
+
+
+def test_a_question_whose_id_is_null_has_its_lines_number(tmp_path):
+    write_jsonl(tmp_path / "q.jsonl", [{"id": None, "question": "Who?", "answers": ["x"], "positives": ["a"]}] * 2)
+    assert [question["id"] for question in read_questions(tmp_path / "q.jsonl", {})] == ["1", "2"]
+
+
+def test_a_gold_document_that_joins_the_corpus_takes_no_id_that_is_used(tmp_path):
+    corpus = {"doc:1": "Of the corpus.", "doc:3": "Of the corpus, too.", "doc:2": "And this."}
+    rows = [{"question": "Who?", "answers": ["x"], "docs": ["New.", "New, too."], "pos_index": [0, 1]}]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    (question,) = read_questions(tmp_path / "q.jsonl", corpus)
+    assert [corpus[name] for name in question["positives"]] == ["New.", "New, too."]
+    assert len(corpus) == 5 and corpus["doc:1"] == "Of the corpus."
 
 
 @pytest.mark.parametrize(
