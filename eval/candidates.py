@@ -126,10 +126,7 @@ def check_pools(
     Raises:
         PoolError: as [`build_candidates`].
     """
-    if mode not in MODES:
-        raise PoolError(f"mode is {mode!r}; it must be 'oracle' or 'normal'.")
-    if size < 1:
-        raise PoolError(f"size is {size}; it must be at least 1.")
+    _check_options(size, mode)
     texts, ids, rows_of = distinct_passages(corpus)
     if len(texts) < size:
         raise PoolError(f"the corpus holds {len(texts)} distinct passages, too few for pools of {size}.")
@@ -148,8 +145,16 @@ def check_pools(
     return texts, ids, found
 
 
+def _check_options(size, mode):
+    if mode not in MODES:
+        raise PoolError(f"mode is {mode!r}; it must be 'oracle' or 'normal'.")
+    if size < 1:
+        raise PoolError(f"size is {size}; it must be at least 1.")
+
+
 def _named(questions):
-    return ((str(question.get("id", number)), question) for number, question in enumerate(questions, start=1))
+    for number, question in enumerate(questions, start=1):
+        yield str(number if question.get("id") is None else question["id"]), question
 
 
 @dataclass
@@ -157,7 +162,7 @@ class CandidateSettings:
     """What pools are built from, and how.
 
     Raises:
-        PoolError: a limit is below 1, or the output is there already and `overwrite` is not set.
+        PoolError: an unknown mode, a limit below 1, or the output is there already and `overwrite` is not set.
     """
 
     questions: str = field(metadata={"help": "Questions: a file, a folder or hf://datasets/USER/NAME#SPLIT."})
@@ -179,6 +184,7 @@ class CandidateSettings:
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
 
     def __post_init__(self):
+        _check_options(self.size, self.mode)
         if self.batch_size < 1:
             raise PoolError(f"--batch_size must be at least 1, but is {self.batch_size}.")
         if self.seed < 0:

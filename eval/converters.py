@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from eval.data import check_text
+from eval.data import check_text, check_texts, parse_example
 from eval.data_files import DataError, read_rows, shown, unit_of
 
 
@@ -102,6 +102,8 @@ def musique(row: dict[str, Any]) -> dict[str, Any]:
 def nq_open(row: dict[str, Any]) -> dict[str, Any]:
     """A question of NQ-Open; or one of lost-in-the-middle, whose `ctxs` are candidates, gold where `isgold`."""
     example = {"question": _needed(row, "question"), "answers": _first(row, "answer", "answers")}
+    # Under its own name in messages.
+    check_texts("answer" if row.get("answer") is not None else "answers", example["answers"])
     if row.get("id") is not None:
         example["id"] = row["id"]
     contexts = _listed("ctxs", row.get("ctxs") or [], dict)
@@ -141,7 +143,10 @@ def release(row: dict[str, Any]) -> dict[str, Any]:
         questions = [] if kind == "paraphrase" else row["question"]
         return {"data_type": kind, "question": questions, "answers": answers, "docs": docs}
     example = {"question": _needed(row, "question"), "answers": answers, "docs": docs}
-    return {**example, **{name: row[name] for name in ("id", "pos_index", "type") if row.get(name) not in (None, [])}}
+    example.update({name: row[name] for name in ("id", "pos_index", "type") if row.get(name) not in (None, [])})
+    gold = parse_example(example, default_id="1").pos_index
+    pool = _pool(docs, gold or [])
+    return {**example, "docs": pool["docs"], **({"pos_index": pool["pos_index"]} if gold else {})}
 
 
 CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -22,6 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def read_rows(
 
     Args:
         source: one of the kinds above.
-        on_error: called with each broken line of JSONL, which is then passed over. Default: it is raised.
+        on_error: called with each broken row of text that the next one can be found behind (JSONL; items of arrays that
+            are no objects; cells of CSV), which is then passed over. Default: it is raised.
 
     Raises:
         DataError: the source cannot be read, or a row is malformed.
@@ -53,9 +55,9 @@ def read_rows(
     if kind == "jsonl":
         yield from read_jsonl(source, on_error)
     elif kind == "json":
-        yield from _read_array(source)
+        yield from _read_array(source, on_error)
     elif kind == "csv":
-        yield from _read_csv(source)
+        yield from _read_csv(source, on_error)
     else:
         yield from _read_dataset(source, kind)
 
@@ -96,16 +98,9 @@ def read_jsonl(
     """
     with _Damage(path) as damage, _open(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = _parse(path, number, line)
-                except DataError as error:
-                    if on_error is None:
-                        raise
-                    on_error(error)
-                    continue
-                yield number, row
             damage.after = f"line {number}"
+            if line.strip():
+                yield from _rows(number, partial(_parse, path, number, line), on_error)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -172,6 +167,18 @@ class _Damage:
             raise DataError(f"{self.path}: the file cannot be read ({error.strerror or error}).") from error
 
 
+def _rows(number: int, row: Callable[[], dict], on_error) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The row with its number, or none where it is broken and `on_error` takes that."""
+    try:
+        found = row()
+    except DataError as error:
+        if on_error is None:
+            raise
+        on_error(error)
+        return
+    yield number, found
+
+
 def _open(path):
     return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
 
@@ -185,9 +192,14 @@ def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
         raise DataError(f"{where}: not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: malformed JSON, {error.msg} at column {error.colno}.") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: malformed JSON, nested too deeply.") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: malformed JSON, {_limit(error)}.") from error
     return _object(where, row, "line")
+
+
+def _limit(error):
+    # Python reads no integer of more than 4,300 digits.
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _object(where, row, unit):
@@ -201,7 +213,7 @@ def _starts_array(path):
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _read_array(path):
+def _read_array(path, on_error):
     """Items of a JSON array, one in memory at a time: such files hold gigabytes in a single line."""
     decoder = json.JSONDecoder()
     with _Damage(path) as damage, io.TextIOWrapper(_open(path), encoding="utf-8-sig") as file:
@@ -218,8 +230,6 @@ def _read_array(path):
                 raise DataError(f"{where}: malformed JSON, a comma or the array's end is expected.")
             try:
                 row, end = decoder.raw_decode(text, start)
-            except RecursionError as error:
-                raise DataError(f"{where}: malformed JSON, nested too deeply.") from error
             except json.JSONDecodeError as error:
                 # Only at the end of what was read may more text mend it; a string is blamed on its start.
                 mendable = error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
@@ -228,9 +238,11 @@ def _read_array(path):
                     raise DataError(f"{where}: malformed JSON, {error.msg}.") from error
                 text, place, chunk = text[place:] + more, 0, 2 * chunk
                 continue
+            except (RecursionError, ValueError) as error:
+                raise DataError(f"{where}: malformed JSON, {_limit(error)}.") from error
             number, place, chunk = number + 1, end, CHUNK
             damage.after = f"item {number}"
-            yield number, _object(where, row, "item")
+            yield from _rows(number, partial(_object, where, row, "item"), on_error)
 
 
 def _past_space(text, place):
@@ -239,7 +251,7 @@ def _past_space(text, place):
     return place
 
 
-def _read_csv(path):
+def _read_csv(path, on_error):
     # The default limit of a cell is 128 KiB, less than twenty long documents.
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if str(path).removesuffix(".gz").lower().endswith(".tsv") else ","
@@ -252,7 +264,8 @@ def _read_csv(path):
             for cells in records:
                 damage.after = f"line {records.line_num}"
                 if cells:
-                    yield records.line_num, _record(f"{path}, line {records.line_num}", names, cells)
+                    number = records.line_num
+                    yield from _rows(number, partial(_record, f"{path}, line {number}", names, cells), on_error)
         except csv.Error as error:
             raise DataError(f"{path}, line {records.line_num}: malformed CSV, {error}.") from error
 
@@ -265,7 +278,7 @@ def _record(where, names, cells):
         if name in row:
             try:
                 row[name] = json.loads(row[name])
-            except ValueError as error:
+            except (RecursionError, ValueError) as error:
                 raise DataError(f"{where}: {name!r} must be a JSON list, but is {shown(row[name])}.") from error
     return row
 

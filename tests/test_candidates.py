@@ -102,7 +102,7 @@ def test_negatives_with_an_answer_can_be_left_out():
 
 def test_ids_default_to_the_position_and_further_keys_are_kept():
     row = {"question": "Where is the lynx?", "answers": ["meadow"], "positives": ["lynx-meadow"], "level": "hard"}
-    first, second = build_candidates([row, row], CORPUS, size=5)
+    first, second = build_candidates([row, {**row, "id": None}], CORPUS, size=5)
     assert (first["id"], second["id"], first["level"]) == ("1", "2", "hard")
 
 
@@ -289,6 +289,12 @@ def test_an_interrupted_call_goes_on_from_what_is_embedded(tmp_path, capsys, fil
     assert len(embedded) - 3 == -(-len(CORPUS) // 20) - 1, "all parts but the one that was whole"
     assert Path(output).read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not Path(f"{output}.unfinished").exists()
+
+
+def test_an_unknown_mode_is_told_before_the_corpus_is_read(tmp_path, capsys):
+    arguments = ["--questions", "none.jsonl", "--corpus", "none.jsonl", "--output", str(tmp_path / "pools.jsonl")]
+    assert main([*arguments, "--mode", "best"]) == 2
+    assert capsys.readouterr().err == "error: mode is 'best'; it must be 'oracle' or 'normal'.\n"
 
 
 def test_without_a_corpus_the_questions_docs_are_the_corpus(tmp_path):

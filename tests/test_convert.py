@@ -183,6 +183,12 @@ def test_the_releases_questions_under_all_their_names(tmp_path, docs, answer, ex
     assert converted(tmp_path, "release", {**row, "pos_index": []}, "--overwrite").get("pos_index") is None
 
 
+def test_a_passage_that_a_question_of_the_release_has_twice_is_kept_once(tmp_path):
+    row = {"question": "Who?", "docs": ["a", "b", "a", "c"], "answer": "x", "pos_index": [2, 3], "data_type": "qa"}
+    example = converted(tmp_path, "release", row)
+    assert (example["docs"], example["pos_index"]) == (["a", "b", "c"], [0, 2])
+
+
 def test_the_releases_first_stage_stays_the_first_stage(tmp_path):
     pairs = {"data_type": "qa", "question": ["Who?", "Where?"], "answers": ["Mara", "Here"], "docs": ["d"]}
     paraphrase = {"data_type": "paraphrase", "question": "ignored", "answers": ["p"], "docs": ["d"]}
@@ -215,8 +221,8 @@ def without(row, name):
         ("musique", {**MUSIQUE, "paragraphs": {}}, "'paragraphs' must be a list of objects, but is {}"),
         ("musique", {**MUSIQUE, "paragraphs": [{"title": "A"}]}, "'paragraphs[0].paragraph_text' must be a string"),
         ("musique", {**MUSIQUE, "answer_aliases": "Stan"}, "'answer_aliases' must be a list of strings"),
-        ("nq-open", {"question": "who", "answer": []}, "'answers' is an empty list"),
-        ("nq-open", {"question": "who", "answer": "x"}, "'answers' must be a list of strings, but is \"x\""),
+        ("nq-open", {"question": "who", "answer": []}, "'answer' is an empty list"),
+        ("nq-open", {"question": "who", "answer": "x"}, "'answer' must be a list of strings, but is \"x\""),
         ("nq-open", {"answer": ["x"]}, "the field 'question' is missing"),
         ("nq-open", {**ORACLE, "ctxs": [{"title": "x"}]}, "'ctxs[0].text' must be a string, but is null"),
         ("kilt", without(KILT, "output"), "the field 'output' is missing"),

@@ -170,6 +170,7 @@ def test_a_broken_row_is_named_with_its_number_in_every_kind_of_file(tmp_path, m
     [
         ("question,answers,docs\nWho?,Mara,[]\n", "line 2: 'answers' must be a JSON list, but is \"Mara\""),
         ("question,answers\nWho?\n", "line 2: 1 cells, but 2 columns"),
+        (f"answers,docs\n[],[{'1' * 5000}]\n", "line 2: 'docs' must be a JSON list, but is \"[111"),
         ("question,question\n", "line 1: a column is named twice: question, question"),
         ('question,docs\n"Who?"x,[]\n', "line 2: malformed CSV, ',' expected after '\"'"),
         ('question,docs\n"Who?\n\n', "line 3: malformed CSV, unexpected end of data"),
@@ -195,6 +196,7 @@ def test_malformed_csv_is_named_with_its_line(tmp_path, text, message):
         ('[{"a": 1}, {"b": "cut', "item 2: malformed JSON, Unterminated string"),
         ('[{"a": 1}, {"b" 3}, {"c": 4}]', "item 2: malformed JSON, Expecting ':' delimiter"),
         ("[" * 100_000, "item 1: malformed JSON, nested too deeply"),
+        (f'[{{"a": {"1" * 5000}}}]', "item 1: malformed JSON, a number has too many digits."),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
@@ -238,6 +240,27 @@ def test_broken_lines_can_be_passed_over(tmp_path):
     errors = []
     assert list(read_rows(path, errors.append)) == [(1, {"a": 1}), (5, {"a": 5})]
     assert [str(error).partition(": ")[0] for error in errors] == [f"{path}, line {number}" for number in (2, 3, 4)]
+
+
+def test_a_number_with_too_many_digits_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": 1}}\n{{"a": {"1" * 5000}}}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 2: malformed JSON, a number has too many digits.$"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "broken"),
+    [
+        ("a.csv", 'a,docs\n1,[]\n2\n3,x\n4,"[""d""]"\n', ["line 3", "line 4"]),
+        ("a.json", '[{"a": "1"}, 3, [], {"a": "4"}]', ["item 2", "item 3"]),
+    ],
+)
+def test_broken_records_and_items_can_be_passed_over(tmp_path, name, text, broken):
+    path, errors = tmp_path / name, []
+    path.write_text(text)
+    assert [row["a"] for _, row in read_rows(path, errors.append)] == ["1", "4"]
+    assert [str(error).partition(": ")[0] for error in errors] == [f"{path}, {place}" for place in broken]
 
 
 def test_scp_rows_come_from_every_kind_of_file(tmp_path):
