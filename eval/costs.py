@@ -40,7 +40,7 @@ def system_costs(
         parts.append((candidates, work.milliseconds(dataset, f"memories of {checkpoint}")))
     elif spec.ranker is not None:
         parts.append((candidates, work.milliseconds(dataset, spec.ranker)))
-    if spec.reader == "memory" and checkpoint is None:
+    if spec.reader == "memory" and checkpoint != spec.checkpoint:
         parts.append((given, work.milliseconds(dataset, f"memories of {spec.checkpoint}")))
     if spec.shortener is not None:
         parts.append((given, work.milliseconds(dataset, f"texts of {spec.shortener}")))

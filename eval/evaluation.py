@@ -12,7 +12,7 @@ from eval.data import QAExample
 from eval.metrics.answer_f1.answer_f1 import score_answer
 from eval.metrics.grounding.grounding import score_grounding
 from eval.metrics.retrieval_recall.retrieval_recall import score_ranking
-from eval.plan import CHECKPOINTS, SystemSpec
+from eval.plan import CHECKPOINTS, MEMORY, SystemSpec
 from eval.settings import EvalSettings, UsageError
 from eval.stages import Workplace
 from eval.systems.base import Ranking
@@ -41,7 +41,7 @@ class Evaluation:
         checkpoints: what is to be known of the CLaRa checkpoints, by the setting that names them.
 
     Raises:
-        UsageError: a checkpoint cannot be loaded, or a text cannot be put to its model.
+        UsageError: a model is not there or not whole, or a text cannot be put to it.
     """
 
     def __init__(self, settings: EvalSettings, folder: Path, examples: dict[str, list[QAExample]]):
@@ -59,13 +59,23 @@ class Evaluation:
                 with loading.loading(f"--{checkpoint}", path):
                     self.checkpoints[checkpoint], processor = loading.describe_clara(path)
                 self._check_texts(processor)
+        if settings.text_model is not None:
+            with loading.loading("--text_model", settings.text_model):
+                loading.check_model(settings.text_model, needs_tokenizer=settings.model is None)
+        for spec in self.plan:
+            for kind, name in ((spec.chooser, spec.name), ("llmlingua2", spec.shortener)):
+                if name is not None:
+                    with loading.loading("--systems", f"{kind} {name}"):
+                        loading.check_model(name, kind)
 
     def run(self) -> dict[str, dict[str, list[dict]]]:
         """Carries out what is left to do; returns per data file and system one record per question."""
         for ranker in dict.fromkeys(spec.ranker for spec in self.plan):
             if ranker is not None and ranker not in CHECKPOINTS:
                 self._rank(ranker)
-        for checkpoint in CHECKPOINTS.values():
+        # The model comes last where it reads what another checkpoint has ranked.
+        last = any(spec.label.startswith(MEMORY) for spec in self.plan)
+        for checkpoint in sorted(CHECKPOINTS.values(), key=lambda name: last and name == "model"):
             self._run_checkpoint(checkpoint)
         for reader, shortener in dict.fromkeys((spec.reader, spec.shortener) for spec in self.plan):
             if reader != "memory":
@@ -78,11 +88,16 @@ class Evaluation:
         """Whether the system answers: one that would read memories needs a checkpoint for that."""
         return spec.reader != "memory" or spec.checkpoint in self.checkpoints
 
-    def can_be_scored(self, dataset: str) -> bool:
-        """Whether any system has a score there: a ranking and some controls need known gold documents."""
-        if any(one.pos_index for one in self.questions[dataset]):
-            return True
-        return any(self.reads(spec) and spec.chooser not in ("gold", "wrong-memory") for spec in self.plan)
+    def why_unscored(self, dataset: str, spec: SystemSpec) -> str | None:
+        """Why a system has no score there, as the end of a sentence that begins with its name; `None` if it has."""
+        is_known = any(one.pos_index for one in self.questions[dataset])
+        if spec.chooser in ("gold", "wrong-memory") and not is_known:
+            return "needs pos_index, which no question has"
+        if spec.ranker is not None:
+            return None if is_known or self.reads(spec) else "needs pos_index, or --model to answer with"
+        if any(given is not None for given in fixed_documents(spec.chooser, self.questions[dataset], 0)):
+            return None
+        return "needs another question with other answers and other gold documents, which no question has"
 
     def documents(self, dataset: str, spec: SystemSpec) -> dict[str, list[str]]:
         """Question id -> the documents that it is answered from; without the questions that a system cannot answer."""
@@ -155,7 +170,8 @@ class Evaluation:
         reader = self._memory_reader(checkpoint)
         for dataset in left:
             questions = self.questions[dataset]
-            if ranks:
+            # All where a share of them is chosen by a ranking, so that memories do not depend on it.
+            if ranks or any(spec.ranker in CHECKPOINTS for spec in readers):
                 needed = [document for one in questions for document in one.docs]
             else:
                 needed = [

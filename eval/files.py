@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from eval.plan import core_of
 from eval.report import costs_csv, format_costs, format_tables, scores_csv
 from eval.settings import UsageError, slug
 
@@ -35,30 +36,52 @@ def read_results(folder: str | Path) -> dict | None:
         raise UsageError(f"{path} is damaged: delete it, or start again with --overwrite.") from error
 
 
-def claim_unfinished(folder: Path, record: dict) -> bool:
+def claim_unfinished(folder: Path, record: dict, overwrite: bool = False) -> bool:
     """Marks the folder as being worked on with the settings `record`.
 
+    A run whose settings differ in `systems` alone goes on: each system has journals of its own.
+
+    Args:
+        overwrite: forget an unfinished run with other settings.
+
     Returns:
-        Whether there was a mark with the same settings already, so that the run goes on.
+        Whether there was a mark with such settings already, so that the run goes on.
 
     Raises:
-        UsageError: the mark has other settings.
+        UsageError: the mark has other settings, and `overwrite` is not set.
     """
     path = folder / UNFINISHED / RUN
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != record:
-            raise UsageError(
-                f"{folder} holds an unfinished run with other settings: give another --output_dir, or --overwrite."
-            )
-        return True
-    if path.parent.exists():
-        # What a removal that was interrupted left: it belongs to a run with other settings.
-        shutil.rmtree(path.parent)
-    path.parent.mkdir(parents=True)
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    goes_on = earlier is not None and _goes_on(earlier, record)
+    if goes_on:
+        # What earlier systems were made with is kept, so that a change is noticed when they are asked for again.
+        labels = dict.fromkeys([*earlier.get("systems", ()), *record.get("systems", ())])
+        record = {**record, "systems": list(labels), "sha256": _hashes(earlier, record)}
+    elif earlier is not None and not overwrite:
+        raise UsageError(
+            f"{folder} holds an unfinished run with other settings: give another --output_dir, or --overwrite."
+        )
+    else:
+        # Another run's, or what a removal that was interrupted left.
+        remove_unfinished(folder)
+        path.parent.mkdir(parents=True)
     staged = path.with_suffix(".tmp")
     staged.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(staged, path)
-    return False
+    return goes_on
+
+
+def _goes_on(earlier: dict, record: dict) -> bool:
+    """Whether journals of a run with the settings `earlier` can be used by one with the settings `record`."""
+    rest, own = ({k: v for k, v in one.items() if k not in ("systems", "sha256")} for one in (earlier, record))
+    hashes = _hashes(earlier, record), _hashes(record, earlier)
+    # Systems of two calls, too, may not share a file.
+    names = {core_of(label) for one in (earlier, record) for label in one.get("systems", ())}
+    return rest == own and hashes[0] == hashes[1] and len(set(map(slug, names))) == len(names)
+
+
+def _hashes(first: dict, second: dict) -> dict:
+    return {**first.get("sha256", {}), **second.get("sha256", {})}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -65,6 +65,6 @@ def _records(path: Path) -> dict[str, dict]:
             records[record["id"]] = record
         except (ValueError, KeyError, TypeError) as error:
             raise JournalError(
-                f"{path}, line {number} is damaged: delete that line, or start again with --overwrite"
+                f"{path}, line {number} is damaged: delete that line, or the file, and run it again"
             ) from error
     return records

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from eval.settings import UsageError
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
@@ -37,6 +41,7 @@ def describe_clara(folder: str) -> tuple[dict, CLaRaProcessor]:
     config = _clara_config(folder)
     if not any(Path(folder).glob("*.safetensors")):
         raise OSError("it holds no weights (*.safetensors).")
+    _check_weights(folder)
     names = ("compression_rate", "num_memory_tokens", "hidden_size", "doc_max_length", "top_k", "temperature")
     made = {name: getattr(config, name) for name in names}
     return {**made, "base": config.base_model_name_or_path}, CLaRaProcessor.from_pretrained(folder, config=config)
@@ -57,6 +62,48 @@ def _clara_config(folder: str) -> CLaRaConfig:
     if not isinstance(config, CLaRaConfig):
         raise ValueError(f"it holds a {config.model_type} model, not a CLaRa checkpoint.")
     return config
+
+
+def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = True) -> None:
+    """Looks whether a model is there and whole, without loading its weights.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+        kind: the system that it is for, `llm-listwise` for any causal language model, or an adapter on one.
+        needs_tokenizer: whether the tokenizer is taken from it, too.
+
+    Raises:
+        OSError, ValueError, ImportError: it is not, or the package that loads it is not installed.
+    """
+    package = {
+        "bi-encoder": "sentence_transformers",
+        "cross-encoder": "sentence_transformers",
+        "llmlingua2": "llmlingua",
+    }
+    if kind in package and find_spec(package[kind]) is None:
+        raise ImportError(f"No module named {package[kind]!r}")
+    if Path(name).is_dir():
+        _check_weights(name)
+    if kind == "bi-encoder":
+        from sentence_transformers.util import is_sentence_transformer_model
+
+        if is_sentence_transformer_model(name):
+            return  # its parts have configurations of their own
+    base = name
+    if kind == "llm-listwise" and find_adapter_config_file(name) is not None:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    AutoConfig.from_pretrained(base)
+    if needs_tokenizer:
+        AutoTokenizer.from_pretrained(name)
+
+
+def _check_weights(folder: str) -> None:
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"{path.name} is damaged ({error}).") from error
 
 
 def load_causal_model(name: str) -> PreTrainedModel:

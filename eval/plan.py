@@ -7,11 +7,13 @@
     llm-listwise NAME                   ranks by asking a causal language model to order the list
     gold, no-memory, wrong-memory       no ranking: the gold documents, none, another question's
     text-SYSTEM                         chooses documents as SYSTEM does, and answers from their text
+    memory-sup, memory-clara-before-joint   choose as these do; the generator of `--model` answers from its memories
     text                                short for text-bm25
     llmlingua2 NAME                     as text, from text shortened by LLMLingua-2
 
 NAME is a local folder or a name on the Hub. All but `sup` and `clara-before-joint`, which are whole models, answer with
-the generator of `--model`, or with the text model where they read text.
+the generator of `--model`, or with the text model where they read text; `memory-` before these two compares the
+retrievers alone.
 """
 
 from dataclasses import dataclass
@@ -25,8 +27,12 @@ CHOICES = (*CHECKPOINTS, "bm25", *FOREIGN_RANKERS, "text", "llmlingua2", "gold",
 NAMED = (*FOREIGN_RANKERS, "llmlingua2")
 # What runs unasked, where it has what it needs, and what `all` adds to it.
 DEFAULT_SYSTEMS = (*CHECKPOINTS, "bm25", "gold", "text-gold", *CONTROLS)
-ALL_SYSTEMS = ("clara", "text-clara", "clara-before-joint", "sup", "bm25", "text", "gold", "text-gold", *CONTROLS)
-TEXT = "text-"
+ALL_SYSTEMS = (
+    *("clara", "text-clara", "clara-before-joint", "memory-clara-before-joint", "sup", "memory-sup"),
+    *("bm25", "text", "gold", "text-gold", *CONTROLS),
+)
+# Before a system that chooses documents: who reads them in its place.
+MEMORY, TEXT = PREFIXES = ("memory-", "text-")
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,21 @@ class SystemSpec:
     @property
     def checkpoint(self) -> str:
         """The setting that names the CLaRa checkpoint whose memories are read."""
-        return CHECKPOINTS.get(self.chooser, "model")
+        return "model" if self.label.startswith(MEMORY) else CHECKPOINTS.get(self.chooser, "model")
 
     @property
-    def order(self) -> tuple[int, bool]:
-        kind = self.label.removeprefix(TEXT).split(" ")[0]
-        return CHOICES.index(kind), self.label.startswith(TEXT)
+    def core(self) -> str:
+        """The label without what is before the system's own name."""
+        return core_of(self.label)
+
+    @property
+    def order(self) -> tuple[int, bool, bool]:
+        return CHOICES.index(self.core.split(" ")[0]), *map(self.label.startswith, PREFIXES[::-1])
+
+
+def core_of(label: str) -> str:
+    """A system's name without `text-` or `memory-`."""
+    return next((label.removeprefix(prefix) for prefix in PREFIXES if label.startswith(prefix)), label)
 
 
 def parse_system(text: str) -> SystemSpec:
@@ -72,11 +87,13 @@ def parse_system(text: str) -> SystemSpec:
         ValueError: there is no such system, or its NAME is missing or too much.
     """
     label = " ".join(text.split())
-    kind, _, name = label.removeprefix(TEXT).partition(" ")
+    kind, _, name = core_of(label).partition(" ")
     reads_text = label.startswith(TEXT)
     if kind not in CHOICES or (reads_text and kind in ("text", "llmlingua2")):
         known = ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
         raise ValueError(f"there is no system {text!r}, choose from {known}, or text- before one that ranks or gold")
+    if label.startswith(MEMORY) and CHECKPOINTS.get(kind, "model") == "model":
+        raise ValueError(f"{label} is {kind} itself: memory- stands before sup and clara-before-joint only")
     if kind in NAMED and not name:
         raise ValueError(f"{label} needs the NAME of a model behind it, as in '{label} path/to/model'")
     if kind not in NAMED and name:

@@ -12,6 +12,7 @@ Data: one JSON object per line with `question`, `answers`, `docs` and, where kno
 predictions to the output folder. A call that was interrupted goes on when it is repeated. See `docs/evaluation.md`.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from transformers.utils import logging
 
 from eval.data import DataError, iter_examples, load_examples
 from eval.evaluation import Evaluation
-from eval.files import UNFINISHED, claim_unfinished, holds_run, read_results, remove_unfinished, write_run, write_tables
+from eval.files import UNFINISHED, claim_unfinished, holds_run, read_results, write_run, write_tables
 from eval.journal import JournalError
 from eval.reference import published_figures
 from eval.report import format_costs, format_tables
@@ -64,18 +65,19 @@ def evaluate_systems(
     published = {name: published_figures(settings.reference, name, rows) for name, rows in examples.items()}
     evaluation = Evaluation(settings, folder, examples)
     for name in examples:
-        if not evaluation.can_be_scored(name):
-            raise _unscored(settings, name)
+        reasons = {spec.label: evaluation.why_unscored(name, spec) for spec in settings.plan()}
+        if None not in reasons.values():
+            told = "; ".join(f"{label} {reason}" for label, reason in reasons.items())
+            raise UsageError(f"{name}: nothing can be scored: {told}.")
     if begin is not None:
         begin()
     records = evaluation.run()
     found = {}
     for name, systems in records.items():
-        for system in [system for system, rows in systems.items() if not any(row["scores"] for row in rows)]:
-            logger.warning(f"{system} is left out for {name}: no question there has the pos_index that it needs.")
-            del systems[system]
-        if not systems:
-            raise _unscored(settings, name)
+        for spec in settings.plan():
+            if (reason := evaluation.why_unscored(name, spec)) is not None:
+                logger.warning(f"{spec.label} is left out for {name}: it {reason}.")
+                del systems[spec.label]
         found[name] = dataset_results(evaluation.questions[name], systems, settings.seed)
         found[name]["costs"] = {s.label: evaluation.costs(name, s) for s in settings.plan() if s.label in systems}
         if published[name]:
@@ -100,11 +102,6 @@ def _add_published(results: dict, settings: EvalSettings) -> bool:
     return changed
 
 
-def _unscored(settings: EvalSettings, dataset: str) -> UsageError:
-    labels = ", ".join(spec.label for spec in settings.plan())
-    return UsageError(f"{dataset}: none of {labels} can be scored without pos_index and --model.")
-
-
 def run(settings: EvalSettings) -> dict:
     """Evaluates and writes; returns the results, or those of an earlier run with equal settings, data and checkpoints.
 
@@ -120,7 +117,10 @@ def run(settings: EvalSettings) -> dict:
     if finished and not (unfinished / "run.json").exists():
         earlier = read_results(folder)
         if earlier is None or earlier.get("settings") != record:
-            raise UsageError(f"{folder} holds another run's results: give another --output_dir, or --overwrite.")
+            raise UsageError(
+                f"{folder} holds another run's results: give another --output_dir, or --overwrite, which replaces the "
+                "results and touches no checkpoint."
+            )
         logger.warning(f"{folder} holds these results already, they are reused (--overwrite computes them again).")
         if settings.reference is not None and _add_published(earlier, settings) and state.is_main_process:
             write_tables(folder, earlier)
@@ -129,9 +129,7 @@ def run(settings: EvalSettings) -> dict:
     def begin() -> None:
         # Not before the data are read: a mark that a malformed file leaves would stand in the way of the mended one.
         if state.is_main_process:
-            if settings.overwrite:
-                remove_unfinished(folder)
-            if claim_unfinished(folder, record):
+            if claim_unfinished(folder, record, settings.overwrite):
                 logger.warning(f"{folder} holds a part of this run already: it goes on from there.")
         state.wait_for_everyone()
 
@@ -150,30 +148,33 @@ def read_config(arguments: list[str]) -> list[str]:
     Raises:
         UsageError: the file cannot be read, or is no mapping of names to plain values.
     """
-    if "--config" not in arguments:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    given, rest = parser.parse_known_args(arguments)
+    if given.config is None:
         return arguments
-    place = arguments.index("--config")
-    if place + 1 == len(arguments):
-        raise UsageError("--config needs the name of a YAML file.")
-    path, rest = arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+    path = given.config
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UsageError(f"--config: {path} must hold one value, or one list, per argument.")
-    given = []
-    for name, value in values.items():
+    for name, value in reversed(values.items()):
         if value is not None:
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            given += [f"--{name}", value]
-    return given + rest
+            rest = [f"--{name}", value, *rest]
+    return rest
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     try:
         parser = HfArgumentParser(EvalSettings)
+        # Read before the others are; here for --help.
+        parser.add_argument(
+            "--config", default=argparse.SUPPRESS, help="YAML file with any of these; the command line overrides it."
+        )
         arguments = read_config(list(sys.argv[1:] if arguments is None else arguments))
         settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         if unknown:

@@ -3,16 +3,21 @@
 import hashlib
 import re
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from eval.data_files import kind_of, source_name
-from eval.plan import ALL_SYSTEMS, CHECKPOINTS, CHOICES, DEFAULT_SYSTEMS, NAMED, SystemSpec, parse_system
+from eval.plan import ALL_SYSTEMS, CHECKPOINTS, CHOICES, DEFAULT_SYSTEMS, MEMORY, NAMED, SystemSpec, parse_system
 
 
 FOLDERS = (*CHECKPOINTS.values(), "text_model")
-# What decides about a checkpoint's answers; logs and trainer states beside it do not.
-CHECKPOINT_FILES = ("*.safetensors", "*.jinja", "*config.json", "tokenizer*")
-# Where results and memories lie, and how they are shown, does not change them.
+# Files and folders beside a model that do not decide about its answers: logs, trainer states, results.
+BESIDE_MODEL = (
+    *(".*", "*.log", "*log.jsonl", "*.md", "runs", "events.out.*", "checkpoint-*", "trainer_state.json"),
+    *("training_args.bin", "optimizer*", "scheduler.pt", "rng_state*", "global_step*", "unfinished", "predictions"),
+    *("results.json", "table.*", "costs.*", "analysis.json", "*.html", "*.png", "*.svg"),
+)
+# Where results lie, and how they are shown, does not change them.
 UNRECORDED = ("output_dir", "overwrite", "reference")
 
 
@@ -41,7 +46,9 @@ class EvalSettings:
             "help": "Systems, separated by commas, of "
             + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
             + ", the same with text- before (answers from raw text), or all: every one without a NAME that has what it "
-            "needs. Default: all of these but text and text-clara."
+            "needs; further names may follow. memory- before sup or clara-before-joint: --model answers. "
+            "Default: clara, clara-before-joint, sup, bm25, gold, no-memory and wrong-memory, as far as they have what "
+            "they need, and text-gold with --text_model."
         },
     )
     before_joint: str | None = field(
@@ -59,7 +66,11 @@ class EvalSettings:
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where results go. Default: runs/eval/<model>-<data> in the working folder."}
+        default=None,
+        metadata={
+            "help": "Where results go. Default: runs/eval/<model>-<data> in the working folder; without --model, the "
+            "systems' names stand for it."
+        },
     )
     limit: int | None = field(
         default=None, metadata={"help": "Take only so many questions from the start of each file."}
@@ -84,7 +95,11 @@ class EvalSettings:
         default=None, metadata={"help": "JSON file with published figures to be shown beside the measured ones."}
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "Start again, and replace another run's results in the output folder."}
+        default=False,
+        metadata={
+            "help": "Start again, and replace another run's results in the output folder, and nothing else. An "
+            "unfinished run with the same settings goes on."
+        },
     )
 
     def __post_init__(self):
@@ -107,32 +122,21 @@ class EvalSettings:
 
     def files(self) -> dict[str, str]:
         """Sources of questions by the name that they have in the results."""
-        files = {}
-        for source in filter(None, self.data.split(",")):
-            name = source_name(source)
-            if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
-                raise UsageError(f"--data: there is no file {source}.")
-            if name in files:
-                other = files[name]
-                raise UsageError(f"--data: {other} and {source} would share the name {name!r}: rename one of them.")
-            files[name] = source
-        if not files:
-            raise UsageError("--data names no file.")
-        return files
+        return data_files(self.data)
 
     def plan(self) -> list[SystemSpec]:
         """The systems to run, in the table's order."""
-        given = self.systems or ""
-        if self.systems is None or given == "all":
-            names = ALL_SYSTEMS if given == "all" else DEFAULT_SYSTEMS
-            if self.text_model is None and given != "all":
+        try:
+            given = [] if self.systems is None else [part.strip() for part in self.systems.split(",")]
+            specs = [parse_system(name) for name in given if name != "all"]
+        except ValueError as error:
+            raise UsageError(f"--systems: {error}.") from error
+        if self.systems is None or "all" in given:
+            names = DEFAULT_SYSTEMS if self.systems is None else ALL_SYSTEMS
+            if self.systems is None and self.text_model is None:
                 names = [name for name in names if not name.startswith("text")]
-            specs = [spec for spec in map(parse_system, names) if self._missing(spec) is None]
-        else:
-            try:
-                specs = [parse_system(name) for name in given.split(",")]
-            except ValueError as error:
-                raise UsageError(f"--systems: {error}.") from error
+            more = [spec for spec in map(parse_system, names) if self._missing(spec) is None]
+            specs += [spec for spec in more if spec not in specs]
         slugs = {}
         for spec in specs:
             if (missing := self._missing(spec)) is not None:
@@ -145,18 +149,24 @@ class EvalSettings:
 
     def _missing(self, spec: SystemSpec) -> str | None:
         """The setting without which a system cannot run; a ranking alone needs no reader."""
-        if spec.chooser in CHECKPOINTS and getattr(self, spec.checkpoint) is None:
-            return f"--{spec.checkpoint}"
+        ranks = CHECKPOINTS.get(spec.chooser)
+        if ranks is not None and getattr(self, ranks) is None:
+            return f"--{ranks}"
         if spec.reader == "memory":
-            return "--model" if spec.ranker is None and self.model is None else None
+            needs_reader = spec.ranker is None or spec.label.startswith(MEMORY)
+            return "--model" if needs_reader and self.model is None else None
         return "--text_model or --model" if self.text_model is None and self.model is None else None
 
     def folder(self) -> Path:
         """The output folder: the given one, or the default."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        model = "-".join(Path(self.model).resolve().parts[-2:]) if self.model else "bm25"
-        return Path("runs", "eval", "-".join([model, *self.files()]))
+        if self.model is not None:
+            name = _short_name(self.model)
+        else:
+            readers = [_short_name(self.text_model)] if self.text_model is not None else []
+            name = slug("-".join([*readers, *(spec.label for spec in self.plan())]))
+        return Path("runs", "eval", "-".join([name, *self.files()]))
 
     def record(self) -> dict:
         """The settings as they stand in `results.json`, with a hash of every data file and local model.
@@ -164,14 +174,33 @@ class EvalSettings:
         Two runs with equal records give equal results.
         """
         values = {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
-        hashes = {source: _sha256(_files_of(source)) for source in self.files().values()}
+        hashes = {source: data_hash(source) for source in self.files().values()}
         plan = self.plan()
         named = [name for spec in plan for name in (spec.name, spec.shortener)]
         for folder in filter(None, [*(getattr(self, name) for name in FOLDERS), *named]):
             if Path(folder).is_dir():
-                paths = {path for pattern in CHECKPOINT_FILES for path in Path(folder).glob(pattern)}
-                hashes[folder] = _sha256(sorted(paths))
+                hashes[folder] = model_hash(folder, *filter(None, [self.folder(), self.memory_store]))
         return {**values, "systems": [spec.label for spec in plan], "sha256": hashes}
+
+
+def data_files(data: str) -> dict[str, str]:
+    """Sources of questions, as they were given with commas between, by the name that they have in the results.
+
+    Raises:
+        UsageError: there is none, one does not exist, or two have the same name.
+    """
+    files = {}
+    for source in filter(None, data.split(",")):
+        name = source_name(source)
+        if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
+            raise UsageError(f"--data: there is no file {source}.")
+        if name in files:
+            other = files[name]
+            raise UsageError(f"--data: {other} and {source} would share the name {name!r}: rename one of them.")
+        files[name] = source
+    if not files:
+        raise UsageError("--data names no file.")
+    return files
 
 
 def slug(label: str) -> str:
@@ -179,16 +208,39 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.-]+", "-", label)[-120:].lstrip("-.")
 
 
-def _files_of(source: str) -> list[Path]:
-    """What a source of questions consists of; nothing for one on the Hub, whose name may hold its revision."""
+def _short_name(folder: str) -> str:
+    return "-".join(Path(folder).resolve().parts[-2:])
+
+
+def data_hash(source: str) -> str:
+    """Changes with what a source of questions holds; of one on the Hub nothing is known but its name."""
     place = Path(source) if Path(source).exists() else Path(source.split("#")[0])
-    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place][: place.is_file()]
+    if place.is_dir():
+        return _sha256(place, [path for path in place.rglob("*") if path.is_file()])
+    return _sha256(place.parent, [place][: place.is_file()])
 
 
-def _sha256(paths: list[Path]) -> str:
+def model_hash(folder: str, *without: str | Path) -> str:
+    """Changes with every file in a model's folder that may decide about its answers.
+
+    Args:
+        without: folders whose files do not count, should they lie in it.
+    """
+    place = Path(folder).resolve()
+    without = [other for other in (Path(other).resolve() for other in without) if place in other.parents]
+    paths = []
+    for path in place.rglob("*"):
+        parts = path.relative_to(place).parts
+        beside = any(fnmatch(part, pattern) for part in parts for pattern in BESIDE_MODEL)
+        if path.is_file() and not beside and not any(path.is_relative_to(other) for other in without):
+            paths.append(path)
+    return _sha256(place, paths)
+
+
+def _sha256(root: Path, paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0")
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -68,6 +68,19 @@ def test_an_unfinished_run_goes_on_only_with_its_own_settings(tmp_path):
     assert claim_unfinished(tmp_path, {"seed": 1}) is False
 
 
+def test_an_unfinished_run_goes_on_with_other_systems_but_not_with_other_models(tmp_path):
+    first = {"seed": 0, "systems": ["bm25", "bi-encoder a"], "sha256": {"q.jsonl": "1", "a": "2"}}
+    later = {"seed": 0, "systems": ["bm25", "bi-encoder b"], "sha256": {"q.jsonl": "1", "b": "3"}}
+    assert [claim_unfinished(tmp_path, record) for record in (first, later, first)] == [False, True, True]
+    mark = json.loads((tmp_path / "unfinished" / "run.json").read_text())
+    assert mark["systems"] == ["bm25", "bi-encoder a", "bi-encoder b"] and len(mark["sha256"]) == 3
+    clash = {**first, "systems": ["text-bi-encoder a", "bi-encoder /a"]}
+    for other in ({**later, "sha256": {"q.jsonl": "1", "b": "4"}}, {**later, "seed": 1}, clash):
+        with pytest.raises(UsageError, match="unfinished run with other settings"):
+            claim_unfinished(tmp_path, other)
+    assert claim_unfinished(tmp_path, {**later, "seed": 1}, overwrite=True) is False
+
+
 def test_what_half_a_removal_left_is_not_taken_for_a_part_of_the_next_run(tmp_path):
     claim_unfinished(tmp_path, {"seed": 0})
     journal = tmp_path / "unfinished" / "answers" / "nano" / "clara.0.jsonl"

@@ -1,6 +1,7 @@
 """Rankers and readers that others made, as tiny random models on the disk, through the whole evaluation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from transformers import (
     set_seed,
 )
 
+from eval import loading
 from eval.run import main
-from eval.settings import slug
+from eval.settings import model_hash, slug
 
 
 pytest.importorskip("sentence_transformers", reason="the extra 'retrievers' is not installed")
@@ -130,13 +132,48 @@ def test_text_systems_need_no_clara_model(tmp_path, data, base):
     assert all(row["prediction"] is not None for rows in found.values() for row in rows)
 
 
-def test_what_is_no_such_model_is_one_sentence(tmp_path, data, capsys):
-    (tmp_path / "empty").mkdir()
-    for kind in ("bi-encoder", "cross-encoder", "llm-listwise"):
-        arguments = ["--systems", f"{kind} {tmp_path / 'empty'}", "--output_dir", str(tmp_path / kind)]
-        assert main(["--data", data, *arguments]) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith(f"error: --systems: {kind} {tmp_path / 'empty'} cannot be loaded: ")
+@pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder", "llm-listwise", "llmlingua2", "text_model"])
+def test_what_is_no_such_model_is_one_sentence_before_anything_is_done(tmp_path, data, base, capsys, monkeypatch, kind):
+    monkeypatch.setattr(loading, "find_spec", lambda package: package)
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    arguments = ["--data", data, "--output_dir", str(out)]
+    if kind == "text_model":
+        assert main([*arguments, "--systems", "bm25,text", "--text_model", str(empty)]) == 2
+    else:
+        assert main([*arguments, "--text_model", base, "--systems", f"bm25,{kind} {empty}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    name = f"--text_model: {empty}" if kind == "text_model" else f"--systems: {kind} {empty}"
+    assert error.startswith(f"error: {name} cannot be loaded: ") and not out.exists()
+
+
+def test_damaged_weights_leave_no_mark_that_would_stop_the_mended_ones(tmp_path, data, cross_encoder, capsys):
+    folder = shutil.copytree(cross_encoder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    arguments = ["--data", data, "--systems", f"bm25,cross-encoder {folder}", "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "cannot be loaded: model.safetensors is damaged (" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    assert main(arguments) == 0
+
+
+def test_any_file_of_a_model_counts_but_logs_and_results_do_not(tmp_path, bi_encoder):
+    folder = shutil.copytree(bi_encoder, tmp_path / "model")
+    first = model_hash(folder)
+    for beside in ("run.log", "checkpoint-5/model.safetensors", "eval/results.json", ".cache/x"):
+        (folder / beside).parent.mkdir(exist_ok=True)
+        (folder / beside).write_text("beside")
+    (folder / "memories").mkdir()
+    (folder / "memories" / "rows.bin").write_text("x")
+    assert model_hash(folder, folder / "memories", folder) == first != model_hash(folder)
+    found = {first}
+    for name in ("modules.json", "1_Pooling/config.json", "vocab.txt", "0_Dense/pytorch_model.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("changed")
+        found.add(model_hash(folder, folder / "memories"))
+    assert len(found) == 5
 
 
 def test_a_classifier_of_pairs_is_no_reranker(tmp_path, data, capsys):

@@ -11,6 +11,7 @@ from eval.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, parse_system
         ("clara", "clara", None, "memory", "clara", "model"),
         ("clara-before-joint", "clara-before-joint", None, "memory", "clara-before-joint", "before_joint"),
         ("sup", "sup", None, "memory", "sup", "sup"),
+        ("memory-sup", "sup", None, "memory", "sup", "model"),
         ("bm25", "bm25", None, "memory", "bm25", "model"),
         ("bi-encoder BAAI/bge-small", "bi-encoder", "BAAI/bge-small", "memory", "bi-encoder BAAI/bge-small", "model"),
         ("text-cross-encoder x", "cross-encoder", "x", "text", "cross-encoder x", "model"),
@@ -48,6 +49,12 @@ def test_a_missing_or_needless_model_name_is_told():
             parse_system(kind)
     with pytest.raises(ValueError, match="gold takes no NAME, but is followed by 'x'"):
         parse_system("gold x")
+
+
+@pytest.mark.parametrize("text", ["memory-clara", "memory-bm25", "memory-text", "memory-cross-encoder x"])
+def test_memory_stands_before_systems_with_a_generator_of_their_own_only(text):
+    with pytest.raises(ValueError, match=f"{text} is .* itself: memory- stands before sup and clara-before-joint only"):
+        parse_system(text)
 
 
 def test_the_table_has_one_order_and_the_lists_follow_it():

@@ -103,17 +103,27 @@ def test_other_settings_do_not_go_on_and_overwrite_starts_again(
     assert written(tmp_path / "out") == uninterrupted
 
 
-def test_an_interrupted_overwrite_leaves_the_earlier_results_and_goes_on_without_the_flag(
-    tmp_path, arguments, whole, uninterrupted, monkeypatch
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+def test_an_interrupted_overwrite_leaves_the_earlier_results_and_goes_on(
+    tmp_path, arguments, whole, uninterrupted, monkeypatch, flag
 ):
-    folder = shutil.copytree(whole, tmp_path / "whole")
+    folder, counts = shutil.copytree(whole, tmp_path / "whole"), {"all": 0}
     more = [*arguments, "--output_dir", str(folder), "--top_k", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, {"all": 0}, 4))
-        assert main([*more, "--overwrite"]) == 130
+    monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 8))
+    assert main([*more, "--overwrite"]) == 130
     assert {name: (folder / name).read_text() for name in COMPARED} == {name: uninterrupted[name] for name in COMPARED}
-    assert main(more) == 0
+    assert main([*more, *flag]) == 0
+    # 5 batches for each of 5 systems that read memories, and the one that was interrupted.
+    assert counts["all"] == 5 * 5 + 1
     assert json.loads((folder / "results.json").read_text())["settings"]["top_k"] == 1
+
+
+def test_a_corrected_list_of_systems_goes_on_with_what_is_done(tmp_path, arguments, uninterrupted, monkeypatch):
+    out, counts = tmp_path / "out", {"all": 0}
+    monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 14))
+    for systems, code in (("clara,bm25,gold,no-memory", 130), (SYSTEMS, 0)):
+        assert main([*arguments, "--systems", systems, "--output_dir", str(out)]) == code
+    assert written(out) == uninterrupted and counts["all"] == 5 * 5 + 1
 
 
 @pytest.mark.slow
@@ -177,5 +187,5 @@ def test_a_damaged_line_is_named(tmp_path):
     journal = Journal(tmp_path, "clara")
     journal.append([{"id": "1"}])
     journal.path.write_bytes(b"no json\n" + journal.path.read_bytes())
-    with pytest.raises(JournalError, match="clara.0.jsonl, line 1 is damaged: delete that line, or start again"):
+    with pytest.raises(JournalError, match="clara.0.jsonl, line 1 is damaged: delete that line, or the file"):
         journal.read()

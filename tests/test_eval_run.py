@@ -191,6 +191,7 @@ def test_without_a_model_only_the_retrieval_of_bm25_is_measured(tmp_path, data):
     assert main(["--data", data, "--output_dir", str(tmp_path / "out")]) == 0
     results = read(tmp_path / "out")
     assert list(results["systems"]) == ["bm25"]
+    assert EvalSettings(data=data, systems="bm25,cross-encoder a/b").folder().name == "bm25-cross-encoder-a-b-people"
     assert "f1" not in results["systems"]["bm25"] and results["systems"]["bm25"]["recall@1"]["n"] == 3
 
 
@@ -234,6 +235,7 @@ def test_overwrite_repeats_the_run_and_gives_the_same_numbers(tmp_path, argument
         (["--llmlingua_rate", "0.5"], "--llmlingua_rate must be at least 1, but is 0.5."),
         (["--reference", "none.json"], "--reference: there is no file none.json."),
         (["--systems", ""], "there is no system ''"),
+        (["--systems", "memory-sup"], "--systems: memory-sup needs --sup."),
         (["--sup", "no/such/folder"], "--sup: there is no folder no/such/folder."),
         (["--data", "none.jsonl"], "--data: there is no file none.jsonl."),
         (["--data", ","], "--data names no file."),
@@ -309,12 +311,40 @@ def test_a_text_that_the_model_cannot_read_is_named_by_its_question(arguments, d
     assert "people, question 'Oren': question contains '<MEM>'." in capsys.readouterr().err
 
 
+def test_questions_that_share_their_answer_have_no_wrong_memory_and_that_is_told(tmp_path, arguments, data, capsys):
+    same = [{**question, "answers": ["Velholm"]} for question in rows()]
+    write(Path(data), same)
+    assert main([*arguments, "--systems", "wrong-memory"]) == 2
+    error = capsys.readouterr().err
+    assert "people: nothing can be scored: wrong-memory needs another question with other answers" in error
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--systems", "wrong-memory,gold"]) == 0
+    assert list(read(tmp_path / "out")["systems"]) == ["gold"]
+
+
+def test_the_twins_ranking_is_read_by_the_models_generator(tmp_path, arguments, models):
+    own = RuleModel(fingerprint="other", worst_first=True)
+    own._answer = lambda question, numbers: "its own"
+    models["sup"] = own
+    arguments += ["--sup", str(tmp_path / "sup"), "--systems"]
+    assert main([*arguments, "memory-sup,sup,clara"]) == 0
+    systems = read(tmp_path / "out")["systems"]
+    assert list(systems) == ["clara", "sup", "memory-sup"]
+    # The last candidate but for the question's own, read by the rule of the model.
+    assert values(systems, "recall@1") == {"clara": (1, 3), "sup": (0, 3), "memory-sup": (0, 3)}
+    lines = {name: (tmp_path / f"out/predictions/{name}.jsonl").read_text().splitlines() for name in systems}
+    read_by = {name: [json.loads(line)["prediction"] for line in found] for name, found in lines.items()}
+    assert read_by["sup"] == ["its own"] * 4 and read_by["memory-sup"] == ["Amsel"] * 3 + ["Quern"]
+    assert main([*arguments[:-1], "--systems", "memory-sup,gold", "--output_dir", str(tmp_path / "alone")]) == 0
+    assert read(tmp_path / "alone")["systems"]["memory-sup"] == systems["memory-sup"]
+
+
 def test_nothing_to_score_is_an_error(tmp_path, data, capsys):
     for question in (questions := rows()):
         question.pop("pos_index", None)
     write(Path(data), questions)
     assert main(["--data", data, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "none of bm25 can be scored without pos_index and --model" in capsys.readouterr().err
+    assert "nothing can be scored: bm25 needs pos_index, or --model to answer with." in capsys.readouterr().err
 
 
 def test_a_file_without_anything_to_score_stops_a_run_before_it_begins(tmp_path, data, monkeypatch, capsys):
@@ -322,7 +352,7 @@ def test_a_file_without_anything_to_score_stops_a_run_before_it_begins(tmp_path,
     other = write(tmp_path / "unknown.jsonl", questions)
     monkeypatch.setattr(evaluation, "BM25", None)
     assert main(["--data", f"{data},{other}", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "unknown: none of bm25 can be scored" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "unknown: nothing can be scored: bm25 needs" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -414,10 +444,21 @@ def test_a_yaml_file_gives_settings_that_the_command_line_overrides(tmp_path, da
     (tmp_path / "e.yaml").write_text(
         f"data: [{data}]\nsystems: [bm25]\nlimit: 2\nseed: 3\nmodel: null\noverwrite: true\n"
     )
-    assert main(["--config", str(tmp_path / "e.yaml"), "--limit", "1", "--output_dir", str(tmp_path / "out")]) == 0
+    assert main([f"--config={tmp_path / 'e.yaml'}", "--limit", "1", "--output_dir", str(tmp_path / "out")]) == 0
     results = read(tmp_path / "out")
     assert (results["settings"]["seed"], results["settings"]["limit"]) == (3, 1)
     assert results["systems"]["bm25"]["recall@1"]["n"] == 1
+
+
+def test_help_names_the_settings_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--config CONFIG" in capsys.readouterr().out
+
+
+def test_all_may_be_followed_by_other_systems(data):
+    settings = EvalSettings(data=data, systems="all, bm25,cross-encoder a/b")
+    assert [spec.label for spec in settings.plan()] == ["bm25", "cross-encoder a/b"]
 
 
 @pytest.mark.parametrize(
