@@ -14,11 +14,14 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from logging import ERROR, getLogger
 from pathlib import Path
 
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Imported by peft: on some CPUs it tells of a kernel that only 4-bit models would use.
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
 
 import numpy as np
 from transformers import HfArgumentParser
@@ -38,11 +41,11 @@ from eval.report import (
     NOTE,
     PUBLISHED_NOTE,
     cost_rows,
-    published_rows,
+    published_tables,
     score_rows,
 )
 from eval.results import datasets_of, parts_of
-from eval.settings import EvalSettings, UsageError, slug
+from eval.settings import UsageError, data_files, data_hash, model_hash, slug
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -119,11 +122,14 @@ class Analysis:
         """Everything that the runs allow."""
         self._tables()
         self._rates()
-        asked = EvalSettings(**{**self._asked(), "overwrite": False})
+        asked = self.first["settings"]
+        files = data_files(asked["data"])
+        for path in files.values():
+            self._check_hash("--runs", path, path, data_hash(path))
         model = self._model(asked)
-        for dataset, path in asked.files().items():
-            name = dataset if len(asked.files()) > 1 else None
-            examples = load_examples(path)[: asked.limit]
+        for dataset, path in files.items():
+            name = dataset if len(files) > 1 else None
+            examples = load_examples(path)[: asked["limit"]]
             numbers = self.numbers["datasets"][dataset] = {}
             self.parts.append(html.heading(f"What happens inside: {dataset}"))
             self._scores(dataset, name, numbers)
@@ -131,19 +137,22 @@ class Analysis:
                 self._lens(model, dataset, examples, numbers)
                 self._means(model, dataset, examples, numbers)
 
-    def _asked(self) -> dict:
-        """The settings of the first run, as it was asked for."""
-        recorded = {name: value for name, value in self.first["settings"].items() if name != "sha256"}
-        recorded["systems"] = ",".join(recorded["systems"])
-        if self.settings.model is not None:
-            recorded["model"] = self.settings.model
-        return recorded
+    def _check_hash(self, argument: str, recorded: str, path: str, found: str) -> None:
+        if self.first["settings"]["sha256"].get(recorded, found) != found:
+            raise UsageError(f"{argument}: {path} is not what {self.run} was made with: evaluate again.")
 
-    def _model(self, asked: EvalSettings):
-        if asked.model is None:
+    def _model(self, asked: dict):
+        """The CLaRa checkpoint of the first run, or `None`; what else it was made with is not loaded."""
+        recorded = asked["model"]
+        folder = self.settings.model or recorded
+        if folder is None:
             return None
-        with loading("--model", asked.model):
-            return load_clara(asked.model)
+        if not Path(folder).is_dir():
+            raise UsageError(f"--model: there is no folder {folder}.")
+        if recorded is not None:
+            self._check_hash("--model", recorded, folder, model_hash(folder, *filter(None, [asked["memory_store"]])))
+        with loading("--model", folder):
+            return load_clara(folder)
 
     # Tables, and what all runs show together
 
@@ -155,13 +164,9 @@ class Analysis:
                 self.parts.append(html.heading(title, 3) if title else "")
                 self.parts.append(html.table(score_rows(systems, tests, MARKDOWN_COLUMNS)))
             self.parts.append(html.paragraph(NOTE))
+            for title, rows in published_tables(results, MARKDOWN_COLUMNS):
+                self.parts += [html.heading(title, 3), html.table(rows), html.paragraph(PUBLISHED_NOTE)]
             for dataset, found in datasets_of(results).items():
-                if "published" in found:
-                    origin = found["published"][0]
-                    title = [dataset, f"published, not measured here: {origin['source']}; base {origin['base']}"]
-                    self.parts.append(html.heading(", ".join(filter(None, title)), 3))
-                    self.parts.append(html.table(published_rows(found["published"], MARKDOWN_COLUMNS)))
-                    self.parts.append(html.paragraph(PUBLISHED_NOTE))
                 if "costs" in found:
                     self.parts.append(html.heading(", ".join(filter(None, [dataset, "cost per question"])), 3))
                     self.parts.append(html.table(cost_rows(found["costs"])))

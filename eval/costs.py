@@ -26,7 +26,8 @@ def system_costs(
 
     Returns:
         `compress_ms`: preparing the documents of a question (compressing, embedding, indexing or shortening them), at
-        the measured time per document: all candidates for a ranker that needs that, else those that are answered from.
+        the measured time per document: all candidates for a ranker that needs that, else those that are answered from;
+        both for a `memory-` system, also where its two models have one compressor.
         `query_ms`: ranking; `decode_ms`: answering, its prompt included. `total_ms` is their sum, `total_ms_stored`
         that without `compress_ms`, as for documents that were prepared before. `prompt_tokens`: mean length of the
         prompt. `peak_mib`: on an accelerator, the most that was allocated in a batch; else the most memory that the

@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 from eval.rankings import ScoredRankings  # noqa: E402
 
 
-STYLES = [("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (5, 1))), ("X", (0, (1, 1))), ("P", "--")]
+MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*", "<", "p", ">", "h", "8", "d")
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 FONT = {"font.size": 10, "svg.hashsalt": "clara"}
 
 
@@ -73,7 +74,7 @@ def plot_means(texts: np.ndarray, memories: np.ndarray, method: str, folder: Pat
         )
         axis.scatter(*memories.T, s=14, marker="x", color="0.35", linewidths=0.9, label="its memory vectors")
         axis.set(xlabel=f"{method} 1", ylabel=f"{method} 2")
-        axis.legend(frameon=False, title="mean of")
+        figure.legend(frameon=False, title="mean of", loc="outside upper center", ncols=2)
         return save(figure, folder, name)
 
 
@@ -82,7 +83,8 @@ def plot_rates(curves: dict[str, list[dict]], folder: Path, name: str) -> list[s
     with plt.rc_context(FONT):
         figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
         for number, (system, points) in enumerate(curves.items()):
-            marker, line = STYLES[number % len(STYLES)]
+            # 70 pairs: the two numbers have no divisor in common.
+            marker, line = MARKERS[number % len(MARKERS)], LINES[number % len(LINES)]
             values = np.array([[point[key] for key in ("rate", "value", "low", "high")] for point in points])
             ends = 100 * np.abs(values[:, 2:].T - values[:, 1])
             # Beside each other, so that intervals at one rate can be told apart.

@@ -11,56 +11,102 @@ A system may have a compression rate between its name and the data sets. Further
 """
 
 import json
+import re
 from pathlib import Path
+
+from transformers.utils import logging
 
 from eval.data import QAExample
 from eval.settings import UsageError
 
 
-def published_figures(path: str | Path | None, dataset: str, examples: list[QAExample]) -> list[dict]:
-    """The published figures for one data file, which belongs to the data set that its name, or its rows' `dataset`,
-    begins with.
+logger = logging.get_logger(__name__)
+
+
+def published_figures(
+    path: str | Path | None, files: dict[str, list[QAExample]], rate: float | None = None
+) -> dict[str, list[dict]]:
+    """The published figures for each data file, which belongs to the data set that its name, or its rows' `dataset`,
+    begins with; or whose name begins with the file's first word, as `hotpotqa` does with that of `hotpot_dev_v1`.
+
+    Args:
+        rate: the compression rate of the model that is measured.
 
     Returns:
-        One entry per system, candidates and section: `system`, `pool`, `base`, `source` and `values` (from 0 to 1).
+        Per file one entry per system, candidates and section: `system`, `pool`, `base`, `source`, `values` (from 0 to
+        1) and `near`: whether they are for candidates and a compression rate like those of the run, as far as known.
 
     Raises:
         UsageError: the file cannot be read, or has another form.
     """
     if path is None:
-        return []
+        return {name: [] for name in files}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = [dataset.lower(), str(examples[0].extra.get("dataset", "")).lower()]
-        found = []
-        for section, pool, system, key, values in _leaves(content):
-            if any(name.startswith(key.lower()) for name in names):
-                values = {"cover_em": values} if section == "compressor_cover_em" else values
-                shares = {metric: value / 100 for metric, value in values.items()}
-                found.append({"system": system, "pool": pool, "values": shares})
         origin = {"base": content["base"], "source": content["source"]}
+        leaves = list(_leaves(content))
+        found = {name: [] for name in files}
+        for name, rows in found.items():
+            for section, pool, system, at, key, values in leaves:
+                if _belongs(name, files[name], key):
+                    values = {"cover_em": values} if section == "compressor_cover_em" else values
+                    shares = {metric: value / 100 for metric, value in values.items()}
+                    label = system if at is None else f"{system}, CR {at}"
+                    rows.append({"system": label, "pool": pool, "values": shares, "rate": at, **origin})
+            _mark_near(rows, _pool_kind(files[name]), rate)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--reference: {path} has not the form of published figures that eval/reference.py describes ({error!r})."
         ) from error
-    return [{**row, **origin} for row in found]
+    if missing := [name for name, rows in found.items() if not rows]:
+        known = ", ".join(dict.fromkeys(key for *_, key, _ in leaves))
+        logger.warning(
+            f"--reference: {path} has no figures for {', '.join(missing)}: a data file's name must begin with that of "
+            f"its data set, one of {known}."
+        )
+    return found
+
+
+def _belongs(name: str, examples: list[QAExample], key: str) -> bool:
+    for text in (name.lower(), str(examples[0].extra.get("dataset", "")).lower()):
+        word = re.match(r"[a-z0-9]*", text)[0]
+        if text.startswith(key.lower()) or (len(word) >= 4 and key.lower().startswith(word)):
+            return True
+    return False
+
+
+def _pool_kind(examples: list[QAExample]) -> str | None:
+    """`oracle` where every question has its gold documents, `normal` where some have; `None` where none has."""
+    known = sum(bool(one.pos_index) for one in examples)
+    return {len(examples): "oracle", 0: None}.get(known, "normal")
+
+
+def _mark_near(rows: list[dict], kind: str | None, rate: float | None) -> None:
+    """Says of each row whether it is near the run, and forgets its rate; all are where none is."""
+    for wanted, value in (("pool", kind), ("rate", None if rate is None else f"{rate:g}")):
+        fits = [row for row in rows if value is not None and str(row[wanted]).split(",")[0] == value]
+        for row in rows:
+            is_free = not fits or any(row is one for one in fits) or row[wanted] is None
+            row["near"] = row.get("near", True) and is_free
+    for row in rows:
+        del row["rate"]
 
 
 def _leaves(content: dict):
-    """Yields section, pool, system, data set and values."""
+    """Yields section, pool, system, compression rate or `None`, data set and values."""
     for section in ("end_to_end", "compressor_cover_em"):
         for pool, systems in content.get(section, {}).items():
             for system, by in systems.items():
-                yield from ((section, pool, name, key, values) for name, key, values in _by_dataset(system, by))
+                yield from ((section, pool, system, *leaf) for leaf in _by_dataset(by))
     retrieval = dict(content.get("retrieval", {}))
     pool = retrieval.pop("pool", "")
     for system, by in retrieval.items():
-        yield from (("retrieval", pool, name, key, values) for name, key, values in _by_dataset(system, by))
+        yield from (("retrieval", pool, system, *leaf) for leaf in _by_dataset(by))
 
 
-def _by_dataset(system: str, by: dict):
+def _by_dataset(by: dict):
     for key, values in by.items():
         if isinstance(values, dict) and all(isinstance(value, dict) for value in values.values()):
-            yield from ((f"{system}, CR {key}", dataset, numbers) for dataset, numbers in values.items())
+            yield from ((key, dataset, numbers) for dataset, numbers in values.items())
         else:
-            yield system, key, values
+            yield None, key, values

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 from eval.costs import COST_COLUMNS
 from eval.results import datasets_of, marks, parts_of
@@ -27,7 +28,10 @@ NOTE = (
     "Two systems that share a letter in a column are not distinguishable there (paired permutation test, Holm-adjusted "
     f"p of {1 - LEVEL:.2f} or more)."
 )
-PUBLISHED_NOTE = "Published figures are from other questions, candidates and models: compare with care."
+PUBLISHED_NOTE = (
+    "Published figures are from other questions, candidates and models: compare with care. Shown are those for "
+    "candidates\nand a compression rate like the measured ones, where there are such; table.csv holds all."
+)
 COST_NOTE = (
     "Per question, measured on this run. compress: preparing the documents that a question needs, at the time per "
     "document;\nall, stored: without that, for documents prepared before. peak: allocated on the accelerator, or held "
@@ -47,12 +51,9 @@ def format_tables(results: dict, markdown: bool = False) -> str:
         title = ", ".join(filter(None, [dataset, kind and f"type {kind}"]))
         parts.append(titled(title, render(score_rows(systems, tests, columns), markdown), markdown))
     notes = [NOTE]
-    for dataset, found in datasets_of(results).items():
-        if "published" in found:
-            origin = found["published"][0]
-            title = ", ".join(filter(None, [dataset, f"published: {origin['source']}; base {origin['base']}"]))
-            parts.append(titled(title, render(published_rows(found["published"], columns), markdown), markdown))
-            notes = [NOTE, PUBLISHED_NOTE]
+    for title, rows in published_tables(results, columns):
+        parts.append(titled(title, render(rows, markdown), markdown))
+        notes = [NOTE, PUBLISHED_NOTE]
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
@@ -91,13 +92,28 @@ def cost_rows(costs: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
+def published_tables(results: dict, columns: dict[str, str]) -> list[tuple[str, list[list[str]]]]:
+    """Titles and tables of published figures that are near the run; data files with the same ones share a table."""
+    tables: dict[str, tuple[list, list[str | None]]] = {}
+    for dataset, found in datasets_of(results).items():
+        rows = [row for row in found.get("published", []) if row.get("near", True)]
+        if any(name in row["values"] for row in rows for name in columns.values()):
+            tables.setdefault(json.dumps(rows), (rows, []))[1].append(dataset)
+    shown = []
+    for rows, datasets in tables.values():
+        origin = f"published, not measured here: {rows[0]['source']}; base {rows[0]['base']}"
+        shown.append((", ".join(filter(None, [*datasets, origin])), published_rows(rows, columns)))
+    return shown
+
+
 def published_rows(published: list[dict], columns: dict[str, str]) -> list[list[str]]:
-    """Heading and rows of published figures; a column that none has is left out."""
+    """Heading and rows of published figures, without columns and rows that would hold none."""
     present = {title: name for title, name in columns.items() if any(name in row["values"] for row in published)}
     rows = [["system", "candidates", *present]]
     for row in published:
         cells = [f"{100 * row['values'][name]:.1f}" if name in row["values"] else NONE for name in present.values()]
-        rows.append([row["system"], row["pool"], *cells])
+        if set(cells) > {NONE} or NONE not in cells:
+            rows.append([row["system"], row["pool"], *cells])
     return rows
 
 

@@ -16,12 +16,15 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from logging import ERROR, getLogger
 from pathlib import Path
 
 
 if __name__ == "__main__":
     # A script has its own folder on the path, but not the repository's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Imported by peft: on some CPUs it tells of a kernel that only 4-bit models would use.
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
 
 import torch
 import yaml
@@ -29,7 +32,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from eval.data import DataError, iter_examples, load_examples
+from eval.data import DataError, load_examples
 from eval.evaluation import Evaluation
 from eval.files import UNFINISHED, claim_unfinished, holds_run, read_results, write_run, write_tables
 from eval.journal import JournalError
@@ -62,8 +65,8 @@ def evaluate_systems(
     """
     began = time.perf_counter()
     examples = {name: load_examples(path) for name, path in settings.files().items()}
-    published = {name: published_figures(settings.reference, name, rows) for name, rows in examples.items()}
     evaluation = Evaluation(settings, folder, examples)
+    published = published_figures(settings.reference, evaluation.questions, _rate(evaluation.checkpoints))
     for name in examples:
         reasons = {spec.label: evaluation.why_unscored(name, spec) for spec in settings.plan()}
         if None not in reasons.values():
@@ -88,13 +91,16 @@ def evaluate_systems(
     return {**layout, **rest}, records
 
 
+def _rate(checkpoints: dict) -> float | None:
+    return checkpoints.get("model", {}).get("compression_rate")
+
+
 def _add_published(results: dict, settings: EvalSettings) -> bool:
     """Puts the reference's figures into finished results, in place of others. Returns whether this changed them."""
     changed = False
-    for name, source in settings.files().items():
+    examples = {name: load_examples(source)[: settings.limit] for name, source in settings.files().items()}
+    for name, published in published_figures(settings.reference, examples, _rate(results["checkpoints"])).items():
         found = datasets_of(results)[name if "datasets" in results else None]
-        # The first question tells which data set the file belongs to.
-        published = published_figures(settings.reference, name, [next(iter_examples(source))])
         if published != found.get("published", []):
             found["published"], changed = published, True
             if not published:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import TEXTS, build_clara
 from PIL import Image
 
-from eval import latents
+from eval import latents, plots
 from eval.analyze import main
 from eval.data import QAExample
 from eval.latents import logit_lens, mean_states, project
@@ -181,6 +182,34 @@ def test_what_cannot_be_analysed_is_one_sentence(tmp_path, runs, capsys, changes
     assert main(["--runs", runs[0], "--output_dir", str(tmp_path / "out"), *changes]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_was_not_made_with_is_refused(tmp_path, runs, capsys):
+    folder = Path(runs[0]).parent
+    other, moved = str(folder / "model16"), shutil.copytree(folder / "model8", tmp_path / "moved")
+    arguments = ["--runs", runs[0], "--output_dir", str(tmp_path / "out"), "--model"]
+    assert main([*arguments, other]) == 2
+    assert capsys.readouterr().err == f"error: --model: {other} is not what {runs[0]} was made with: evaluate again.\n"
+    # A run whose data have changed, and one whose twin, which is not looked into, is no longer there.
+    shutil.copytree(runs[0], tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    results["settings"]["sup"] = "no/such/folder"
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    arguments[1] = str(tmp_path / "run")
+    assert main([*arguments, str(moved)]) == 0
+    (data,) = (name for name in results["settings"]["sha256"] if name.endswith(".jsonl"))
+    results["settings"]["sha256"][data] = "0"
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    assert main([*arguments, str(moved), "--overwrite"]) == 2
+    assert f"--runs: {data} is not what {tmp_path / 'run'} was made with" in capsys.readouterr().err
+
+
+def test_every_system_of_a_picture_has_a_mark_and_line_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: drawn.extend(figure.axes[0].containers))
+    point = {"value": 0.5, "low": 0.4, "high": 0.6}
+    plots.plot_rates({str(n): [{"rate": rate, **point} for rate in (4, 16)] for n in range(20)}, tmp_path, "rates")
+    assert len({(bars[0].get_marker(), bars[0].get_linestyle()) for bars in drawn}) == 20
 
 
 def test_unknown_arguments_of_an_analysis_are_named(tmp_path, runs, capsys):

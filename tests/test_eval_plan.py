@@ -1,8 +1,10 @@
-"""Systems by their names."""
+"""Systems by their names, and other settings of an evaluation."""
 
 import pytest
 
 from eval.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, parse_system
+from eval.run import main
+from eval.settings import EvalSettings
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,29 @@ def test_the_table_has_one_order_and_the_lists_follow_it():
         specs = [parse_system(name) for name in names]
         assert [spec.label for spec in sorted(specs, key=lambda spec: spec.order)] == list(names)
     assert set(DEFAULT_SYSTEMS) < set(ALL_SYSTEMS) and len(set(CHOICES)) == len(CHOICES)
+
+
+# Settings
+
+
+def test_help_names_the_settings_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--config CONFIG" in capsys.readouterr().out
+
+
+def test_all_may_be_followed_by_other_systems(tmp_path):
+    (tmp_path / "q.jsonl").touch()
+    settings = EvalSettings(data=str(tmp_path / "q.jsonl"), systems="all, bm25,cross-encoder a/b")
+    assert [spec.label for spec in settings.plan()] == ["bm25", "cross-encoder a/b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("data: [", "cannot be read"), ("- a", "must hold one value"), ("data: {a: b}", "must hold one value")],
+)
+def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message):
+    (tmp_path / "e.yaml").write_text(content)
+    assert main(["--config", str(tmp_path / "e.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "--config: " in error and message in error and error.count("\n") == 1

@@ -2,8 +2,12 @@
 
 import csv
 import io
+import json
+
+import pytest
 
 from eval.data import QAExample
+from eval.reference import published_figures
 from eval.report import costs_csv, format_costs, format_tables, scores_csv
 from eval.results import compare, dataset_results, summarize
 
@@ -105,9 +109,51 @@ def test_tests_cover_every_metric_that_two_systems_have():
 def test_published_figures_stand_apart_and_are_named_so():
     results = {"datasets": {"hotpotqa_dev": {**RESULTS, "published": PUBLISHED}}}
     text = format_tables(results, markdown=True)
-    assert "## hotpotqa_dev, published: a paper; base Some-7B" in text and "| BM25   |     oracle | 25.0 |" in text
+    assert "## hotpotqa_dev, published, not measured here: a paper; base Some-7B" in text
+    assert "| BM25   |     oracle | 25.0 |" in text
     last = scores_csv(results).splitlines()[-1]
     assert last == 'hotpotqa_dev,,"BM25, oracle",recall@1,0.25,,,,,published: a paper; base Some-7B'
+
+
+def test_published_figures_without_a_shown_number_or_far_from_the_run_are_in_the_csv_alone():
+    more = [
+        {**PUBLISHED[0], "system": "covered", "values": {"cover_em": 0.5}},
+        {**PUBLISHED[0], "system": "far", "near": False},
+    ]
+    both = dict.fromkeys(("hotpotqa_10", "hotpotqa_20"), {**RESULTS, "published": [*PUBLISHED, *more]})
+    terminal, markdown = (format_tables({"datasets": both}, markdown) for markdown in (False, True))
+    assert terminal.count("BM25") == 1 and "hotpotqa_10, hotpotqa_20, published" in terminal
+    assert "covered" not in terminal and "covered" in markdown
+    assert "far" not in terminal + markdown and scores_csv({"datasets": both}).count('"far, oracle"') == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("hotpot_dev_distractor_v1", "hotpotqa"), ("2wikimultihop.dev", "2wiki"), ("NQ-open.dev", "nq"), ("dev", None)],
+)
+def test_a_data_file_belongs_to_a_published_data_set_also_under_its_official_name(tmp_path, name, key):
+    numbers = {known: {"f1": 50.0} for known in ("nq", "hotpotqa", "2wiki", "musique")}
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps({"source": "s", "base": "b", "end_to_end": {"normal": {"x": numbers}}}))
+    found = published_figures(path, {name: [QAExample("1", "q", ["a"], ["d"])]})
+    assert len(found[name]) == (key is not None)
+
+
+def test_published_figures_near_a_run_have_its_candidates_and_its_rate(tmp_path):
+    at = {rate: {"nq": {"f1": 50.0}} for rate in ("4", "16")}
+    pools = {kind: {"text": {"nq": {"f1": 40.0}}, "CLaRa": at} for kind in ("normal", "oracle")}
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps({"source": "s", "base": "b", "end_to_end": pools}))
+    one, other = QAExample("1", "q", ["a"], ["d"], [0]), QAExample("2", "q", ["a"], ["d"])
+
+    def near(examples, rate):
+        rows = published_figures(path, {"nq": examples}, rate)["nq"]
+        assert len(rows) == 6 and "rate" not in rows[0]
+        return [(row["system"], row["pool"]) for row in rows if row["near"]]
+
+    assert near([one, one], 16) == [("text", "oracle"), ("CLaRa, CR 16", "oracle")]
+    assert near([one, other], 8) == [("text", "normal"), ("CLaRa, CR 4", "normal"), ("CLaRa, CR 16", "normal")]
+    assert len(near([other], None)) == 6
 
 
 def test_costs_are_a_table_of_their_own_with_what_was_not_measured_left_open():

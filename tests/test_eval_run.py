@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from eval import evaluation, files, loading
+from eval import evaluation, files, loading, reference
 from eval.plan import DEFAULT_SYSTEMS
 from eval.run import evaluate_systems, main
 from eval.settings import EvalSettings
@@ -450,29 +450,7 @@ def test_a_yaml_file_gives_settings_that_the_command_line_overrides(tmp_path, da
     assert results["systems"]["bm25"]["recall@1"]["n"] == 1
 
 
-def test_help_names_the_settings_file(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "--config CONFIG" in capsys.readouterr().out
-
-
-def test_all_may_be_followed_by_other_systems(data):
-    settings = EvalSettings(data=data, systems="all, bm25,cross-encoder a/b")
-    assert [spec.label for spec in settings.plan()] == ["bm25", "cross-encoder a/b"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("data: [", "cannot be read"), ("- a", "must hold one value"), ("data: {a: b}", "must hold one value")],
-)
-def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message):
-    (tmp_path / "e.yaml").write_text(content)
-    assert main(["--config", str(tmp_path / "e.yaml")]) == 2
-    error = capsys.readouterr().err
-    assert "--config: " in error and message in error and error.count("\n") == 1
-
-
-def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_path, data, capsys):
+def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_path, data, capsys, monkeypatch):
     figures = {
         "source": "a paper",
         "base": "Some-7B",
@@ -489,7 +467,7 @@ def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_
         ("text", "normal", "Some-7B", {"cover_em": 0.54}),
         ("BM25", "oracle", "Some-7B", {"recall@1": 0.25}),
     ]
-    assert "## published: a paper; base Some-7B" in (tmp_path / "out/table.md").read_text()
+    assert "## published, not measured here: a paper; base Some-7B" in (tmp_path / "out/table.md").read_text()
     names = ("table.md", "table.csv")
     tables = [(tmp_path / "out" / name).read_text() for name in names]
     # A finished run takes them up, too, and loses nothing when it is repeated without them.
@@ -501,7 +479,13 @@ def test_published_figures_stand_beside_the_measured_ones_of_their_data_set(tmp_
         assert read(tmp_path / "later")["published"] == published
         assert [(tmp_path / "later" / name).read_text() for name in names] == tables
     assert (tmp_path / "later/predictions/bm25.jsonl").stat() == predictions
-    assert "published: a paper" in capsys.readouterr().out
+    assert "published, not measured here: a paper" in capsys.readouterr().out
+    other = write(tmp_path / "unknown.jsonl", rows())
+    told = []
+    monkeypatch.setattr(reference.logger, "warning", told.append)
+    arguments[1:4] = [f"{data},{other}", "--output_dir", str(tmp_path / "both")]
+    assert main(arguments) == 0 and len(told) == 1
+    assert "has no figures for unknown: a data file's name must begin with" in told[0]
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"end_to_end": {"normal": 3}}', '{"retrieval": {"x": {"people": 5}}}'])
