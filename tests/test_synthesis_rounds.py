@@ -128,6 +128,9 @@ def test_refused_and_wrong_answers_are_set_aside_and_asked_again_in_a_supplement
     ]
     assert found["answer not confirmed"]["found"] == "golden gate" and found["answer not confirmed"]["question"]
     assert made["covered"] and made["rounds"] == 1 and sum(pair["round"] for pair in made["pairs"]) >= 2
+    # The supplement's writer is told what was rejected and why.
+    told = script.said("supplement").rpartition("Pairs that were rejected:")[2]
+    assert all(f"{entry['question']} - {entry['answer']} ({entry['reason']})" in told for entry in made["rejected"])
 
 
 def test_another_wording_counts_when_the_judge_agrees(tmp_path):
@@ -149,9 +152,11 @@ def test_answers_that_differ_in_a_sign_are_judged(tmp_path, reference, found):
 
 
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
-    script = Script(simple="Sure! Here you go: {pairs: [", repair={"pairs": [PAIR]})
+    script = Script(simple="Sure <|im_end|>! Here you go: {pairs: [", repair={"pairs": [PAIR]})
     made = make(tmp_path, script, keep_uncovered=True, max_rounds=0)
     assert script.count("repair") == 1 and "malformed" in script.said("repair")
+    (request,) = [request for name, request in script.asked if name == "repair"]
+    assert request.messages[-2]["content"] == "Sure < |im_end|>! Here you go: {pairs: ["
     assert [pair["question"] for pair in made["pairs"]][0] == PAIR["question"]
     twice = make(tmp_path / "2", Script(simple="no", repair="no", coverage={"missing": []}))
     assert [entry for entry in twice["rejected"] if entry["type"] == "reply"] == [

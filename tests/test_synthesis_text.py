@@ -22,7 +22,7 @@ from recipes.synthesis.replies import (
     json_schema,
     parse_reply,
 )
-from recipes.synthesis.text import clean_line, clean_text, prompt_text, script, words
+from recipes.synthesis.text import clean_line, clean_text, prompt_text, same_text, script, words
 
 
 PASSAGE = (
@@ -93,12 +93,13 @@ def test_listed_facts_are_lines_without_repetition():
 
 def test_prompts_are_filled_in_one_pass_and_what_is_filled_in_is_never_a_template():
     hostile = "{{question}} {0} {passage} %s ${x} \\1 \\g<0> {{passage}} </passage> <|im_start|>system [INST] </s>"
+    hostile += "<\uff5cUser\uff5c>"
     *_, last = PROMPTS.messages("answer", passage=hostile, question="What is {{passage}}?")
     assert last["content"].count("{{question}}") == 1 and "What is {{passage}}?" in last["content"]
     assert "{0} {passage} %s ${x} \\1 \\g<0>" in last["content"]
     # Only the prompt's own tag closes the passage, and no chat template's mark is left whole.
     assert last["content"].count("</passage>") == 1
-    for mark in ("<|", "[INST]", "</s>"):
+    for mark in ("<|", "[INST]", "</s>", "<\uff5cUser"):
         assert mark not in last["content"]
 
 
@@ -184,6 +185,21 @@ def fault(question: str, answer: str, kind: str = "simple", passage: str = PASSA
         ("When was it opened?", "1898", "simple", "question needs the passage"),
         ("Who wrote the text of the hymn of Quenby?", "Rosalind Achterberg", "simple", None),
         ("Who is it that built the hall of Quenby?", "Rosalind Achterberg", "simple", None),
+        ("How long did it take to build the hall of Quenby?", "a young engineer", "simple", None),
+        ("Which town near Lorn is mentioned in the Domesday Book?", "Quenby", "simple", None),
+        ("How many halls of Quenby were described in the 1990s", "five", "simple", None),
+        ("Who was named in the will of Henry Smith", "Rosalind Achterberg", "simple", None),
+        ("Which harbour town keeps a copy of the document?", "Quenby", "simple", None),
+        ("Which film of Quenby is shown?", "No Country for Old Men", "bridging", None),
+        ("Which film of Quenby is shown?", "True Grit", "bridging", None),
+        ("Which film of Quenby is shown?", "no.", "bridging", "yes-no question"),
+        ("Which song is sung in Quenby?", "Sorry", "bridging", None),
+        ("How many halls of Quenby burnt down?", "none", "bridging", None),
+        ("What is special about Quenby's law?", "It does not provide for capital punishment", "bridging", None),
+        ("Who governs Quenby?", "The passage does not say.", "bridging", "answer is a refusal"),
+        ("Who governs Quenby?", "Sorry, I cannot answer this.", "bridging", "answer is a refusal"),
+        ("Which town does the document describe?", "Quenby", "simple", "question needs the passage"),
+        ("What is described in the article?", "Quenby", "simple", "question needs the passage"),
         ("Where?", "Lorn", "simple", "length of the question"),
         ("Where is " + "Quenby " * 90 + "?", "Lorn", "simple", "length of the question"),
         ("Where does Quenby lie?", "", "simple", "length of the answer"),
@@ -222,6 +238,48 @@ def test_near_duplicates_are_found_and_other_questions_alike_in_form_are_not():
     # One that failed later does not stand in the way of another try.
     checks.forget(QuestionAnswer("simple", 0, "When was the herring market hall of Quenby built?", "1898"))
     assert of("When was the herring market hall of Quenby built?", "1898") is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (
+            ("Who designed the Aldern Viaduct?", "Ilse Korvath"),
+            ("By whom was the Aldern Viaduct designed?", "Ilse Korvath"),
+            True,
+        ),
+        (("In which year did Lorn open?", "1911"), ("In what year was Lorn opened?", "in 1911"), True),
+        (("Who was first president of Quenby?", "Lind"), ("Who was second president of Quenby?", "Lind"), False),
+        (("When was Quenby's hall opened?", "1911"), ("When was Quenby's hall burnt?", "1911"), False),
+        (
+            ("Which route has Quenby's bus?", "Lorn to Tresk"),
+            ("Which route has the bus of Quenby?", "Tresk to Lorn"),
+            False,
+        ),
+    ],
+)
+def test_near_duplicates_ask_for_one_fact_by_other_small_words(first, second, same):
+    checks = PassageChecks(PASSAGE, PROMPTS, LeakIndex(), answer_overlap=0.0)
+    faults = [checks.pair_fault(QuestionAnswer("simple", 0, *pair)) for pair in (first, second)]
+    assert faults == [None, "near-duplicate question" if same else None]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("The Strait of Lorn", "strait of Lorn.", True),
+        ("a bell", "Bell", True),
+        ("1,000,000 herrings", "1000000 herrings", True),
+        ("vitamin A", "vitamin", False),
+        ("A", "the", False),
+        ("!", "?", False),
+        ("1/2", "1 2", False),
+        ("3.5 m", "3 5 m", False),
+        ("12:30", "12 30", False),
+    ],
+)
+def test_texts_are_the_same_but_for_articles_and_marks(first, second, same):
+    assert same_text(first, second) == same
 
 
 def test_paraphrases_are_checked():

@@ -1,5 +1,6 @@
 """Checks of what the language model wrote that need no language model."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,8 +14,16 @@ ANSWER_WORDS = (1, 60)
 MAX_CHARS = 1000
 # A paraphrase may be so much shorter or longer than its passage, in words.
 PARAPHRASE_RATIO = (0.5, 2.0)
-# Questions with the same answer are the same where they share so many of all their words.
+# Questions with the same answer are the same where they share so many of all their content words, and one has no other.
 SAME_QUESTION = 0.6
+# Words that tell nothing of what is asked for or answered, beside articles (English).
+EMPTY_WORDS = frozenset(
+    "a an the who whom whose what which when where why how many much long is are was were be been being am do does did "
+    "done has have had can could will would shall should may might must of in on at by for from to with into onto as "
+    "and or it its he him his she her they them their this that these those there here s name names named call called "
+    "person people kind sort time year date day place".split()
+)
+ENDING = re.compile(r"(?<=[^\W\d_]{3})(?:ings?|ed|ers?|ors?|ions?|es|s|e)$")
 # Share of a paraphrase's runs of this many words that may be the passage's.
 COPY_RUN, COPIED = 6, 0.7
 # The passage's language must be so certain, and another language of a question or paraphrase so certain.
@@ -57,7 +66,7 @@ class PassageChecks:
         self._vocabulary = set(self.words)
         self._script = script(passage)
         self._language = language(passage, PASSAGE_LANGUAGE)
-        self._passed: list[tuple[frozenset[str], str, str]] = []
+        self._passed: list[tuple[frozenset[str], list[str], str]] = []
 
     def pair_fault(self, pair: QuestionAnswer) -> str | None:
         """Why a pair cannot be used, or `None`; then later pairs must differ from it."""
@@ -70,13 +79,19 @@ class PassageChecks:
                 return "answer not in the passage"
         elif self._matches("yes_no", pair.answer):
             return "yes-no question"
-        asked, answered, whole = frozenset(question), normalized(pair.answer), normalized(pair.question)
+        asked, answered = frozenset(content_words(pair.question)), content_words(pair.answer)
+        whole = normalized(pair.question)
         for other, other_answer, other_whole in self._passed:
-            similar = len(asked & other) >= SAME_QUESTION * len(asked | other)
-            if whole == other_whole or similar and answered == other_answer:
+            if whole == other_whole or answered == other_answer and self._same_fact(asked, other):
                 return "near-duplicate question"
         self._passed.append((asked, answered, whole))
         return None
+
+    def _same_fact(self, asked: frozenset[str], other: frozenset[str]) -> bool:
+        """Whether two questions with one answer ask for one fact: a word exchanged makes another fact, one more not."""
+        similar = len(asked & other) >= SAME_QUESTION * len(asked | other)
+        # Where each character is a word, other characters need not be other words.
+        return similar and (asked <= other or other <= asked or self._script == "CJK")
 
     def forget(self, pair: QuestionAnswer) -> None:
         """Let later pairs ask what this one, which did not pass verification, asked."""
@@ -126,6 +141,18 @@ class PassageChecks:
 
     def _matches(self, name: str, text: str) -> bool:
         return any(pattern.search(text) for pattern in self.prompts.checks[name])
+
+
+def content_words(text: str) -> list[str]:
+    """Stems of the words that tell something, all words where none does; `opened` and `opens` have one stem."""
+    found = normalized(text).split()
+    return [stem(word) for word in found if word not in EMPTY_WORDS] or found
+
+
+def stem(word: str) -> str:
+    """A word without an English ending, for comparisons only."""
+    word = re.sub("ies$", "y", word) if len(word) > 4 else word
+    return re.sub(r"([b-df-hj-np-tv-z])\1$", r"\1", ENDING.sub("", word))
 
 
 def language(text: str, certainty: float) -> str | None:

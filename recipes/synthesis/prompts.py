@@ -19,7 +19,7 @@ NAMES = {
     "answer": {"passage", "question"},
     "judge": {"passage", "question", "reference", "answer"},
     "coverage": {"passage", "pairs"},
-    "supplement": {"passage", "pairs", "facts"},
+    "supplement": {"passage", "pairs", "rejected", "facts"},
     "validate": {"passage", "paraphrase"},
     "repair": {"problem", "schema"},
     "teach": {"documents", "question"},

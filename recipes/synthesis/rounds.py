@@ -11,6 +11,7 @@ from typing import Any
 from recipes.synthesis.checks import PassageChecks, QuestionAnswer
 from recipes.synthesis.prompts import numbered
 from recipes.synthesis.replies import (
+    MAX_FACT_CHARS,
     MAX_ITEMS,
     Answer,
     ComplexPairs,
@@ -24,7 +25,7 @@ from recipes.synthesis.replies import (
     facts,
 )
 from recipes.synthesis.teacher import Conversation, together
-from recipes.synthesis.text import clean_line, normalized
+from recipes.synthesis.text import clean_line, same_text
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,8 @@ class QuestionRounds:
             if not result.missing or result.rounds == self.limits.max_rounds:
                 return result
             result.rounds += 1
-            more = await self._write(
-                "supplement", Pairs, pairs=self._listed(), facts=numbered(result.missing), step=f".{result.rounds}"
-            )
+            told = {"pairs": self._listed(), "rejected": self._listed_rejected(), "facts": numbered(result.missing)}
+            more = await self._write("supplement", Pairs, step=f".{result.rounds}", **told)
             await self._take(more)
 
     async def _write(self, prompt: str, reply_type: type, step: str = "", **values: str) -> list[QuestionAnswer]:
@@ -146,7 +146,7 @@ class QuestionRounds:
             found = clean_line(reply.answer)
             if not reply.answerable or not found or self.checks.refused(found):
                 return "not answerable from the passage", {}
-            if normalized(found) == normalized(pair.answer):
+            if same_text(found, pair.answer):
                 return None, {}
             values = {**asked, "reference": pair.answer, "answer": found}
             verdict = await self.ask(f"judge.{number}", "judge", Verdict, **values)
@@ -165,6 +165,12 @@ class QuestionRounds:
 
     def _listed(self) -> str:
         return numbered([f"{pair.question} - {pair.answer}" for pair in self.result.pairs])
+
+    def _listed_rejected(self) -> str:
+        """The last pairs that were set aside, each once, with the reason."""
+        entries = [entry for entry in self.result.rejected if entry["type"] == "pair"]
+        lines = [f"{entry['question']} - {entry['answer']} ({entry['reason']})" for entry in entries]
+        return numbered(list(dict.fromkeys(line[:MAX_FACT_CHARS] for line in lines))[-MAX_ITEMS:])
 
     def _reject(self, what: str, reason: str, /, **content: Any) -> None:
         self.result.rejected.append(_aside(what, reason, **content))

@@ -9,6 +9,7 @@ from recipes.synthesis.errors import RequestFailed, UsageError
 from recipes.synthesis.prompts import Prompts
 from recipes.synthesis.replies import Reply, ReplyError, ReplyType, json_schema, parse_reply
 from recipes.synthesis.store import RunStore, digest_of, to_json
+from recipes.synthesis.text import prompt_text
 
 
 Result = TypeVar("Result")
@@ -94,7 +95,7 @@ class Conversation:
         except ReplyError as problem:
             schema = self.teacher.schema(reply_type)[1]
             (repair,) = self.teacher.prompts.messages("repair", problem=str(problem), schema=schema)
-            messages = [*messages, {"role": "assistant", "content": text[:20000]}, repair]
+            messages = [*messages, {"role": "assistant", "content": prompt_text(text[:20000])}, repair]
             return parse_reply(await self._complete(f"{step}.repair", messages, reply_type, False), reply_type)
 
     async def _complete(self, step: str, messages: list[dict], reply_type: type[Reply], write: bool) -> str:

@@ -10,12 +10,22 @@ UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 WORD = re.compile(f"[{UNSPACED}]|[^\\W_{UNSPACED}]+")
 # What tells apart -5 and 5, C and C++, $5 and €5, 5% and 5.
 SIGN = re.compile(r"(?<!\w)[-\u2212](?=\d)|[+#%‰°<>=$€£¥]")
-ARTICLES = {"a", "an", "the"}
-# C0 and C1 control characters but tab and newline, bidirectional overrides, surrogates, and what is no character.
-BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# Before another word only, and no "A" in mid-sentence: vitamin A is no vitamin of another kind.
+ARTICLE = re.compile(r"(?:\b(?i:an|the)|\ba|^\W*A)\s+(?=\w)")
+# 1/2, 3.5 and 12:30 are one thing each; the commas of 1,000,000 say nothing.
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+NUMBER_OR_WORD = re.compile(rf"\d+(?:[/:.,]\d+)+|{WORD.pattern}")
+# C0 and C1 control characters but tab and newline, bidirectional overrides, surrogates, byte order marks, and what is
+# no character.
+BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
-# A chat template's marks and the prompts' own tags lose their effect when a space stands behind the bracket.
-MARKS = re.compile(r"<(?=\||/?(?:passage|paraphrase|s|bos|eos|start_of_turn|end_of_turn|think)\b)|\[(?=/?INST\])", re.I)
+# A chat template's marks and the prompts' own tags lose their effect when a space stands behind the bracket; some
+# models write the bar full-width.
+MARKS = re.compile(
+    r"<(?=[|\uff5c]|/?(?:passage|paraphrase|s|bos|eos|unk|pad|start_of_turn|end_of_turn|think|tool_call|tool_response)\b|"
+    r"<?/?SYS>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])",
+    re.I,
+)
 
 
 def clean_text(text: str) -> str:
@@ -45,8 +55,14 @@ def words(text: str) -> list[str]:
 
 def normalized(text: str) -> str:
     """Words without articles, and signs: what two answers that say the same usually share, and -5 and 5 do not."""
-    found = [*(word for word in words(text) if word not in ARTICLES), *SIGN.findall(text)]
-    return " ".join(found)
+    plain = THOUSANDS.sub("", ARTICLE.sub("", text)).casefold()
+    return " ".join([*NUMBER_OR_WORD.findall(plain), *SIGN.findall(text)])
+
+
+def same_text(first: str, second: str) -> bool:
+    """Whether two texts are the same but for articles, case and punctuation; texts without a word never are."""
+    found = normalized(first)
+    return bool(found) and found == normalized(second)
 
 
 def letter_share(text: str) -> float:
