@@ -158,6 +158,33 @@ def test_structured_outputs_go_down_to_what_the_endpoint_takes(taken, formats):
         assert len(endpoint.requests) == formats + 1
 
 
+@pytest.mark.parametrize("code", [404, 500, 501])
+def test_a_format_refused_by_another_code_is_left_out_before_giving_up(code):
+    def script(messages, body, before):
+        return Status(code, '{"error": "no response_format here"}') if "response_format" in body else None
+
+    async def several(url):
+        async with ChatClient(url, "scripted", max_retries=1) as client:
+            replies = await asyncio.gather(*(client.complete(request(passage)) for passage in "abcdef"))
+            return [*replies, await client.complete(request("g"))]
+
+    with Endpoint(script) as endpoint:
+        assert all(reply.text for reply in asyncio.run(several(endpoint.url)))
+        assert "response_format" not in endpoint.requests[-1] and len(endpoint.requests) <= 19
+        (error,) = ask(endpoint.url, request(), structured_outputs="json_schema", max_retries=0)
+    assert isinstance(error, UsageError if code != 500 else RequestFailed)
+
+
+def test_a_secret_that_a_reply_echoes_is_masked():
+    with Endpoint(lambda *_: Say(f"key {KEY}, token hidden-token-9f")) as endpoint:
+        (reply,) = ask(endpoint.url, request(), api_key=KEY, extra_body={"auth": {"Token": "Bearer hidden-token-9f"}})
+        assert reply.text == "key [API key], token [API key]"
+        # The request itself holds it, and a word for "no key" is left alone.
+        assert endpoint.requests[0]["auth"] == {"Token": "Bearer hidden-token-9f"}
+        (reply,) = ask(endpoint.url, request(), api_key="hidden")
+        assert "token hidden-token-9f" in reply.text
+
+
 def test_the_schema_is_sent_and_extra_fields_are_set_or_left_out():
     with Endpoint() as endpoint:
         ask(endpoint.url, request(), extra_body={"top_k": 20, "seed": None})
@@ -219,12 +246,16 @@ def test_no_server_at_the_address():
     assert isinstance(error, UsageError) and "no connection" in str(error) and "127.0.0.1" in str(error)
 
 
-@pytest.mark.parametrize(("code", "words"), [(401, "--api_key_env"), (403, "--api_key_env"), (404, "--base_url")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(401, "--api_key_env"), (402, "credit"), (403, "--api_key_env"), (404, "--base_url")]
+)
 def test_errors_that_the_user_has_to_mend_stop_at_once_and_never_show_the_key(code, words):
     echo = Status(code, '{"error": {"message": "bad key ' + KEY + '\\u001b[31m given"}}')
     with Endpoint(lambda *_: echo) as endpoint:
         (error,) = ask(endpoint.url, request(), api_key=KEY)
-        assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}" and len(endpoint.requests) == 1
+        # A 404 may also mean that the format is not known.
+        assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
+        assert len(endpoint.requests) == (2 if code == 404 else 1)
     assert isinstance(error, UsageError) and words in str(error)
     assert KEY not in str(error) and "\x1b" not in str(error) and "[API key]" in str(error)
 

@@ -14,7 +14,7 @@ import pytest
 from scripted_endpoint import Endpoint, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
-from benchmarks.scripted_teacher import FactTeacher, fact_document, passage_of
+from benchmarks.scripted_teacher import FactTeacher, fact_document, part_of, passage_of
 from recipes.synthesis import client as client_module
 from recipes.synthesis import scp_data
 from recipes.synthesis.errors import UsageError
@@ -232,6 +232,42 @@ def test_a_passage_whose_requests_fail_is_set_aside_and_can_be_tried_again(corpu
         run(corpus, tmp_path / "whole", endpoint.url)
         run(corpus, out, endpoint.url, "--retry_failed", "true")
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+@pytest.mark.parametrize("options", [["--concurrency", "1"], ["--limit", "3"]])
+def test_an_endpoint_that_refuses_everything_stops_the_run_and_loses_nothing(corpus, tmp_path, code, options):
+    out = tmp_path / "scp"
+    with Endpoint(lambda *_: Status(code, '{"error": {"message": "no such model: llama"}}')) as endpoint:
+        for _ in range(2):
+            before = len(endpoint.requests)
+            with pytest.raises(UsageError, match="in a row failed .HTTP 4.*no such model: llama"):
+                run(corpus, out, endpoint.url, *options)
+            # At most four passages of three requests, each in three formats.
+            assert 0 < len(endpoint.requests) - before <= 4 * 9
+    with Endpoint() as endpoint:
+        run(corpus, tmp_path / "whole", endpoint.url)
+        run(corpus, out, endpoint.url)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_what_always_fails_among_good_replies_is_set_aside(corpus, tmp_path):
+    refused = Status(400, '{"error": {"message": "filtered"}}')
+    bad = {fact_document(number, 4) for number in range(4)}
+
+    def script(messages, body, before):
+        return refused if passage_of(messages) in bad and part_of(messages) == "complex" else None
+
+    with Endpoint(script) as endpoint:
+        stats = run(corpus, tmp_path / "scp", endpoint.url, "--concurrency", "1")
+    # What the other requests of a failed passage took is counted, too.
+    assert stats["failed"] == 4 and stats["requests"] == len(endpoint.requests) - 2 * 4
+    assert stats["completion_tokens"] > 0
+    with Endpoint(lambda messages, *_: refused if passage_of(messages) in bad else None) as endpoint:
+        with pytest.raises(UsageError, match="--tolerated_failures"):
+            run(corpus, tmp_path / "all", endpoint.url, "--concurrency", "1")
+        stats = run(corpus, tmp_path / "all", endpoint.url, "--concurrency", "1", "--tolerated_failures", "4")
+    assert stats["failed"] == 4 and stats["coverage"] == 1.0
 
 
 @pytest.mark.slow

@@ -232,10 +232,9 @@ def test_a_model_in_the_process_writes_whatever_it_writes(corpus, tmp_path, base
     stats = json.loads((tmp_path / "scp" / "stats.json").read_text(encoding="utf-8"))
     assert stats["passages"] == 2 and stats["failed"] == 0 and stats["completion_tokens"] > 0
     assert stats["reject_reasons"]["reply: malformed reply"] == 6
-    # With the shipped prompts there is no room: each passage is set aside because its request failed.
-    with pytest.raises(UsageError):
+    # With the shipped prompts there is no room: no request succeeds.
+    with pytest.raises(UsageError, match="where the model reads 1024"):
         synthesize.main([*arguments[:3], str(tmp_path / "long"), *arguments[4:]])
-    assert "where the model reads 1024" in (tmp_path / "long" / "rejected.jsonl").read_text(encoding="utf-8")
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -284,6 +283,24 @@ def test_arguments_that_cannot_be_used(options, words, tmp_path, monkeypatch):
     (tmp_path / "x" / "a.txt").write_text("Words.", encoding="utf-8")
     with pytest.raises(UsageError, match=words):
         synthesize.main(["--out", "out", "--model", "m", *options])
+
+
+def test_secrets_in_further_fields_are_written_nowhere(corpus, tmp_path):
+    out, secret = tmp_path / "scp", "sk-other-55"
+    extra = json.dumps({"provider": {"api_key": secret, "max_tokens": 7}})
+    with Endpoint(lambda *_: Status(401, f'{{"error": "bad key {secret}"}}')) as endpoint:
+        with pytest.raises(UsageError, match="bad key .API key.") as caught:
+            run(corpus, out, endpoint.url, "--extra_body", extra)
+    assert secret not in str(caught.value)
+    with Endpoint() as endpoint:
+        stats = run(corpus, out, endpoint.url, "--extra_body", extra)
+        assert endpoint.requests[0]["provider"]["api_key"] == secret
+    assert stats["settings"]["extra_body"] == {"provider": {"api_key": "[hidden]", "max_tokens": 7}}
+    assert not any(secret.encode() in path.read_bytes() for path in out.iterdir())
+    for broken in (f'["{secret}"]', f'{{"key": "{secret}"'):
+        with pytest.raises(UsageError, match="--extra_body") as caught:
+            run(corpus, out, "http://127.0.0.1:1/v1", "--extra_body", broken)
+        assert secret not in str(caught.value)
 
 
 def test_a_corpus_without_a_usable_passage_is_said_to_be_so(tmp_path):

@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from recipes.synthesis.errors import RequestFailed, UsageError
+from recipes.synthesis.secrets import secrets_of
 from recipes.synthesis.text import clean_line, clean_text
 
 
@@ -25,6 +26,10 @@ FIRST_DELAY = 0.5
 MAX_DELAY = 60.0
 # So many requests in a row may fail for good by their own fault; one more, and the endpoint is taken to be broken.
 TOLERATED_FAILURES = 3
+# What endpoints that know no structured outputs have been seen to say beside 400 and 422.
+UNKNOWN_FORMAT = (404, 500, 501)
+# A shorter key is a word for "none is needed", which a reply may hold by chance.
+MIN_KEY_CHARS = 8
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,10 @@ class ChatReply:
 class _Retry(Exception):
     """A request is worth repeating: `str()` is what happened, `after` the seconds that the endpoint asked for."""
 
-    def __init__(self, problem: str, after: float = 0.0, limited: bool = False, unreachable: bool = False):
+    def __init__(self, problem: str, after: float = 0.0, status: int = 0, level: int = -1, unreachable: bool = False):
         super().__init__(problem)
-        self.after, self.limited, self.unreachable = after, limited, unreachable
+        self.after, self.limited, self.unreachable = after, status == 429, unreachable
+        self.may_be_format = status in UNKNOWN_FORMAT and STRUCTURES[level] != "none"
 
 
 class Places:
@@ -153,6 +159,8 @@ class ChatClient:
         self._key = api_key
         self._adapts = structured_outputs == "auto"
         self._level = 0 if self._adapts else STRUCTURES.index(structured_outputs)
+        self._takes_structure = False
+        self._secrets = [secret for secret in (api_key, *secrets_of(self.extra_body)) if len(secret) >= MIN_KEY_CHARS]
         self._places = Places(concurrency)
         self._concurrency = concurrency
         self._not_before = 0.0
@@ -206,6 +214,8 @@ class ChatClient:
                     self._failures_in_a_row = 0
                     self._places.reply_came()
                     return reply
+            if last.may_be_format and (reply := await self._without_structure(request)):
+                return reply
             if self._successes == successes:
                 self._give_up(last)
             raise RequestFailed(f"{last} in {self.max_retries + 1} tries")
@@ -223,6 +233,21 @@ class ChatClient:
         while (left := self._not_before - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
+    async def _without_structure(self, request: ChatRequest) -> ChatReply | None:
+        """The reply to a request without a format, once, where no format has ever been taken; `None` without one."""
+        if not self._adapts or self._takes_structure:
+            return None
+        try:
+            status, _, body = await self._send(self._body(request, "none"))
+            reply = self._read(body) if status == 200 else None
+        except _Retry:
+            return None
+        if reply:
+            self._level = STRUCTURES.index("none")
+            self._successes += 1
+            self._failures_in_a_row = 0
+        return reply
+
     async def _post(self, request: ChatRequest) -> ChatReply:
         """One try, repeated without a JSON schema where the endpoint does not take one."""
         refused = None
@@ -236,12 +261,20 @@ class ChatClient:
         if status == 200:
             # Only now is it known that the format was what the endpoint refused.
             self._level = max(self._level, level)
+            self._takes_structure |= STRUCTURES[level] != "none"
             return self._read(body)
+        if status in (404, 501) and STRUCTURES[level] != "none" and (reply := await self._without_structure(request)):
+            return reply
         if status in (400, 413, 422):
             raise RequestFailed(refused or f"HTTP {status}: {self._message(body)}")
         if status in (408, 409, 425, 429) or status >= 500:
             problem = f"HTTP {status}: {self._message(body)}"
-            raise _Retry(problem, retry_after(headers.get("Retry-After")), limited=status == 429)
+            raise _Retry(problem, retry_after(headers.get("Retry-After")), status, level)
+        if status == 402:
+            raise UsageError(
+                f"{self.host} wants credit (HTTP 402: {self._message(body)}): add some; the same command "
+                "goes on where this one stopped."
+            )
         if status in (401, 403):
             raise UsageError(
                 f"{self.host} refuses the API key (HTTP {status}: {self._message(body)}): "
@@ -296,7 +329,7 @@ class ChatClient:
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _Retry("a reply that is no chat completion") from None
-        return ChatReply(clean_text(text) if isinstance(text, str) else "", *tokens)
+        return ChatReply(self._masked(clean_text(text)) if isinstance(text, str) else "", *tokens)
 
     def _message(self, body: bytes) -> str:
         """What an error's body says, in one short line without the key."""
@@ -310,8 +343,14 @@ class ChatClient:
         return self._clean(text)[:200]
 
     def _clean(self, text: str) -> str:
-        text = clean_line(text)
+        text = self._masked(clean_line(text))
         return text.replace(self._key, "[API key]") if self._key else text
+
+    def _masked(self, text: str) -> str:
+        """The text without the key and what `extra_body` holds of secrets: an endpoint may echo its request."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[API key]")
+        return text
 
 
 def endpoint(base_url: str) -> str:

@@ -30,6 +30,7 @@ class Statistics:
         self.reject(rejected)
         if "failed" in made:
             self.counts["failed"] += 1
+            self.counts["requests"] += made["requests"]
             return
         self.counts["covered"] += made["covered"]
         self.counts["pairs"] += len(made["pairs"])

@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipes.synthesis.errors import RequestFailed
+from recipes.synthesis.client import TOLERATED_FAILURES
+from recipes.synthesis.errors import RequestFailed, UsageError
 from recipes.synthesis.store import Record, RunStore, Totals
 from recipes.synthesis.teacher import Conversation, Teacher, together
 
@@ -60,36 +61,77 @@ def cost(sums: Totals, prices: tuple[float, float]) -> float:
 
 
 async def work_through(
-    store: RunStore, teacher: Teacher, work: Work, key: str, workers: int, limit: int | None, progress: Progress
+    store: RunStore,
+    teacher: Teacher,
+    work: Work,
+    key: str,
+    workers: int,
+    limit: int | None,
+    progress: Progress,
+    tolerated: int = TOLERATED_FAILURES,
 ) -> None:
     """Finish every unfinished item among the first `limit`; at most `workers` are begun and not finished.
 
+    An item whose requests fail is set aside once the backend has replied to another one: until then the backend may be
+    at fault, and the item is tried again by the next call.
+
     Args:
         key: the payload's field that identifies an item.
+        tolerated: items that may fail without any reply between them.
 
     Raises:
         UsageError: the run cannot go on; the items finished so far stay finished.
     """
     waiting = store.unfinished(limit)
+    held: list[tuple[int, Record]] = []
+    replies = teacher.replies
+
+    def finish(number: int, record: Record) -> None:
+        store.finish(number, record)
+        progress.add(record)
+
+    def set_aside() -> None:
+        while held:
+            finish(*held.pop(0))
 
     async def worker() -> None:
+        nonlocal replies
         for number, item in waiting:
             record = await one_item(item, Conversation(teacher, number, item[key]), work)
-            store.finish(number, record)
-            progress.add(record)
+            if held and teacher.replies > replies:
+                set_aside()
+            if record.failed and teacher.backend is not None:
+                replies = teacher.replies
+                held.append((number, record))
+                if len(held) > tolerated:
+                    raise _no_replies(held)
+            else:
+                finish(number, record)
             # A backend that replies at once must not keep the other workers from their turn.
             await asyncio.sleep(0)
 
     try:
         await together(*(worker() for _ in range(workers)))
+        if held and not store.has_replies():
+            raise _no_replies(held)
+        set_aside()
     finally:
         store.commit()
 
 
+def _no_replies(held: list[tuple[int, Record]]) -> UsageError:
+    """What stops the run after the failures in a row."""
+    return UsageError(
+        f"the requests of {len(held)} items in a row failed ({held[-1][1].payload['failed']}): see to it, and run the "
+        "same command, which tries them again; --tolerated_failures N sets up to N aside in a row."
+    )
+
+
 async def one_item(item: dict[str, Any], conversation: Conversation, work: Work) -> Record:
-    """An item's record; where a request failed for good it holds the reason only, and no tokens are counted."""
+    """An item's record; where a request failed for good it holds the reason, and what the others took."""
     try:
         payload, kept, rejected = await work(item, conversation)
+        failed = False
     except RequestFailed as error:
-        return Record({"failed": str(error)}, 0, 1, 0, 0, failed=True)
-    return Record(payload, kept, rejected, conversation.prompt_tokens, conversation.completion_tokens)
+        payload, kept, rejected, failed = {"failed": str(error), "requests": conversation.requests}, 0, 1, True
+    return Record(payload, kept, rejected, conversation.prompt_tokens, conversation.completion_tokens, failed)

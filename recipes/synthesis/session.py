@@ -95,6 +95,7 @@ class Session:
 
     async def _work(self, work: Work, key: str, unit: str, kept: str) -> None:
         args, store = self.args, self.store
+        limits = args.concurrency, args.limit
         total = store.count(args.limit)
         done = store.totals(args.limit)
         if done.items == total:
@@ -104,6 +105,6 @@ class Session:
             manager = make_backend(args)
             async with manager as backend:
                 teacher = Teacher(backend, store, self.prompts, args.model, args.seed, args.temperature, self.replay)
-                await work_through(store, teacher, work, key, args.concurrency, args.limit, progress)
+                await work_through(store, teacher, work, key, *limits, progress, args.tolerated_failures)
         finally:
             progress.close()

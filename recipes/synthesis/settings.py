@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from recipes.synthesis.errors import UsageError
+from recipes.synthesis.secrets import masked
 from recipes.synthesis.store import RunStore
 
 
@@ -23,6 +24,7 @@ FREE = (
     "concurrency",
     "timeout",
     "max_retries",
+    "tolerated_failures",
     "batch_size",
     "price_in",
     "price_out",
@@ -50,6 +52,9 @@ class TeacherArguments:
     concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
     timeout: float = field(default=300.0, metadata={"help": "Seconds that one try of a request may take."})
     max_retries: int = field(default=8, metadata={"help": "Further tries after 429, 5xx, time-outs, lost connections."})
+    tolerated_failures: int = field(
+        default=3, metadata={"help": "Items in a row whose requests may fail for good before the run stops."}
+    )
     temperature: float = field(default=0.7, metadata={"help": "Of what is written; checks are made at 0."})
     max_tokens: int = field(default=2048, metadata={"help": "Of a reply."})
     extra_body: dict | str | None = field(
@@ -76,7 +81,7 @@ class TeacherArguments:
         if self.extra_body and self.backend == "transformers":
             raise UsageError("--extra_body is sent to an endpoint; --backend transformers has none.")
         self.at_least(1, "concurrency", "batch_size", "max_tokens", "limit")
-        self.at_least(0, "max_retries", "temperature", "price_in", "price_out")
+        self.at_least(0, "max_retries", "tolerated_failures", "temperature", "price_in", "price_out")
         if self.timeout <= 0:
             raise UsageError(f"--timeout must be more than 0 seconds, but is {self.timeout}.")
         if (self.price_in is None) != (self.price_out is None):
@@ -95,7 +100,7 @@ class TeacherArguments:
     def fixed(self) -> dict[str, Any]:
         """The arguments that make the run what it is."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
-        return json.loads(json.dumps(values))
+        return json.loads(json.dumps({**values, "extra_body": masked(self.extra_body)}))
 
 
 def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
@@ -103,9 +108,11 @@ def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
     try:
         value = yaml.safe_load(value) if isinstance(value, str) else value or {}
     except yaml.YAMLError as error:
-        raise UsageError(f"--{name} is no valid JSON: {value!r}.") from error
+        # Without the value, here and below: it may hold a key.
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UsageError(f"--{name} is no valid JSON: {problem}.") from None
     if not isinstance(value, dict):
-        raise UsageError(f"--{name} must be a JSON object, but is {value!r}.")
+        raise UsageError(f"--{name} must be a JSON object, but is of type {type(value).__name__}.")
     return value
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +186,10 @@ class RunStore:
             step: (request, json.loads(reply)) for step, request, reply in self.connection.execute(query, (number,))
         }
 
+    def has_replies(self) -> bool:
+        """Whether any reply has ever been received."""
+        return self.connection.execute("SELECT 1 FROM replies LIMIT 1").fetchone() is not None
+
     def failure(self, number: int) -> str | None:
         """Why the item's requests failed for good, `None` where they did not."""
         query = "SELECT payload FROM records WHERE number = ? AND failed"
@@ -203,13 +207,6 @@ class RunStore:
         self.connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", row)
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self.commit()
-
-
-def write_all(store: RunStore, items: Iterable[tuple[str, dict]]) -> None:
-    """Append items in one transaction."""
-    for key, payload in items:
-        store.add_item(key, payload)
-    store.commit()
 
 
 def _bound(limit: int | None) -> int:

@@ -32,6 +32,9 @@ class Teacher:
         seed: of the run; every request has its own, which follows from it.
         temperature: of what is written; what is checked has temperature 0.
         replay: the state of another run, whose replies are taken.
+
+    Attributes:
+        replies: how many the backend has given.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Teacher:
     ):
         self.backend, self.store, self.prompts, self.replay = backend, store, prompts, replay
         self.model, self.seed, self.temperature = model, seed, temperature
+        self.replies = 0
         self._schemas: dict[type[Reply], tuple[dict, str]] = {}
 
     def schema(self, reply_type: type[Reply]) -> tuple[dict, str]:
@@ -120,6 +124,7 @@ class Conversation:
         name = reply_type.__name__.lower()
         request = ChatRequest(messages, name, teacher.schema(reply_type)[0], temperature, seed)
         got = await teacher.backend.complete(request)
+        teacher.replies += 1
         reply = {"text": got.text, "prompt_tokens": got.prompt_tokens, "completion_tokens": got.completion_tokens}
         teacher.store.add_reply(self.number, step, identity, reply)
         return self._count(reply)
