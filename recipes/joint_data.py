@@ -4,8 +4,9 @@
     python recipes/joint_data.py --scp scp/ --out joint/ --mode normal --retriever BAAI/bge-small-en-v1.5
 
 `scp/` is what `recipes/synthesize.py` wrote: its passages are the corpus, a pair's own passage is the positive.
-Training and validation share no document. `recipes/joint.py` takes the files as they are. All passages are in memory;
-for questions of one's own see `eval/candidates.py`.
+Training and validation share no document; where validation has too few passages for a pool, its negatives are
+training passages, too. `recipes/joint.py` takes the files as they are. All passages are in memory; for questions of
+one's own see `eval/candidates.py`.
 """
 
 import json
@@ -20,11 +21,16 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.synthesis.errors import UsageError, check_installed, run_program
+
+
+check_installed()
+
 from transformers import HfArgumentParser
 
-from eval.candidates import build_candidates
+from eval.candidates import MODES, build_candidates, check_pools
+from eval.corpus import distinct_passages
 from eval.data import read_jsonl
-from recipes.synthesis.errors import UsageError, run_program
 from recipes.synthesis.store import digest_of
 
 
@@ -48,6 +54,8 @@ class JointDataArguments:
         for name in ("scp.jsonl", "passages.jsonl"):
             if not Path(self.scp, name).is_file():
                 raise UsageError(f"--scp {self.scp} holds no {name}: finish recipes/synthesize.py first.")
+        if self.size < 1 or self.mode not in MODES:
+            raise UsageError(f"--size must be at least 1, --mode one of {', '.join(MODES)}.")
         if not 0 <= self.validation_share < 1:
             raise UsageError(f"--validation_share must be at least 0 and less than 1, but is {self.validation_share}.")
 
@@ -79,17 +87,38 @@ def main(arguments: list[str] | None = None) -> None:
         questions[split].append({"id": f"{positive}-{number}", **question})
     if not questions["train"]:
         raise UsageError(f"--scp {args.scp} holds no pair for training.")
+    sizes = {split: len(distinct_passages(passages)[0]) for split, passages in corpus.items()}
+    if questions["validation"] and sizes["validation"] < args.size:
+        print(
+            f"The validation documents have {sizes['validation']} passages, too few for {args.size} candidates: its "
+            "negatives are training passages, too."
+        )
+        corpus["validation"] |= corpus["train"]
+    splits = list(filter(questions.get, SPLITS))
+    # Before any work, so that there are all files or none.
+    if sizes["train"] < args.size:
+        raise UsageError(
+            f"--size {args.size} is more than the {sizes['train']} distinct passages for training: pass --size "
+            f"{sizes['train']} or less, or synthesize more."
+        )
+    for split in splits:
+        check_pools(questions[split], corpus[split], args.size, args.mode)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for split in filter(questions.get, SPLITS):
+    for split in splits:
         options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
         rows = build_candidates(questions[split], corpus[split], **options, show_progress=True)
-        path = out / f"joint_{split}.jsonl"
-        beside = path.with_name(path.name + ".partial")
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(out / f"joint_{split}.jsonl.partial", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(beside, path)
-        print(f"{path}: {len(rows)} questions with {args.size} of {len(corpus[split])} passages each.")
+    for split in SPLITS:
+        path = out / f"joint_{split}.jsonl"
+        if split in splits:
+            os.replace(out / f"{path.name}.partial", path)
+            print(f"{path}: {len(questions[split])} questions with {args.size} of {len(corpus[split])} passages each.")
+        else:
+            # One of an earlier call would share documents with the training file.
+            path.unlink(missing_ok=True)
+            print(f"No document fell to validation: there is no {path.name}; --validation_share takes a larger share.")
 
 
 if __name__ == "__main__":
