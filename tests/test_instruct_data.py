@@ -75,6 +75,9 @@ def test_a_second_call_asks_for_nothing(tmp_path):
         ({"question": "Who?"}, "line 1: 'docs'"),
         ({"question": "Who?", "docs": []}, "line 1: 'docs'"),
         ({"question": "Who?", "docs": ["x"], "answers": "y"}, "line 1: 'answers'"),
+        ({"question": "Who?", "docs": ["x"], "pos_index": ["a"]}, "line 1: 'pos_index'"),
+        ({"question": "Who?", "docs": ["x"], "pos_index": [-1]}, "line 1: 'pos_index'"),
+        ({"question": "Who?", "docs": ["x"], "pos_index": 1}, "line 1: 'pos_index'"),
     ],
 )
 def test_a_line_that_breaks_the_schema_is_named(tmp_path, row, words):

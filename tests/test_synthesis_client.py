@@ -172,7 +172,7 @@ def test_a_format_refused_by_another_code_is_left_out_before_giving_up(code):
         assert all(reply.text for reply in asyncio.run(several(endpoint.url)))
         assert "response_format" not in endpoint.requests[-1] and len(endpoint.requests) <= 19
         (error,) = ask(endpoint.url, request(), structured_outputs="json_schema", max_retries=0)
-    assert isinstance(error, UsageError if code != 500 else RequestFailed)
+    assert isinstance(error, UsageError if code == 404 else RequestFailed)
 
 
 def test_a_secret_that_a_reply_echoes_is_masked():

@@ -196,6 +196,45 @@ def test_paths_that_are_no_corpus(tmp_path, path, words):
         corpus_files([str(tmp_path / path)])
 
 
+def test_endings_in_capitals_byte_order_marks_and_empty_files(tmp_path):
+    for name, content in {
+        "A.TXT": "\ufeffGood words.",
+        "b.MD": "More \ufeffwords.",
+        "c.JSONL": "\ufeff" + json.dumps({"text": "Last words."}) + "\n",
+        "d.jsonl": "",
+        "e.json": "\n\n",
+        "f.json": '{\n  "text": "Words."\n}\n',
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    found = read(tmp_path)
+    assert [(entry.source, entry.fault) for entry in found] == [
+        ("A.TXT", None),
+        ("b.MD", None),
+        ("c.JSONL", None),
+        ("d.jsonl", "empty file"),
+        ("e.json", "empty file"),
+        ("f.json", "JSON over several lines, where each line must be an object"),
+    ]
+    texts = [passage.text for entry in found[:3] for passage, _ in maker().passages(entry)]
+    assert texts == ["Good words.", "More words.", "Last words."]
+
+
+def test_a_title_never_takes_the_whole_of_a_tiny_budget():
+    assert cut("One two.", title="Title", budget=1)[:2] == ["One", "two"]
+
+
+def test_files_are_named_within_the_corpus_and_the_output_folder_is_left_out(tmp_path):
+    for name in ("x/sub/a.txt", "x/out/b.txt", "y/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("Words.", encoding="utf-8")
+
+    def names(*paths):
+        return [file.name for file in corpus_files([str(tmp_path / path) for path in paths], tmp_path / "x" / "out")]
+
+    assert names("x") == ["sub/a.txt"] and names("x", "y") == ["x/sub/a.txt", "y/a.txt"]
+    assert names("x/sub/a.txt") == ["a.txt"]
+
+
 def test_a_json_array_is_no_corpus(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "Words."},\n{"text": "More words."}]', encoding="utf-8")
     with pytest.raises(UsageError, match="a.json holds a JSON array: write it as JSON lines"):

@@ -313,6 +313,8 @@ def test_leaks_are_runs_of_words_of_the_excluded_texts(tmp_path):
     assert LeakIndex([str(lines)]).found_in("zero one two three four five six seven")
     (tmp_path / "lines.txt.gz").write_bytes(gzip.compress(lines.read_bytes()))
     assert LeakIndex([str(tmp_path / "lines.txt.gz")]).found_in("zero one two three four five six seven")
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    assert LeakIndex([str(tmp_path / "array.json")], n=8).found_in(long)
     # A file of another kind would be taken for lines of noise, and nothing be excluded.
     Dataset.from_dict({"question": [long] * 99}).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(UsageError, match="is no text"):

@@ -12,7 +12,7 @@ from eval.data import read_jsonl
 from recipes.synthesis.errors import UsageError
 from recipes.synthesis.prompts import numbered
 from recipes.synthesis.replies import Answer, ReplyError, Verdict
-from recipes.synthesis.settings import TeacherArguments, file_digest
+from recipes.synthesis.settings import TeacherArguments, path_identity
 from recipes.synthesis.store import RunStore, to_json
 from recipes.synthesis.text import clean_line, clean_text, words
 
@@ -38,7 +38,7 @@ class InstructDataArguments(TeacherArguments):
             raise UsageError(f"--questions: there is no file {self.questions!r}.")
 
     def inputs(self) -> dict[str, Any]:
-        return {"questions_digest": file_digest([self.questions])}
+        return {"questions": path_identity(self.questions)}
 
 
 def fill_store(args: InstructDataArguments, store: RunStore) -> None:
@@ -70,6 +70,9 @@ def read_questions(path: str, top_k: int) -> Iterator[dict[str, Any]]:
         for name, texts in (("docs", docs), ("answers", answers)):
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise UsageError(f"{path}, line {number}: {name!r} must be a list of texts.")
+        positions = row.get("pos_index") or []
+        if not isinstance(positions, list) or any(type(index) is not int or index < 0 for index in positions):
+            raise UsageError(f"{path}, line {number}: 'pos_index' must be a list of positions in 'docs', from 0.")
         docs = [clean_text(text) for text in docs[:top_k]]
         if not all(text.strip() for text in docs) or not docs:
             raise UsageError(f"{path}, line {number}: 'docs' must hold texts that are not empty.")
@@ -78,7 +81,7 @@ def read_questions(path: str, top_k: int) -> Iterator[dict[str, Any]]:
             "question": clean_line(question),
             "answers": [clean_line(text) for text in answers if text.strip()],
             "docs": docs,
-            "pos_index": [index for index in row.get("pos_index") or [] if index < len(docs)],
+            "pos_index": [index for index in positions if index < len(docs)],
         }
         yield {"key": to_json([known["question"], docs]), **known}
 
@@ -109,8 +112,10 @@ def holds(text: str, answer: str) -> bool:
     return f" {' '.join(words(answer))} " in f" {' '.join(words(text))} "
 
 
-def write_outputs(store: RunStore, folder: Path, settings: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """Write the data, what was set aside, and the counts; returns the counts."""
+def write_outputs(
+    store: RunStore, folder: Path, settings: dict[str, Any], limit: int | None, partial: bool = False
+) -> dict[str, Any]:
+    """Write the data, what was set aside, and the counts, which say where the run is `partial`; returns the counts."""
     paths = {name: folder / f"{name}.partial" for name in OUTPUTS}
     reasons: Counter[str] = Counter()
     kept = count = 0
@@ -135,6 +140,7 @@ def write_outputs(store: RunStore, folder: Path, settings: dict[str, Any], limit
             data.write(json.dumps(row, ensure_ascii=False) + "\n")
     totals = store.totals(limit)
     stats = {
+        "partial": partial,
         "questions": count,
         "kept": kept,
         "reject_reasons": dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.data import read_jsonl
+from eval.data_files import read_rows
 from recipes.synthesis.errors import UsageError
 from recipes.synthesis.text import words
 
@@ -23,7 +23,7 @@ class LeakIndex:
     Memory: 8 bytes per gram. Grams are compared by 64-bit hashes.
 
     Args:
-        files: JSONL files, of which `question` is taken (else `text`), or text files, of which every line is.
+        files: JSON files, of which `question` is taken (else `text`), or text files, of which every line is.
         n: words of a gram.
 
     Raises:
@@ -72,7 +72,7 @@ def excluded_texts(file: str) -> Iterator[str]:
                     raise UsageError(f"--exclude: {file} is no text: JSONL and text files (.gz too) can be excluded.")
                 yield line.decode("utf-8", "replace")
         return
-    for _, row in read_jsonl(path):
+    for _, row in read_rows(path):
         texts = row.get("question", row.get("text", []))
         yield from (text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str))
 

@@ -46,6 +46,11 @@ def estimated_starts(text: str) -> list[int]:
     return starts
 
 
+def tokenizer_file(name: str) -> str:
+    """The file of a tokenizer that is given by its folder; else the name as it is."""
+    return str(Path(name, "tokenizer.json")) if Path(name).is_dir() else name
+
+
 def tokenizer_starts(name: str) -> TokenStarts:
     """Token starts by a tokenizer: a folder, a `tokenizer.json`, or a name on the Hub.
 
@@ -54,7 +59,7 @@ def tokenizer_starts(name: str) -> TokenStarts:
     """
     from tokenizers import Tokenizer
 
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
+    path = Path(tokenizer_file(name))
     try:
         tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare exceptions
@@ -90,7 +95,7 @@ class PassageMaker:
             return
         text = clean_text(document.text)
         head = self._head(clean_line(document.title))
-        budget = self.max_tokens - len(self.starts(head))
+        budget = max(1, self.max_tokens - len(self.starts(head)))
         for number, (begin, end) in enumerate(self.fitting(text, budget), start=1):
             passage = self._passage(document, head + text[begin:end], number, begin, end)
             yield passage, self._fault(passage.text, text[begin:end])
@@ -98,7 +103,7 @@ class PassageMaker:
     def _head(self, title: str) -> str:
         """The title in a line of its own, cut at a quarter of the budget."""
         starts = self.starts(title)
-        limit = max(1, self.max_tokens // 4)
+        limit = self.max_tokens // 4
         title = title[: starts[limit]].rstrip() if len(starts) > limit else title
         return f"{title}\n" if title else ""
 

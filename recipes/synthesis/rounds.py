@@ -59,15 +59,18 @@ async def synthesize_passage(
     """Everything that one passage gives.
 
     Returns:
-        `pairs` and `paraphrase` (`None` without one) that passed, `rejected` with reasons, `covered`, `missing` facts,
-        `rounds` of supplements, `attempts` at the paraphrase, `requests`.
+        `pairs` and `paraphrase` (`None` without one) that passed, `rejected` with reasons, the number of pairs that
+        were `verified` (also where they are left out in the end), `covered`, `missing` facts, `rounds` of supplements,
+        `attempts` at the paraphrase, `requests`.
     """
     questions, (paraphrase, attempts, faults) = await together(
         QuestionRounds(passage, conversation, checks, limits).run(),
         paraphrase_rounds(passage, conversation, checks, limits.paraphrase_attempts),
     )
     pairs, rejected = questions.pairs, questions.rejected
-    covered = questions.missing == []
+    # Where nothing is asked for nothing is covered, whatever is said to be missing.
+    covered = questions.missing == [] and bool(pairs)
+    verified = len(pairs)
     if not covered and not limits.keep_uncovered:
         reason = "coverage not known" if questions.missing is None else "passage not covered"
         rejected = [*rejected, *(_aside("pair", reason, **asdict(pair)) for pair in pairs)]
@@ -76,6 +79,7 @@ async def synthesize_passage(
         "pairs": [asdict(pair) for pair in pairs],
         "paraphrase": paraphrase,
         "rejected": [*rejected, *faults],
+        "verified": verified,
         "covered": covered,
         "missing": questions.missing or [],
         "rounds": questions.rounds,

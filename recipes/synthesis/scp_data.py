@@ -1,7 +1,9 @@
 """From documents to SCP data: which passages there are, and what is written of each into the output files."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -10,10 +12,10 @@ from recipes.synthesis.checks import PassageChecks
 from recipes.synthesis.documents import Columns, Document, corpus_files, read_dataset, read_files
 from recipes.synthesis.errors import UsageError
 from recipes.synthesis.leaks import LeakIndex
-from recipes.synthesis.passages import PassageMaker, estimated_starts, tokenizer_starts
+from recipes.synthesis.passages import PassageMaker, estimated_starts, tokenizer_file, tokenizer_starts
 from recipes.synthesis.rounds import RoundLimits, synthesize_passage
 from recipes.synthesis.runner import Work
-from recipes.synthesis.settings import TeacherArguments, file_digest
+from recipes.synthesis.settings import TeacherArguments, files_identity, path_identity
 from recipes.synthesis.store import RunStore
 from recipes.synthesis.text import clean_line
 
@@ -59,6 +61,12 @@ class SynthesisArguments(TeacherArguments):
             raise UsageError("name the documents by --corpus or by --dataset, one of the two.")
         self.at_least(1, "passage_tokens", "min_passage_tokens", "paraphrase_attempts", "exclude_ngram")
         self.at_least(0, "max_rounds", "answer_overlap")
+        if not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language):
+            raise UsageError(f"--language must be an ISO 639 code such as en, de or zh, but is {self.language!r}.")
+        if self.push_to_hub:
+            from recipes.synthesis.publish import check_name
+
+            check_name(self.push_to_hub)
         if self.min_passage_tokens > self.passage_tokens:
             raise UsageError("--min_passage_tokens must not be more than --passage_tokens.")
 
@@ -67,14 +75,18 @@ class SynthesisArguments(TeacherArguments):
         return Columns(self.text_column, self.title_column, self.id_column)
 
     def inputs(self) -> dict[str, Any]:
-        """Sizes and digests of the files that the run depends on; a large corpus is told by sizes."""
-        files = corpus_files(self.corpus)
-        return {"corpus_bytes": [file.stat().st_size for file in files], "exclude_digest": file_digest(self.exclude)}
+        """What the files are that the run depends on, whatever their paths."""
+        return {
+            "corpus": files_identity(corpus_files(self.corpus, self.out)) if self.corpus else None,
+            "dataset": path_identity(self.dataset),
+            "exclude": files_identity((Path(file), "") for file in self.exclude) if self.exclude else None,
+            "tokenizer": path_identity(tokenizer_file(self.tokenizer) if self.tokenizer else None),
+        }
 
     def documents(self) -> Iterator[Document]:
         if self.dataset:
             return read_dataset(self.dataset, self.dataset_config, self.dataset_split, self.columns)
-        return read_files(corpus_files(self.corpus), self.columns)
+        return read_files(corpus_files(self.corpus, self.out), self.columns)
 
 
 def fill_store(args: SynthesisArguments, store: RunStore, leaks: LeakIndex) -> None:
@@ -160,15 +172,9 @@ def rejected_rows(passage: dict[str, Any], made: dict[str, Any]) -> list[dict[st
     if "failed" in made:
         return [{"passage_id": passage["id"], "type": "passage", "reason": "request failed", "detail": made["failed"]}]
     rows = [{"passage_id": passage["id"], **entry} for entry in made["rejected"]]
-    if made["missing"]:
-        rows.append(
-            {
-                "passage_id": passage["id"],
-                "type": "passage",
-                "reason": "passage not covered",
-                "missing": made["missing"],
-            }
-        )
+    if not made["verified"] or made["missing"]:
+        reason = "passage not covered" if made["verified"] else "no verified pair"
+        rows.append({"passage_id": passage["id"], "type": "passage", "reason": reason, "missing": made["missing"]})
     return rows
 
 
@@ -177,6 +183,6 @@ def passage_row(passage: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]
     told = {name: passage[name] for name in ("id", "document", "source", "place", "start", "end")}
     if "failed" in made:
         return {**told, "status": "failed"}
-    status = "covered" if made["covered"] else "not covered"
+    status = "covered" if made["covered"] else "not covered" if made["verified"] else "no verified pair"
     kinds = [pair["kind"] for pair in made["pairs"]]
     return {**told, "status": status, "rounds": made["rounds"], "kinds": kinds, "paraphrase": bool(made["paraphrase"])}

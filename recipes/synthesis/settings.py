@@ -1,11 +1,13 @@
 """Arguments of the programs that ask a language model, and what of them makes a run what it is."""
 
-import hashlib
+import difflib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 from transformers import HfArgumentParser
 
@@ -18,6 +20,13 @@ BACKENDS = ("http", "transformers")
 # Arguments that may change between a call and the next one, which goes on with the run.
 FREE = (
     "out",
+    # What stands at these paths is told by a digest instead.
+    "corpus",
+    "dataset",
+    "exclude",
+    "prompts",
+    "questions",
+    "tokenizer",
     "base_url",
     "api_key_env",
     "structured_outputs",
@@ -97,9 +106,18 @@ class TeacherArguments:
     def prices(self) -> tuple[float, float] | None:
         return None if self.price_in is None else (self.price_in, self.price_out)
 
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests and files; of a folder its name only."""
+        is_folder = self.backend == "transformers" and Path(self.model).is_dir()
+        return Path(self.model).resolve().name if is_folder else self.model
+
     def fixed(self) -> dict[str, Any]:
-        """The arguments that make the run what it is."""
+        """The arguments that make the run what it is; no value is a path of this machine."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        values["model"] = self.model_name
+        if self.backend == "transformers":
+            values["model_files"] = path_identity(self.model)
         return json.loads(json.dumps({**values, "extra_body": masked(self.extra_body)}))
 
 
@@ -122,6 +140,9 @@ def parse_arguments(arguments_type: type, arguments: list[str]):
     Raises:
         UsageError: the YAML file cannot be read, or an argument has no possible value.
     """
+    # `--config=FILE` is the same as `--config FILE`.
+    parts = (part.split("=", 1) if part.startswith("--config=") else [part] for part in arguments)
+    arguments = [word for part in parts for word in part]
     if "--config" in arguments:
         place = arguments.index("--config")
         path = Path(*arguments[place + 1 : place + 2])
@@ -131,6 +152,11 @@ def parse_arguments(arguments_type: type, arguments: list[str]):
             raise UsageError(f"--config {path} is no valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise UsageError(f"--config {path} must be a mapping of arguments to values.")
+        known = {known.name.replace("-", "_") for known in fields(arguments_type)}
+        if wrong := sorted(str(name) for name in values if str(name).replace("-", "_") not in known):
+            hint = difflib.get_close_matches(wrong[0], known, 1)
+            meant = f": did you mean {hint[0]}?" if hint else "."
+            raise UsageError(f"--config {path} has the unknown key {wrong[0]!r}{meant}")
         from_file = [part for name, value in values.items() if value is not None for part in as_arguments(name, value)]
         arguments = [*from_file, *arguments[:place], *arguments[place + 2 :]]
     parser = HfArgumentParser(arguments_type, allow_abbrev=False)
@@ -163,17 +189,37 @@ def claim(store: RunStore, settings: dict[str, Any]) -> None:
     changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
     if changed:
         name = changed[0]
+        values = [shown_value(state.get(name)) for state in (before, settings)]
         raise UsageError(
-            f"--out holds a run with other settings ({name}: {before.get(name)!r} there, {settings.get(name)!r} now): "
-            "pass --overwrite true to replace it, or another folder."
+            f"--out holds a run with other settings ({name}: {values[0]} there, {values[1]} now): pass "
+            "--overwrite true to replace it, or another folder."
         )
 
 
-def file_digest(paths: list[str]) -> str:
-    """16 digits over the content of files."""
-    digest = hashlib.sha256()
-    for path in paths:
+def shown_value(value: Any) -> str:
+    """A setting in a message, at most a line of it."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:160]} …"
+
+
+def files_identity(files: Iterable[tuple[Path, str]]) -> dict[str, Any]:
+    """What files are, wherever they lie: their number, bytes in sum, and one digest over names and contents."""
+    digest, count, size = xxhash.xxh3_128(), 0, 0
+    for path, name in files:
+        count, before = count + 1, size
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
+                size += len(block)
                 digest.update(block)
-    return digest.hexdigest()[:16]
+        digest.update(f"\0{size - before}\0".encode())
+    return {"files": count, "bytes": size, "digest": digest.hexdigest()}
+
+
+def path_identity(name: str | None) -> dict[str, Any] | str | None:
+    """What a file or folder is; a name that is no path, one of the Hub, stands for itself."""
+    path = Path(name) if name else None
+    if path is None or not path.exists():
+        return name
+    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return files_identity((file, file.relative_to(path).as_posix() if path.is_dir() else "") for file in found)

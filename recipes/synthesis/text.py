@@ -15,9 +15,9 @@ ARTICLE = re.compile(r"(?:\b(?i:an|the)|\ba|^\W*A)\s+(?=\w)")
 # 1/2, 3.5 and 12:30 are one thing each; the commas of 1,000,000 say nothing.
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 NUMBER_OR_WORD = re.compile(rf"\d+(?:[/:.,]\d+)+|{WORD.pattern}")
-# C0 and C1 control characters but tab and newline, bidirectional overrides, surrogates, byte order marks, and what is
-# no character.
-BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+# C0 and C1 control characters but tab and newline, bidirectional overrides, surrogates, and what is no character.
+BAD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+BYTE_ORDER_MARK = "\ufeff"
 LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # A chat template's marks and the prompts' own tags lose their effect when a space stands behind the bracket; some
 # models write the bar full-width.
@@ -29,8 +29,8 @@ MARKS = re.compile(
 
 
 def clean_text(text: str) -> str:
-    """The text without control characters and halves of surrogate pairs; line ends are newlines."""
-    return BAD.sub("", LINE_ENDS.sub("\n", text))
+    """The text without control characters, byte order marks and halves of surrogate pairs; line ends are newlines."""
+    return BAD.sub("", LINE_ENDS.sub("\n", text)).replace(BYTE_ORDER_MARK, "")
 
 
 def clean_line(text: str) -> str:
