@@ -14,7 +14,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.synthesis.errors import UsageError, run_program
+from recipes.synthesis.errors import UsageError, check_installed, run_program
+
+
+check_installed()
+
 from recipes.synthesis.instruct import OUTPUTS, InstructDataArguments, answer_question, fill_store, write_outputs
 from recipes.synthesis.session import Session
 from recipes.synthesis.settings import parse_arguments
@@ -23,8 +27,10 @@ from recipes.synthesis.settings import parse_arguments
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(InstructDataArguments, sys.argv[1:] if arguments is None else arguments)
     with Session(args, args.inputs(), OUTPUTS) as session:
-        fill_store(args, session.store)
-        session.work(answer_question, key="key", unit="question", kept="answers")
+        session.prepare()
+        with session.partial_files(write_outputs):
+            fill_store(args, session.store)
+            session.work(answer_question, key="key", unit="question", kept="answers")
         stats = write_outputs(session.store, session.folder, session.settings, args.limit)
     print(f"{args.out}: {stats['kept']} of {stats['questions']} questions answered; the others are in rejected.jsonl.")
     if not stats["kept"]:

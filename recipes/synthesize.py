@@ -13,7 +13,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.synthesis.errors import UsageError, run_program
+from recipes.synthesis.errors import UsageError, check_installed, run_program
+
+
+check_installed()
+
 from recipes.synthesis.leaks import LeakIndex
 from recipes.synthesis.output import OUTPUTS, write_outputs
 from recipes.synthesis.scp_data import SynthesisArguments, fill_store, passage_work
@@ -25,8 +29,10 @@ def main(arguments: list[str] | None = None) -> None:
     args: SynthesisArguments = parse_arguments(SynthesisArguments, sys.argv[1:] if arguments is None else arguments)
     leaks = LeakIndex(args.exclude, args.exclude_ngram)
     with Session(args, args.inputs(), OUTPUTS) as session:
-        fill_store(args, session.store, leaks)
-        session.work(passage_work(args, leaks), key="text", unit="passage", kept="pairs")
+        session.prepare()
+        with session.partial_files(write_outputs):
+            fill_store(args, session.store, leaks)
+            session.work(passage_work(args, leaks), key="text", unit="passage", kept="pairs")
         stats = write_outputs(session.store, session.folder, session.settings, args.limit)
     print(
         f"{args.out}: {stats['pairs']} pairs and {stats['paraphrases']} paraphrases of {stats['passages']} passages; "

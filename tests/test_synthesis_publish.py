@@ -133,6 +133,12 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
         publish.push(tmp_path, "someone/scp-data", (), {})
 
 
+def test_an_upload_without_a_token_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    with pytest.raises(UsageError, match="HF_TOKEN"):
+        publish.check_name("someone/scp-data")
+
+
 @pytest.mark.slow
 def test_a_refused_upload_leaves_the_data_and_is_one_sentence(tmp_path):
     with Hub(refuse=True) as hub:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from scripted_endpoint import Endpoint, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import FactTeacher, fact_document, part_of, passage_of
+from recipes import synthesize
 from recipes.synthesis import client as client_module
 from recipes.synthesis import scp_data
 from recipes.synthesis.errors import UsageError
@@ -61,7 +64,10 @@ def test_a_stopped_run_goes_on_and_asks_for_nothing_of_a_finished_passage(corpus
             done = {fact_document(number - 1, 4) for number in count}
             assert not done & {passage_of(body["messages"]) for body in endpoint.requests[len(asked) :]} - done
             asked = list(endpoint.requests)
-            assert not (tmp_path / "parts" / "scp.jsonl").exists()
+            # What is finished can be read, and says that it is a part.
+            stats = json.loads((tmp_path / "parts" / "stats.json").read_text(encoding="utf-8"))
+            assert stats["partial"] and stats["passages"] == len(count)
+            assert len({row["passage_id"] for row in rows(tmp_path / "parts" / "scp.jsonl")}) == len(count)
         before = len(endpoint.requests)
         run(corpus, tmp_path / "parts", endpoint.url)
         assert not done & {passage_of(body["messages"]) for body in endpoint.requests[before:]}
@@ -199,9 +205,19 @@ def test_other_settings_other_folders_and_other_processes_are_refused(corpus, tm
             run(corpus, out, endpoint.url, "--max_rounds", "3")
         with RunStore(out), pytest.raises(UsageError, match="another process"):
             run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3")
-        Path(corpus).write_text(Path(corpus).read_text() + '{"text": "More."}\n', encoding="utf-8")
-        with pytest.raises(UsageError, match="corpus_bytes"):
-            run(corpus, out, endpoint.url)
+        text = Path(corpus).read_text(encoding="utf-8")
+        for edited in (text + '{"text": "More."}\n', text.replace("silver", "golden")):
+            Path(corpus).write_text(edited, encoding="utf-8")
+            with pytest.raises(UsageError, match="corpus: .*digest.* there, .* now") as caught:
+                run(corpus, out, endpoint.url)
+            assert len(str(caught.value)) < 600
+        Path(corpus).write_text(text, encoding="utf-8")
+        assert files(out) == before
+        # The same documents by another path are the same run.
+        (tmp_path / "elsewhere").mkdir()
+        moved = tmp_path / "elsewhere" / ".." / "elsewhere" / "docs.jsonl"
+        shutil.copy(corpus, moved)
+        run(str(moved), out, endpoint.url, "--limit", "1")
         assert files(out) == before
         run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3", "--limit", "2")
         assert len(rows(out / "passages.jsonl")) == 2
@@ -210,6 +226,27 @@ def test_other_settings_other_folders_and_other_processes_are_refused(corpus, tm
         with pytest.raises(UsageError, match="not empty"):
             run(corpus, tmp_path / "mine", endpoint.url, "--overwrite", "true")
         assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_another_data_set_on_disk_is_another_run(tmp_path):
+    for name, first in (("a", 0), ("b", 50), ("copy/a", 0)):
+        texts = [fact_document(first + number, 4) for number in range(3)]
+        Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / name / "set")
+    shutil.rmtree(tmp_path / "copy" / "a" / "set")
+    shutil.copytree(tmp_path / "a" / "set", tmp_path / "copy" / "a" / "set")
+
+    def go(name):
+        arguments = ["--dataset", str(tmp_path / name / "set"), "--out", str(tmp_path / "scp"), "--model", "scripted"]
+        synthesize.main([*arguments, "--base_url", endpoint.url, "--min_passage_tokens", "8"])
+
+    with Endpoint() as endpoint:
+        go("a")
+        asked = len(endpoint.requests)
+        go("copy/a")
+        assert len(endpoint.requests) == asked
+        with pytest.raises(UsageError, match="dataset: "):
+            go("b")
+    assert rows(tmp_path / "scp" / "passages.jsonl")[0]["source"] == "set"
 
 
 def test_a_passage_whose_requests_fail_is_set_aside_and_can_be_tried_again(corpus, tmp_path):

@@ -12,13 +12,13 @@ from datasets import load_dataset
 from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
-from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of
+from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
 from eval.data import load_scp
 from recipes import joint_data, scp, synthesize
 from recipes.synthesis import client as client_module
-from recipes.synthesis.errors import UsageError
+from recipes.synthesis.errors import UsageError, check_installed
 from recipes.synthesis.output import OUTPUTS
-from recipes.synthesis.store import STORE_FILE
+from recipes.synthesis.store import STORE_FILE, RunStore
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +44,12 @@ def test_the_files_of_a_run(corpus, tmp_path, capsys):
     assert stats["requests"] == len(endpoint.requests) and stats["prompt_tokens"] > 1000
     data = load_scp(out / "scp.jsonl")
     assert [row["data_type"] for row in data] == ["qa", "qa", "paraphrase"] * 6
-    loaded = load_dataset("json", data_files=str(out / "scp.jsonl"), split="train", cache_dir=str(tmp_path / "cache"))
+    # The folder is a data set: its card names the one file that is data.
+    loaded = load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.column_names == ["data_type", "question", "answers", "docs", "passage_id"]
     assert loaded["docs"][:3] == [[fact_document(0, 4)]] * 3
     (first, *_) = rows(out / "passages.jsonl")
-    assert (first["id"], first["document"], first["source"], first["place"]) == ("doc0#1", "doc0", corpus, "1")
+    assert (first["id"], first["document"], first["source"], first["place"]) == ("doc0#1", "doc0", "docs.jsonl", "1")
     assert first["kinds"] == ["simple", "simple", "aggregation", "simple"] and first["rounds"] == 1
     page = (out / "report.html").read_text(encoding="utf-8")
     assert (
@@ -60,6 +61,8 @@ def test_the_files_of_a_run(corpus, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "24 pairs and 6 paraphrases of 6 passages" in shown.out and "cost=" in shown.err and "pairs=24" in shown.err
     assert sorted(os.listdir(out)) == sorted([*OUTPUTS, STORE_FILE])
+    # No path of this machine is in what can be published.
+    assert not any(str(tmp_path).encode() in content for content in files(out).values())
 
 
 @pytest.mark.slow
@@ -232,9 +235,10 @@ def test_a_model_in_the_process_writes_whatever_it_writes(corpus, tmp_path, base
     stats = json.loads((tmp_path / "scp" / "stats.json").read_text(encoding="utf-8"))
     assert stats["passages"] == 2 and stats["failed"] == 0 and stats["completion_tokens"] > 0
     assert stats["reject_reasons"]["reply: malformed reply"] == 6
-    # With the shipped prompts there is no room: no request succeeds.
-    with pytest.raises(UsageError, match="where the model reads 1024"):
+    # With the shipped prompts there is no room: each passage is set aside because its request failed.
+    with pytest.raises(UsageError):
         synthesize.main([*arguments[:3], str(tmp_path / "long"), *arguments[4:]])
+    assert "where the model reads 1024" in (tmp_path / "long" / "rejected.jsonl").read_text(encoding="utf-8")
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -275,14 +279,59 @@ def test_a_key_on_the_command_line_is_refused_without_showing_it(given, corpus, 
         (["--corpus", "x", "--backend", "transformers", "--extra_body", '{"a": 1}'], "--backend transformers has none"),
         (["--corpus", "x", "--price_in", "1"], "--price_out"),
         (["--corpus", "x", "--prompts", "nowhere"], "--prompts"),
+        (["--corpus", "x", "--language", "klingon"], "ISO 639"),
+        (["--corpus", "x", "--push_to_hub", "a/b/c"], "--push_to_hub must be USER/NAME"),
+        (["--corpus", "x", "--base_url", "http://host/v1?key=1"], "--base_url must hold no"),
+        (["--corpus", "x", "--backend", "transformers"], "--model m cannot be loaded"),
+        (["--corpus", "x", "--config=none.yaml"], "none.yaml"),
     ],
 )
 def test_arguments_that_cannot_be_used(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text("Words.", encoding="utf-8")
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises((UsageError, OSError), match=words):
         synthesize.main(["--out", "out", "--model", "m", *options])
+    # Nothing was cut before.
+    assert not (tmp_path / "out" / STORE_FILE).is_file() or not finished_or_begun(tmp_path / "out")
+
+
+def finished_or_begun(out: Path) -> int:
+    with RunStore(out) as store:
+        return store.count(None)
+
+
+def test_missing_libraries_are_named_with_the_command_that_installs_them(monkeypatch):
+    check_installed()
+    monkeypatch.setattr("recipes.synthesis.errors.LIBRARIES", ("aiohttp", "no_such_library"))
+    with pytest.raises(SystemExit, match=r"no_such_library not found: run `pip install \"\.\[synthesis\]\"`"):
+        check_installed()
+
+
+def test_the_output_folder_may_lie_in_the_corpus(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    write_corpus(folder / "docs.jsonl")
+    with Endpoint() as endpoint:
+        run(str(folder), folder / "scp", endpoint.url, "--limit", "2")
+        stats = run(str(folder), folder / "scp", endpoint.url)
+    assert stats["passages"] == 6 and stats["settings"]["corpus"]["files"] == 1
+
+
+def test_a_passage_without_a_verified_pair_is_not_covered(corpus, tmp_path):
+    empty = {fact_document(number, 4) for number in (1, 4)}
+
+    def script(messages, body, before):
+        if passage_of(messages) in empty and part_of(messages) in ("simple", "complex"):
+            return Say('{"pairs": []}')
+        return Say('{"missing": []}') if part_of(messages) == "coverage" else None
+
+    with Endpoint(script) as endpoint:
+        stats = run(corpus, tmp_path / "scp", endpoint.url)
+    assert (stats["without_pairs"], stats["coverage"]) == (2, 1.0)
+    status = [row["status"] for row in rows(tmp_path / "scp" / "passages.jsonl")]
+    assert status.count("no verified pair") == 2 and status.count("covered") == 4
+    assert stats["reject_reasons"]["passage: no verified pair"] == 2
 
 
 def test_secrets_in_further_fields_are_written_nowhere(corpus, tmp_path):
@@ -321,9 +370,9 @@ def test_values_come_from_a_yaml_file_and_the_command_line_goes_before(corpus, t
     settings = json.loads((out / "stats.json").read_text(encoding="utf-8"))["settings"]
     assert (settings["max_rounds"], settings["seed"], settings["model"]) == (3, 5, "scripted")
     assert not {"base_url", "out", "concurrency"} & set(settings)
-    (tmp_path / "run.yaml").write_text("colour: blue", encoding="utf-8")
-    with pytest.raises(SystemExit):
-        synthesize.main(["--config", str(tmp_path / "run.yaml")])
+    (tmp_path / "run.yaml").write_text("concurency: 4", encoding="utf-8")
+    with pytest.raises(UsageError, match="unknown key 'concurency': did you mean concurrency?"):
+        synthesize.main([f"--config={tmp_path / 'run.yaml'}"])
 
 
 @pytest.mark.slow

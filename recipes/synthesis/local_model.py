@@ -28,12 +28,10 @@ class LocalModel:
 
     def __init__(self, path: str, max_tokens: int = 2048, batch_size: int = 8):
         self.path, self.max_tokens, self.batch_size = path, max_tokens, batch_size
-
-    async def __aenter__(self) -> "LocalModel":
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="left")
             self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"--model {self.path} cannot be loaded as a causal language model: {error}") from error
         if self.tokenizer.chat_template is None:
             raise UsageError(f"--model {self.path} has no chat template: take a model that was tuned for chat.")
@@ -42,6 +40,8 @@ class LocalModel:
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+    async def __aenter__(self) -> "LocalModel":
         self._queue: asyncio.Queue[tuple[ChatRequest, asyncio.Future]] = asyncio.Queue()
         self._loop = asyncio.create_task(self._serve())
         return self

@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from recipes.synthesis.publish import card
 from recipes.synthesis.report import Samples, write_report
 from recipes.synthesis.scp_data import passage_row, rejected_rows, scp_rows
 from recipes.synthesis.store import RunStore
 
 
 DATA, REJECTED, PASSAGES, STATS, REPORT = "scp.jsonl", "rejected.jsonl", "passages.jsonl", "stats.json", "report.html"
-OUTPUTS = (DATA, REJECTED, PASSAGES, REPORT, STATS)
+CARD = "README.md"
+OUTPUTS = (DATA, REJECTED, PASSAGES, REPORT, CARD, STATS)
 
 
 class Statistics:
@@ -33,6 +35,7 @@ class Statistics:
             self.counts["requests"] += made["requests"]
             return
         self.counts["covered"] += made["covered"]
+        self.counts["without_pairs"] += not made["verified"]
         self.counts["pairs"] += len(made["pairs"])
         self.counts["paraphrases"] += bool(made["paraphrase"])
         self.counts["requests"] += made["requests"]
@@ -47,10 +50,12 @@ class Statistics:
     def values(self) -> dict[str, Any]:
         counts = self.counts
         judged = counts["passages"] - counts["failed"]
-        names = ("passages", "failed", "pairs", "paraphrases", "rejected", "requests")
+        asked = judged - counts["without_pairs"]
+        names = ("passages", "failed", "without_pairs", "pairs", "paraphrases", "rejected", "requests")
         return {
             **{name: counts[name] for name in names},
-            "coverage": counts["covered"] / judged if judged else 0.0,
+            # Of the passages with verified pairs.
+            "coverage": counts["covered"] / asked if asked else 0.0,
             "pairs_per_passage": counts["pairs"] / judged if judged else 0.0,
             "kinds": _sorted(self.kinds),
             "rounds": {str(key): self.rounds[key] for key in sorted(self.rounds)},
@@ -59,10 +64,15 @@ class Statistics:
         }
 
 
-def write_outputs(store: RunStore, folder: Path, settings: dict[str, Any], limit: int | None) -> dict[str, Any]:
+def write_outputs(
+    store: RunStore, folder: Path, settings: dict[str, Any], limit: int | None, partial: bool = False
+) -> dict[str, Any]:
     """Write every file of the run from its finished items; returns the statistics.
 
     One passage is in memory at a time. The files follow from the items, the replies and the settings alone.
+
+    Args:
+        partial: the run is not at its end, which the statistics and what is read first say.
     """
     statistics, samples = Statistics(), Samples(settings["seed"])
     paths = {name: folder / f"{name}.partial" for name in OUTPUTS}
@@ -85,9 +95,11 @@ def write_outputs(store: RunStore, folder: Path, settings: dict[str, Any], limit
             samples.add(number, item, made, aside)
     totals = store.totals(limit)
     tokens = {"prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens}
-    stats = {**statistics.values(), "dropped_before_asking": dropped, **tokens, "settings": settings}
+    counts = {"partial": partial, **statistics.values(), "dropped_before_asking": dropped, **tokens}
+    stats = {**counts, "settings": settings}
     paths[STATS].write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(paths[REPORT], stats, samples)
+    paths[CARD].write_text(card("SCP data", "PATH/OF/THIS/FOLDER", stats), encoding="utf-8")
     for name in OUTPUTS:
         os.replace(paths[name], folder / name)
     return stats

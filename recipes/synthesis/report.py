@@ -48,8 +48,9 @@ def write_report(path: Path, stats: dict[str, Any], samples: Samples) -> None:
     """Write the page to `path`."""
     judged = stats["passages"] - stats["failed"]
     facts = [
-        ("Passages", f"{stats['passages']:,}"),
-        ("covered by verified pairs", f"{100 * stats['coverage']:.1f}%"),
+        ("Passages", f"{stats['passages']:,}" + (" so far: the run is not finished" if stats["partial"] else "")),
+        ("without a verified pair", f"{stats['without_pairs']:,}"),
+        ("others covered by their pairs", f"{100 * stats['coverage']:.1f}%"),
         ("Pairs", f"{stats['pairs']:,} ({stats['pairs_per_passage']:.1f} per passage)"),
         ("Paraphrases", f"{stats['paraphrases']:,}"),
         ("Set aside", f"{stats['rejected']:,}"),

@@ -2,7 +2,9 @@
 
 import asyncio
 import shutil
-from contextlib import ExitStack, nullcontext
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from recipes.synthesis.runner import Progress, Work, work_through
 from recipes.synthesis.settings import TeacherArguments, claim
 from recipes.synthesis.store import STORE_FILE, RunStore
 from recipes.synthesis.teacher import Teacher
+
+
+# Writes a run's files from store, folder, settings and limit; `partial` where the run is not at its end.
+WriteOutputs = Callable[..., dict[str, Any]]
 
 
 def make_backend(args: TeacherArguments):
@@ -54,6 +60,7 @@ class Session:
         self.prompts = Prompts(args.prompts)
         self.settings = {**args.fixed(), **inputs, "prompts": self.prompts.version}
         self._open = ExitStack()
+        self._backend = None
 
     def __enter__(self) -> "Session":
         args, folder = self.args, self.folder
@@ -89,9 +96,31 @@ class Session:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.store = opening.enter_context(RunStore(self.folder))
 
+    def prepare(self) -> None:
+        """Make the backend, where there is work left: what is wrong with it is found before documents are read."""
+        if self._work_left():
+            self._backend = make_backend(self.args)
+
+    def _work_left(self) -> bool:
+        store, limit = self.store, self.args.limit
+        count = store.count(limit)
+        all_known = store.meta("complete", False) or limit is not None and count >= limit
+        return not all_known or store.totals(limit).items < count
+
     def work(self, work: Work, key: str, unit: str, kept: str) -> None:
         """Finish all items that are not finished; the progress bar counts `unit`, and what they give as `kept`."""
         asyncio.run(self._work(work, key, unit, kept))
+
+    @contextmanager
+    def partial_files(self, write: WriteOutputs) -> Iterator[None]:
+        """Within it, whatever stops the work leaves the files of what is finished, marked as partial."""
+        try:
+            yield
+        except BaseException:
+            if self.store.totals(self.args.limit).items:
+                with suppress(OSError, sqlite3.Error):
+                    write(self.store, self.folder, self.settings, self.args.limit, partial=True)
+            raise
 
     async def _work(self, work: Work, key: str, unit: str, kept: str) -> None:
         args, store = self.args, self.store
@@ -101,10 +130,10 @@ class Session:
         if done.items == total:
             return
         progress = Progress(total, done, unit, kept, args.prices)
+        model = self.settings["model"]
         try:
-            manager = make_backend(args)
-            async with manager as backend:
-                teacher = Teacher(backend, store, self.prompts, args.model, args.seed, args.temperature, self.replay)
+            async with self._backend or make_backend(args) as backend:
+                teacher = Teacher(backend, store, self.prompts, model, args.seed, args.temperature, self.replay)
                 await work_through(store, teacher, work, key, *limits, progress, args.tolerated_failures)
         finally:
             progress.close()
