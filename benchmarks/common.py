@@ -64,7 +64,9 @@ class BenchmarkArguments:
         default="wall",
         metadata={"help": "wall, or process: CPU seconds of all threads, for a CPU that others use at the same time."},
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    output: str | None = field(
+        default=None, metadata={"help": "JSON file for the figures; runs/benchmarks/<benchmark>.json by default."}
+    )
     variant: str | None = field(default=None, metadata={"help": "Run this variant once and print its peak memory."})
 
     def __post_init__(self):
@@ -207,7 +209,8 @@ def measure(
     unit: str,
     reference: str,
 ) -> dict:
-    """Times the variants, counts their work, measures their memory; prints a table and writes the JSON file.
+    """Times the variants, counts their work, measures their memory, each in a process of its own, on the same items;
+    prints a table and writes the JSON file.
 
     Args:
         script, arguments: the benchmark's file and command line, to run it again for each variant's memory.
@@ -257,12 +260,12 @@ def measure(
         f"{args.dtype} on {figures['machine']['device']}, {torch.get_num_threads()} threads, {args.clock} clock, load "
         f"{os.getloadavg()[0]:.1f}; matrix multiplication at {rate / 1e12:.3g} TFLOP/s."
     )
-    if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
-        os.replace(unfinished, path)
+    path = Path(args.output or f"runs/benchmarks/{Path(script).stem}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(unfinished, path)
+    print(f"Figures in {path}.")
     return figures
 
 
@@ -285,11 +288,22 @@ def run_benchmark(
     arguments: list[str],
     variants: dict[str, Callable[[], object]],
     **options,
-) -> None:
+) -> dict | None:
     """All of `measure`, or the one variant whose memory another process asks for."""
     if args.variant is None:
-        measure(script, args, arguments, variants, **options)
-    elif args.variant in variants:
-        print(json.dumps(peak_memory(variants[args.variant], args.device)))
-    else:
+        return measure(script, args, arguments, variants, **options)
+    if args.variant not in variants:
         raise ValueError(f"variant is {args.variant!r}; it must be one of {list(variants)}.")
+    print(json.dumps(peak_memory(variants[args.variant], args.device)))
+    return None
+
+
+def against(figures: dict, one: str, other: str) -> str:
+    """A sentence: how a variant compares with another one of the same run."""
+    speed, peak = (
+        [figures["variants"][name][key] for name in (one, other)]
+        for key in ("speed_over_reference", "peak_memory_bytes")
+    )
+    return (
+        f"{one} against {other}: {speed[0] / speed[1]:.1f} times the speed, {peak[0] / peak[1]:.2f} of the peak memory."
+    )

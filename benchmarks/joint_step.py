@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser
 
-from benchmarks.common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
+from benchmarks.common import BenchmarkArguments, against, build_model, natural_documents, run_benchmark, sentence
 from benchmarks.compress import compress_padded
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.cli import run
@@ -109,9 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         variants = make_variants(args, folder)
-        run_benchmark(
+        figures = run_benchmark(
             __file__, args, arguments, variants, items=args.batch_size, unit="questions", reference="as released"
         )
+    for other in ("online", "as released") if figures else ():
+        print(against(figures, "cached", other))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class BenchmarkArguments:
     passages: int = field(default=10000, metadata={"help": "Passages, each a document of its own."})
     http: bool = field(default=False, metadata={"help": "Put the teacher behind HTTP on loopback."})
     concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    output: str = field(default="runs/benchmarks/synthesis.json", metadata={"help": "JSON file for the figures."})
 
 
 class Memory:
@@ -149,8 +149,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{figures['passages_per_second']:.0f} per second ({figures['passages_per_cpu_second']:.0f} per second of "
         f"processor time), peak {figures['peak_rss_mb']:.0f} MB (halves: {first:.0f}, {second:.0f})."
     )
-    if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(f"Figures in {output}.")
 
 
 if __name__ == "__main__":

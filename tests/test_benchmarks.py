@@ -93,11 +93,21 @@ def test_unknown_settings_are_refused_by_name():
         common.run_benchmark("", arguments(common.BenchmarkArguments, variant="none"), [], {"some": print})
 
 
+def test_two_variants_of_a_run_are_compared_in_a_sentence():
+    rows = {
+        "a": {"speed_over_reference": 6.0, "peak_memory_bytes": 10},
+        "b": {"speed_over_reference": 1.5, "peak_memory_bytes": 40},
+    }
+    told = common.against({"variants": rows}, "a", "b")
+    assert told == "a against b: 4.0 times the speed, 0.25 of the peak memory."
+
+
 @pytest.mark.slow
 def test_a_benchmark_prints_a_table_and_writes_its_figures(tmp_path, capsys, monkeypatch):
-    output = tmp_path / "figures" / "compress.json"
-    settings = ["--documents", "4", "--batch_size", "2", "--output", str(output)]
+    output = tmp_path / "runs" / "benchmarks" / "compress.json"
+    settings = ["--documents", "4", "--batch_size", "2"]
     monkeypatch.setattr("sys.argv", ["compress.py"])
+    monkeypatch.chdir(tmp_path)
     compress.main(["--shape", "small", "--device", "cpu", "--repeats", "1", *settings])
     figures = json.loads(output.read_text())
     ours, theirs = figures["variants"]["compress"], figures["variants"][figures["reference"]]
