@@ -251,6 +251,7 @@ def test_near_duplicates_are_found_and_other_questions_alike_in_form_are_not():
         (("In which year did Lorn open?", "1911"), ("In what year was Lorn opened?", "in 1911"), True),
         (("Who was first president of Quenby?", "Lind"), ("Who was second president of Quenby?", "Lind"), False),
         (("When was Quenby's hall opened?", "1911"), ("When was Quenby's hall burnt?", "1911"), False),
+        (("What is Lorn's form?", "mosaic"), ("What are Lorn's form and making time?", "mosaic and day"), False),
         (
             ("Which route has Quenby's bus?", "Lorn to Tresk"),
             ("Which route has the bus of Quenby?", "Tresk to Lorn"),

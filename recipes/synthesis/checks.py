@@ -16,12 +16,14 @@ MAX_CHARS = 1000
 PARAPHRASE_RATIO = (0.5, 2.0)
 # Questions with the same answer are the same where they share so many of all their content words, and one has no other.
 SAME_QUESTION = 0.6
-# Words that tell nothing of what is asked for or answered, beside articles (English).
+# Words that tell nothing of what is answered, and those that tell nothing in a question, either (English).
 EMPTY_WORDS = frozenset(
-    "a an the who whom whose what which when where why how many much long is are was were be been being am do does did "
-    "done has have had can could will would shall should may might must of in on at by for from to with into onto as "
-    "and or it its he him his she her they them their this that these those there here s name names named call called "
-    "person people kind sort time year date day place".split()
+    "a an the is are was were be been being of in on at by for from to with into onto as and or it its he him his she "
+    "her they them their this that these those there here s".split()
+)
+ASKING_WORDS = EMPTY_WORDS | frozenset(
+    "who whom whose what which when where why how many much long am do does did done has have had can could will would "
+    "shall should may might must name names named call called person people kind sort time year date day place".split()
 )
 ENDING = re.compile(r"(?<=[^\W\d_]{3})(?:ings?|ed|ers?|ors?|ions?|es|s|e)$")
 # Share of a paraphrase's runs of this many words that may be the passage's.
@@ -79,7 +81,7 @@ class PassageChecks:
                 return "answer not in the passage"
         elif self._matches("yes_no", pair.answer):
             return "yes-no question"
-        asked, answered = frozenset(content_words(pair.question)), content_words(pair.answer)
+        asked, answered = frozenset(content_words(pair.question, ASKING_WORDS)), content_words(pair.answer)
         whole = normalized(pair.question)
         for other, other_answer, other_whole in self._passed:
             if whole == other_whole or answered == other_answer and self._same_fact(asked, other):
@@ -143,10 +145,10 @@ class PassageChecks:
         return any(pattern.search(text) for pattern in self.prompts.checks[name])
 
 
-def content_words(text: str) -> list[str]:
-    """Stems of the words that tell something, all words where none does; `opened` and `opens` have one stem."""
+def content_words(text: str, empty: frozenset[str] = EMPTY_WORDS) -> list[str]:
+    """Stems of the words that are not `empty`, all words where all are; `opened` and `opens` have one stem."""
     found = normalized(text).split()
-    return [stem(word) for word in found if word not in EMPTY_WORDS] or found
+    return [stem(word) for word in found if word not in empty] or found
 
 
 def stem(word: str) -> str:
