@@ -227,7 +227,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 options = {**kwargs, **hub, **own}
                 model, info = super().from_pretrained(name, *model_args, config=config, **options)
                 model.requires_grad_(False)
-                state, made_over = model.state_dict(), None
+                state, made_over = dict(model.named_parameters()), None
         _check_complete(info, f"{name} over the base {config.base_model_name_or_path!r}" if is_adapter else name)
         model._base_sample = sample_base(state, config)
         if is_other_base(made_over, model._base_sample):

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_clara import CLaRaConfig
+from .sharded_clara import gathered
 
 
 ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
@@ -74,19 +75,21 @@ def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, fir
     state["memory_embeddings.weight"] = memory.to(rows.dtype)
 
 
-def sample_base(state: dict, config: CLaRaConfig) -> torch.Tensor | None:
+def sample_base(weights: dict, config: CLaRaConfig) -> torch.Tensor | None:
     """Values `[tensors, 8]` float32 from all over the base, embeddings left out; `None` if no tensor is at hand.
 
     Args:
-        state: from [`decoder_state`], or of the whole model. Tensors that are quantized, offloaded or spread over
-            processes are left out.
+        weights: from [`decoder_state`], or the model's parameters by name. Those that are quantized or offloaded are
+            left out; where ZeRO-3 spreads them, all processes call this together.
     """
     samples = []
-    for key in sorted(state):
-        value = state[key]
-        is_at_hand = value.is_floating_point() and value.numel() > 0 and not value.is_meta
-        is_vocabulary = value.dim() == 2 and len(value) == config.vocab_size
-        if key.startswith("decoder.") and ".lora_" not in key and is_at_hand and not is_vocabulary:
+    for key in sorted(weights):
+        value = weights[key]
+        if not key.startswith("decoder.") or ".lora_" in key or not value.is_floating_point() or value.is_meta:
+            continue
+        with gathered([value]):
+            if value.dim() == 2 and len(value) == config.vocab_size:
+                continue
             flat = value.detach().flatten()
             positions = torch.linspace(0, len(flat) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
             samples.append(flat[positions.to(flat.device)].float().cpu())
