@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
-from modeling_clara.weights_clara import saved_rows
+from modeling_clara.weights_clara import SAMPLED_VALUES, saved_rows
 
 
 # Shapes of the bases that the recipes name, as their config.json has them.
@@ -147,7 +147,9 @@ def checkpoint_bytes(
     own += count(model.memory_embeddings.parameters())
     matrices = 1 if model.config.get_text_config().tie_word_embeddings else 2
     rows = matrices * len(saved_rows(model.config)) * model.config.hidden_size
-    return (14 if deepspeed else 12) * trained + frozen_bytes * (own - trained + rows)
+    base = [value for name, value in model.decoder.named_parameters() if ".lora_" not in name]
+    sampled = sum(value.dim() != 2 or len(value) != model.config.vocab_size for value in base)
+    return (14 if deepspeed else 12) * trained + frozen_bytes * (own - trained + rows) + 4 * SAMPLED_VALUES * sampled
 
 
 def cost(

@@ -316,9 +316,9 @@ def test_an_interrupt_is_one_sentence_and_the_run_goes_on(corpus, tmp_path):
         process = start(corpus, out, endpoint.url)
         while len(endpoint.requests) < 13 and process.poll() is None:
             time.sleep(0.01)
-        waits = [False] * 1000
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
+        waits = [False] * 1000
         assert process.returncode == 1 and "Traceback" not in said
         assert said.splitlines()[-1] == "synthesize.py: interrupted; the same command goes on where it stopped."
         process = start(corpus, out, endpoint.url)
