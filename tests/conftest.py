@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 
 
 # One thread, here and in the processes that tests start: results that must be equal bit for bit then do not depend on
@@ -11,6 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Else DeepSpeed, which transformers imports where it is installed, tells every process's stdout that there is no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# What a shell starts in the background ignores interrupts, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
