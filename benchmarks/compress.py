@@ -12,22 +12,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
 
 import torch
+from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 from transformers import HfArgumentParser
 
-from benchmarks.common import BenchmarkArguments, build_model, natural_documents, run_benchmark
+from clara_hf.program.training import run
 from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.adapters import COMPRESSOR, use_adapter
+from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
 from modeling_clara.processing_clara import ENCODER_MARKERS
-from trainers.cli import run
 
 
 @dataclass

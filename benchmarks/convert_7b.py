@@ -36,7 +36,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content
 # What runs in the measured process: the command line, then its peak of resident memory in KiB, from Linux, since
 # getrusage would count this process' own peak, which a child inherits.
 MEASURED = (
-    "import re, sys; from modeling_clara.convert_original import main; code = main(sys.argv[1:]); "
+    "import re, sys; from clara_hf.original.convert import main; code = main(sys.argv[1:]); "
     "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
     "sys.stderr.write(f'\\n{peak}'); sys.exit(code)"
 )

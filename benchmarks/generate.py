@@ -13,20 +13,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
 
 import torch
+from common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
 from transformers import HfArgumentParser
 
-from benchmarks.common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
+from clara_hf.program.training import run
 from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.adapters import GENERATOR, use_adapter
-from trainers.cli import run
+from modeling_clara.adapters_clara import GENERATOR, use_adapter
 
 
 @dataclass

@@ -15,21 +15,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
 
 import torch
+from common import BenchmarkArguments, against, build_model, natural_documents, run_benchmark, sentence
+from compress import compress_padded
 from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser
 
-from benchmarks.common import BenchmarkArguments, against, build_model, natural_documents, run_benchmark, sentence
-from benchmarks.compress import compress_padded
+from clara_hf.program.training import run
 from modeling_clara import CLaRaForRetrievalGeneration
-from trainers.cli import run
 from trainers.joint import JointConfig, JointTrainer
 
 

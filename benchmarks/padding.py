@@ -7,18 +7,12 @@ embeddings do not see but for rounding.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
 from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.adapters import COMPRESSOR
+from modeling_clara.adapters_clara import COMPRESSOR
 from modeling_clara.processing_clara import ENCODER_MARKERS
 
 

@@ -8,8 +8,8 @@ import json
 import re
 from functools import cache
 
-from recipes.synthesis.client import ChatReply, ChatRequest
-from recipes.synthesis.prompts import Prompts
+from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.prompts import Prompts
 
 
 NOUNS = ("motto", "river", "founder", "colour", "dance", "festival", "market", "tree", "anthem", "harbour")

@@ -11,7 +11,6 @@ the resident set, sampled while it runs; a flat one has the same peak in the sec
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -19,18 +18,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
 import psutil
+from scripted_teacher import FactTeacher, fact_document
 from transformers import HfArgumentParser
 
-from benchmarks.scripted_teacher import FactTeacher, fact_document
-from recipes import synthesize
-from recipes.synthesis import session
-from recipes.synthesis.errors import run_program
+from clara_hf.synthesis import session, synthesize
+from clara_hf.synthesis.errors import run_program
 
 
 @dataclass
@@ -77,7 +70,7 @@ def serve(port: multiprocessing.Queue) -> None:
 
     from aiohttp import web
 
-    from recipes.synthesis.client import ChatRequest
+    from clara_hf.synthesis.client import ChatRequest
 
     teacher = FactTeacher(first=0.8)
 

@@ -1,7 +1,7 @@
 """Whether SCP data made by synthesis train a compressor as well as the nano world's own generator does.
 
-    python benchmarks/synthesis_nano.py --steps 150
-    python benchmarks/synthesis_nano.py --steps 0        # makes the data only
+    PYTHONPATH=recipes/nano python benchmarks/synthesis_nano.py --steps 150
+    PYTHONPATH=recipes/nano python benchmarks/synthesis_nano.py --steps 0        # makes the data only
 
 The nano world's training documents go through the whole of `recipes/synthesize.py`; the language model is a perfect
 teacher, which knows every fact of every entity. Two models are then trained alike (`recipes/nano/scp_full.yaml`, same
@@ -16,36 +16,31 @@ ones there, and in a row of their own in synthesized data. `all` is every target
 import json
 import random
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
 import numpy as np
 import torch
+import world
 from datasets import Dataset
+from scripted_teacher import asked_in, part_of, passage_of
 from transformers import HfArgumentParser
 
-from benchmarks.scripted_teacher import asked_in, part_of, passage_of
-from eval.data import load_scp
-from eval.statistics import bootstrap_interval
+from clara_hf.data.schema import load_scp
+from clara_hf.evaluation.statistics import bootstrap_interval
+from clara_hf.program import stages
+from clara_hf.program.training import run, write_json
+from clara_hf.synthesis import session, synthesize
+from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.store import digest_of
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import IGNORE_INDEX
-from recipes import scp, synthesize
-from recipes.nano import world
-from recipes.synthesis import session
-from recipes.synthesis.client import ChatReply, ChatRequest
-from recipes.synthesis.store import digest_of
-from trainers.base import cpu_computes_bfloat16
-from trainers.cli import run, write_json
 from trainers.scp import SCPConfig, SCPTrainer
+from trainers.trainer import cpu_computes_bfloat16
 
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "recipes/nano/scp_full.yaml"
 
 
@@ -144,14 +139,14 @@ def world_mix(data: Path) -> dict[str, float]:
 def train(args: ComparisonArguments, name: str, data: Path) -> Path:
     out = Path(args.folder) / name
     shutil.rmtree(out, ignore_errors=True)
-    fixed = {"train_file": data, "nano_world": args.nano_world, "output_dir": out, "max_steps": args.steps}
+    fixed = {"train_file": data, "output_dir": out, "max_steps": args.steps}
     fixed |= {"validation_file": Path(args.nano_world, "scp_validation.jsonl"), "validation_limit": 32}
     fixed |= {"model_name_or_path": args.start, "seed": args.seed, "eval_strategy": "no", "save_strategy": "no"}
     fixed["data_mix"] = json.dumps(world_mix(Path(args.nano_world, "scp_train.jsonl")))
     fixed |= {"warmup_steps": max(1, args.steps // 10), "disable_tqdm": "true"}
     if not (torch.accelerator.is_available() or cpu_computes_bfloat16()):
         fixed |= {"bf16": "false", "attn_implementation": "sdpa"}
-    scp.main(
+    stages.scp(
         ["--config", str(ROOT / CONFIG), *(str(part) for key, value in fixed.items() for part in (f"--{key}", value))]
     )
     return out

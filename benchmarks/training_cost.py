@@ -8,7 +8,6 @@ of texts and the share of a GPU's arithmetic that training reaches are assumptio
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,8 @@ import torch
 import yaml
 from transformers import AutoConfig, MistralConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
-
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
-from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
+from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 from modeling_clara.weights_clara import SAMPLED_VALUES, saved_rows
 

@@ -6,7 +6,7 @@ from .configuration_clara import CLaRaConfig
 from .modeling_clara import CLaRaForRetrievalGeneration
 from .outputs_clara import CLaRaGenerationOutput, CLaRaOutput, CLaRaRetrievalOutput
 from .processing_clara import CLaRaProcessor
-from .topk import straight_through_topk
+from .topk_clara import straight_through_topk
 
 
 AutoConfig.register("clara", CLaRaConfig, exist_ok=True)

@@ -5,7 +5,7 @@ import math
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .topk import TAKEN_MASKS
+from .topk_clara import TAKEN_MASKS
 
 
 CHECKPOINT_FORMATS = ("full", "adapter")
@@ -126,7 +126,7 @@ class CLaRaConfig(PreTrainedConfig):
         if values.get("model_type") == ORIGINAL_MODEL_TYPE:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a checkpoint of the paper's release; convert it first: "
-                f"python -m modeling_clara.convert_original {pretrained_model_name_or_path} OUT{subfolder}"
+                f"python -m clara_hf.original.convert {pretrained_model_name_or_path} OUT{subfolder}"
             )
         if values.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(

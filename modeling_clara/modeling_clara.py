@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BatchFeature
 from transformers.utils import ModelOutput, logging
 
-from .adapters import (
+from .adapters_clara import (
     COMPRESSOR,
     GENERATOR,
     QUERY_REASONER,
@@ -20,7 +20,7 @@ from .adapters import (
     remove_adapter,
     use_adapter,
 )
-from .compat_original import OriginalMethods
+from .compat_original_clara import OriginalMethods
 from .functional_clara import (
     check_document_index,
     check_finite,
@@ -37,7 +37,7 @@ from .functional_clara import (
 from .outputs_clara import CLaRaGenerationOutput, CLaRaOutput, CLaRaRetrievalOutput
 from .pretrained_clara import CLaRaPreTrainedModel
 from .processing_clara import distinct_texts
-from .topk import straight_through_topk
+from .topk_clara import straight_through_topk
 
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
-from .adapters import (
+from .adapters_clara import (
     COMPRESSOR,
     GENERATOR,
     QUERY_REASONER,

@@ -177,6 +177,6 @@ def store(path):
     """A store in float32 with a model that needs no weights."""
     from memory_fakes import FakeModel
 
-    from modeling_clara.memory_store import MemoryStore
+    from clara_hf.memory_store.store import MemoryStore
 
     return MemoryStore.open(path, FakeModel(), dtype="float32")

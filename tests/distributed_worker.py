@@ -15,8 +15,8 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from clara_hf.program.recipe import answer_metrics, ranking_metrics
 from modeling_clara import CLaRaForRetrievalGeneration
-from recipes.common import answer_metrics, ranking_metrics
 from trainers import (
     ContrastiveConfig,
     ContrastiveTrainer,
@@ -27,7 +27,7 @@ from trainers import (
     SCPConfig,
     SCPTrainer,
 )
-from trainers.base import token_accuracy
+from trainers.trainer import token_accuracy
 
 
 STAGES = {

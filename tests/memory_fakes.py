@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from modeling_clara.memory_store import MemoryStore
+from clara_hf.memory_store.store import MemoryStore
 
 
 class FakeModel:

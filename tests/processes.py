@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 
-IMPORTED = ["memory_fakes", "test_trainers", "recipes.joint", "recipes.scp", "eval.run"]
+IMPORTED = ["memory_fakes", "test_trainers", "recipes.joint", "recipes.scp", "clara_hf.evaluation.run"]
 LIMIT = 900  # seconds
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from scripted_endpoint import Cut, Hang, Say, Status
 
 from benchmarks.scripted_teacher import REPAIR, asked_in, fact_document, part_of
-from recipes import synthesize
-from recipes.synthesis.output import OUTPUTS
+from clara_hf.synthesis import synthesize
+from clara_hf.synthesis.output import OUTPUTS
 
 
 def write_corpus(path: Path, count: int = 6) -> str:

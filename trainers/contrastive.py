@@ -10,9 +10,8 @@ import torch
 from datasets import Dataset
 
 from modeling_clara import CLaRaOutput
-from modeling_clara.adapters import QUERY_REASONER
+from modeling_clara.adapters_clara import QUERY_REASONER
 
-from .base import EXAMPLE_INDEX, IS_POSITIVE, model_inputs
 from .losses import contrastive_loss
 from .retrieval import (
     RANKING_DEPTH,
@@ -23,6 +22,7 @@ from .retrieval import (
     positive_mask,
     positives,
 )
+from .trainer import EXAMPLE_INDEX, IS_POSITIVE, model_inputs
 
 
 @dataclass

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from modeling_clara.processing_clara import distinct_texts
 
-from .base import EXAMPLE_INDEX, with_columns
 from .scp import CompressionTrainer, CompressionTrainingArguments
+from .trainer import EXAMPLE_INDEX, with_columns
 
 
 @dataclass

@@ -11,14 +11,14 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from clara_hf.memory_store.store import MemoryStore
 from modeling_clara import CLaRaOutput
-from modeling_clara.adapters import COMPRESSOR, GENERATOR, QUERY_REASONER
-from modeling_clara.memory_store import MemoryStore
+from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
-from modeling_clara.topk import slot_softmax
+from modeling_clara.topk_clara import slot_softmax
 
-from .base import EXAMPLE_INDEX, IS_POSITIVE, pad_examples
 from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments, batch_recall, positive_mask
+from .trainer import EXAMPLE_INDEX, IS_POSITIVE, pad_examples
 
 
 TEMPERATURE_SCHEDULES = ("linear", "cosine")

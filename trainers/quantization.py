@@ -6,7 +6,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.adapters import lora_layers
+from modeling_clara.adapters_clara import lora_layers
 
 
 def quantize_base(model: CLaRaForRetrievalGeneration, bits: int) -> None:

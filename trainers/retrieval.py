@@ -10,13 +10,13 @@ from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from clara_hf.memory_store.keys import Maker
+from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
-from modeling_clara.memory_maker import Maker
-from modeling_clara.memory_store import CorruptMemoryError, MemoryStore
 from modeling_clara.processing_clara import index_matrix
 from modeling_clara.sharded_clara import gathered
 
-from .base import MEMORIES_FOLDER, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, with_columns
+from .trainer import MEMORIES_FOLDER, CLaRaTrainer, CLaRaTrainingArguments, pad_documents, with_columns
 
 
 logger = logging.get_logger(__name__)

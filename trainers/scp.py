@@ -12,10 +12,11 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
-from modeling_clara.adapters import COMPRESSOR, GENERATOR
+from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
-from .base import (
+from .mix import MixSampler, check_weights
+from .trainer import (
     EXAMPLE_INDEX,
     CLaRaTrainer,
     CLaRaTrainingArguments,
@@ -23,7 +24,6 @@ from .base import (
     pad_examples,
     with_columns,
 )
-from .mix import MixSampler, check_weights
 
 
 logger = logging.get_logger(__name__)

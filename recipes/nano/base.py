@@ -18,12 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizer import make_tokenizer, save_tokenizer  # noqa: E402
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tokenizer import make_tokenizer, save_tokenizer  # noqa: E402
 from world import (  # noqa: E402
     Entity,
     Question,

@@ -6,41 +6,38 @@
 A second call goes on where an interrupted one stopped, and says what it reuses. `--overwrite true` starts again.
 """
 
-import logging
 import shutil
-import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-    # PEFT imports bitsandbytes where it is installed, whose missing kernel means nothing here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 import matplotlib
+import world
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.trainer import TRAINER_STATE_NAME
 
-from eval.files import RUN, UNFINISHED, read_results
-from eval.report import format_tables
-from eval.run import run as evaluate
-from eval.settings import EvalSettings
-from recipes import contrastive, instruct, joint, scp, text_lora
-from recipes.nano import world
-from trainers.cli import UsageError, read_json, run, write_json
+from clara_hf.evaluation.files import RUN, UNFINISHED, read_results
+from clara_hf.evaluation.report import format_tables
+from clara_hf.evaluation.run import run as evaluate
+from clara_hf.evaluation.settings import EvalSettings
+from clara_hf.program import stages, text_lora
+from clara_hf.program.training import UsageError, read_json, run, write_json
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 
 
-NANO = ROOT / "recipes" / "nano"
-STAGES = {"scp": scp, "instruct": instruct, "joint": joint, "contrastive": contrastive, "text-lora": text_lora}
+NANO = Path(__file__).resolve().parent
+STAGES = {
+    "scp": stages.scp,
+    "instruct": stages.instruct,
+    "joint": stages.joint,
+    "contrastive": stages.contrastive,
+    "text-lora": text_lora.main,
+}
 TITLES = {
     "data": "Data: documents about an invented world, and questions over them",
     "scp": "SCP: learning to compress",
@@ -80,7 +77,6 @@ def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
     values = {
         "config": NANO / f"{stage.replace('-', '_')}.yaml",
         "output_dir": out / stage,
-        "nano_world": out / "data",
         "train_file": out / "data" / f"{data}_train.jsonl",
         "model_name_or_path": start,
         "resume": True,
@@ -209,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     work = {
         "data": lambda: make_data(out / "data"),
-        **{stage: lambda stage=stage: STAGES[stage].main(stage_arguments(args, stage)) for stage in STAGES},
+        **{stage: lambda stage=stage: STAGES[stage](stage_arguments(args, stage)) for stage in STAGES},
         "evaluation": lambda: found.append(evaluate_nano(args)),
     }
     for number, (name, step) in enumerate(work.items(), start=1):

@@ -8,18 +8,13 @@ python recipes/nano/ship_scp.py FOLDER              # another one
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
+
+from clara_hf.program.training import read_json, run, write_json
+from modeling_clara import CLaRaForRetrievalGeneration
 
 
 ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
-from modeling_clara import CLaRaForRetrievalGeneration
-from trainers.cli import read_json, run, write_json
-
-
 OUT = ROOT / "recipes" / "nano" / "pretrained" / "scp"
 
 

@@ -20,8 +20,6 @@ from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lexicon import (  # noqa: E402
     ATTRIBUTES,
     BEGINNINGS,

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from eval.metrics.answer_f1.answer_f1 import normalize_answer
+from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
 
 
 _DESCRIPTION = """\

@@ -1,0 +1,1 @@
+"""CLaRa for Hugging Face: what works with a CLaRa model and does not travel with its checkpoints."""

@@ -1,0 +1,5 @@
+"""The command `clara`."""
+
+
+def main() -> int:
+    return 0

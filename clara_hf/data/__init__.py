@@ -1,0 +1,1 @@
+"""Questions, documents and candidate pools, read and checked; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Systems compared on questions: scores, intervals, tests, costs and reports."""

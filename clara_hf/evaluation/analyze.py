@@ -1,0 +1,329 @@
+"""Pictures and a page about runs of `eval/run.py`.
+
+    python eval/analyze.py --runs runs/eval/joint-test --output_dir runs/analysis
+    python eval/analyze.py --runs runs/eval/cr4,runs/eval/cr16,runs/eval/cr64 --output_dir runs/rates
+
+For the first run: the logit lens of the query reasoner, document means beside memory means, scores of gold documents
+and of the rest, and how far the top score can be relied on; for all runs together, answer F1 over the compression rate.
+Writes `report.html`, which holds tables and pictures and needs no network, each picture as PNG and SVG, and
+`analysis.json` with the numbers behind them. See `docs/evaluation.md`.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from clara_hf.data.schema import DataError, QAExample, load_examples
+from clara_hf.data.sources import source_name
+from clara_hf.evaluation import plots
+from clara_hf.evaluation import report_html as html
+from clara_hf.evaluation.files import PREDICTIONS, read_results
+from clara_hf.evaluation.latents import logit_lens, mean_states, project
+from clara_hf.evaluation.loading import load_clara, loading
+from clara_hf.evaluation.plan import CHECKPOINTS
+from clara_hf.evaluation.rankings import calibration_error, reliability, scored_rankings, separation
+from clara_hf.evaluation.report import (
+    COST_NOTE,
+    MARKDOWN_COLUMNS,
+    NOTE,
+    PUBLISHED_NOTE,
+    cost_rows,
+    published_tables,
+    score_rows,
+)
+from clara_hf.evaluation.results import datasets_of, parts_of
+from clara_hf.evaluation.settings import UsageError, data_files, data_hash, model_hash, slug
+
+
+PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
+LENS_ROWS = 20
+
+
+@dataclass
+class AnalysisSettings:
+    """What is analysed.
+
+    Raises:
+        UsageError: a run is not there or not finished, or a limit is too low.
+    """
+
+    runs: str = field(
+        metadata={"help": "Output folders of eval/run.py, separated by commas; the first is looked into."}
+    )
+    output_dir: str = field(metadata={"help": "Where page and pictures go."})
+    model: str | None = field(
+        default=None, metadata={"help": "CLaRa checkpoint of the first run, if it is no longer where it was."}
+    )
+    limit: int = field(default=200, metadata={"help": "Questions, and documents, that the model is asked for."})
+    projection: str = field(default="pca", metadata={"help": "pca, or tsne (needs scikit-learn)."})
+    seed: int = field(default=0, metadata={"help": "Of t-SNE and of the choice of documents."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an analysis in the output folder."})
+
+    def __post_init__(self):
+        if self.limit < 10:
+            raise UsageError(f"--limit must be at least 10, but is {self.limit}.")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
+        if self.projection not in ("pca", "tsne"):
+            raise UsageError(f"--projection must be pca or tsne, but is {self.projection!r}.")
+        if self.model is not None and not Path(self.model).is_dir():
+            raise UsageError(f"--model: there is no folder {self.model}.")
+        if (Path(self.output_dir) / NUMBERS).exists() and not self.overwrite:
+            raise UsageError(f"{self.output_dir} holds an analysis: give another --output_dir, or --overwrite.")
+        self.results()
+
+    def results(self) -> dict[str, dict]:
+        """The results of every run, by its folder."""
+        found = {}
+        for folder in filter(None, self.runs.split(",")):
+            results = read_results(folder)
+            if results is None:
+                raise UsageError(f"--runs: {folder} holds no finished run of eval/run.py.")
+            found[folder] = results
+        if not found:
+            raise UsageError("--runs names no folder.")
+        return found
+
+
+class Analysis:
+    """Gathers pictures, tables and numbers of runs in a folder.
+
+    Args:
+        settings: what to look into.
+        folder: where the pictures go.
+
+    Attributes:
+        numbers: what the pictures show, as it stands in `analysis.json`.
+        parts: the page, piece by piece.
+    """
+
+    def __init__(self, settings: AnalysisSettings, folder: Path):
+        self.settings = settings
+        self.folder = folder
+        self.results = settings.results()
+        self.run, self.first = next(iter(self.results.items()))
+        self.numbers: dict = {"settings": asdict(settings), "datasets": {}}
+        self.parts: list[str] = []
+
+    def make(self) -> None:
+        """Everything that the runs allow."""
+        self._tables()
+        self._rates()
+        asked = self.first["settings"]
+        files = data_files(asked["data"])
+        for path in files.values():
+            self._check_hash("--runs", path, path, data_hash(path))
+        model = self._model(asked)
+        for dataset, path in files.items():
+            name = dataset if len(files) > 1 else None
+            examples = load_examples(path)[: asked["limit"]]
+            numbers = self.numbers["datasets"][dataset] = {}
+            self.parts.append(html.heading(f"What happens inside: {dataset}"))
+            self._scores(dataset, name, numbers)
+            if model is not None:
+                self._lens(model, dataset, examples, numbers)
+                self._means(model, dataset, examples, numbers)
+
+    def _check_hash(self, argument: str, recorded: str, path: str, found: str) -> None:
+        if self.first["settings"]["sha256"].get(recorded, found) != found:
+            raise UsageError(f"{argument}: {path} is not what {self.run} was made with: evaluate again.")
+
+    def _model(self, asked: dict):
+        """The CLaRa checkpoint of the first run, or `None`; what else it was made with is not loaded."""
+        recorded = asked["model"]
+        folder = self.settings.model or recorded
+        if folder is None:
+            return None
+        if not Path(folder).is_dir():
+            raise UsageError(f"--model: there is no folder {folder}.")
+        if recorded is not None:
+            self._check_hash("--model", recorded, folder, model_hash(folder, *filter(None, [asked["memory_store"]])))
+        with loading("--model", folder):
+            return load_clara(folder)
+
+    # Tables, and what all runs show together
+
+    def _tables(self) -> None:
+        for folder, results in self.results.items():
+            self.parts.append(html.heading(f"Run {folder}"))
+            for dataset, kind, systems, tests in parts_of(results):
+                title = ", ".join(filter(None, [dataset, kind and f"type {kind}"]))
+                self.parts.append(html.heading(title, 3) if title else "")
+                self.parts.append(html.table(score_rows(systems, tests, MARKDOWN_COLUMNS)))
+            self.parts.append(html.paragraph(NOTE))
+            for title, rows in published_tables(results, MARKDOWN_COLUMNS):
+                self.parts += [html.heading(title, 3), html.table(rows), html.paragraph(PUBLISHED_NOTE)]
+            for dataset, found in datasets_of(results).items():
+                if "costs" in found:
+                    self.parts.append(html.heading(", ".join(filter(None, [dataset, "cost per question"])), 3))
+                    self.parts.append(html.table(cost_rows(found["costs"])))
+                    self.parts.append(html.paragraph(COST_NOTE))
+
+    def _rates(self) -> None:
+        datasets = dict.fromkeys(dataset for results in self.results.values() for dataset in _named(results))
+        for dataset in datasets:
+            curves = _curves(self.results.values(), dataset)
+            rates = {point["rate"] for points in curves.values() for point in points}
+            if len(rates) > 1:
+                self.numbers.setdefault("rates", {})[dataset] = curves
+                files = plots.plot_rates(curves, self.folder, f"rates-{slug(dataset)}")
+                shows = f"Answer F1 over the compression rate, {dataset}."
+                self._show(
+                    files, shows, "Vertical bars: 95% bootstrap intervals of each run; points of one rate are spread."
+                )
+
+    # The first run from inside
+
+    def _scores(self, dataset: str, name: str | None, numbers: dict) -> None:
+        for system, checkpoint in CHECKPOINTS.items():
+            path = Path(self.run, PREDICTIONS, name or "", f"{system}.jsonl")
+            if not path.exists():
+                continue
+            # Not by splitlines, which also splits at line separators inside a text.
+            with open(path, encoding="utf-8") as lines:
+                records = [json.loads(line) for line in lines]
+            found = scored_rankings(records, self.first["checkpoints"][checkpoint]["temperature"])
+            if found is None:
+                continue
+            by_score, by_share = (reliability(values, found.right) for values in (found.top, found.confidence))
+            error = calibration_error(by_share)
+            numbers[system] = {"auc": separation(found), "ece": error, "by_score": by_score, "by_softmax": by_share}
+            self._show(
+                plots.plot_scores(found, system, self.folder, f"scores-{slug(dataset)}-{system}"),
+                f"Scores that {system} gives to gold documents and to all other candidates.",
+                f"A gold document's is the higher one with probability {separation(found):.3f} (ROC AUC over all "
+                f"questions; {len(found.gold)} gold documents, {len(found.rest)} others).",
+            )
+            self._show(
+                plots.plot_reliability(by_score, by_share, error, self.folder, f"reliability-{slug(dataset)}-{system}"),
+                f"How often the document that {system} ranks first is a gold one, over its score and over its share in "
+                "the softmax of the candidates' scores.",
+                f"Ten bins of equal size over {len(found.top)} questions, 95% Wilson intervals. Expected calibration "
+                f"error of the softmax at the model's temperature: {error:.3f}.",
+            )
+
+    def _lens(self, model, dataset: str, examples: list[QAExample], numbers: dict) -> None:
+        rows = logit_lens(model, examples[: self.settings.limit], self.settings.seed)
+        if not rows:
+            return
+        kinds = [kind for row in rows for _, kind in row.tokens]
+        shares = {kind: kinds.count(kind) / len(kinds) for kind in ("question", "gold document", "neither")}
+        gold, other = (float(np.mean([getattr(row, name) for row in rows])) for name in ("gold", "other"))
+        numbers["lens"] = {"shares": shares, "only_in_gold": gold, "only_in_other_candidate": other}
+        numbers["lens"]["rows"] = [asdict(row) for row in rows]
+        self.parts.append(html.heading("Logit lens of the query reasoner", 3))
+        asked, neither = shares["question"], shares["neither"]
+        self.parts.append(
+            html.paragraph(
+                f"The output head applied to the query vectors. Of the ten strongest tokens, {100 * asked:.1f}% stand "
+                f"in the question (underlined), {100 * gold:.1f}% do not, but stand in a gold document (bold), "
+                f"{100 * neither:.1f}% stand in neither. For comparison: {100 * other:.1f}% do not stand in the "
+                f"question, but in as many other candidates, drawn at random. {len(rows)} questions; the first "
+                f"{min(LENS_ROWS, len(rows))} are shown."
+            )
+        )
+        self.parts.append(html.lens_table(rows[:LENS_ROWS]))
+
+    def _means(self, model, dataset: str, examples: list[QAExample], numbers: dict) -> None:
+        documents = list(dict.fromkeys(document for one in examples for document in one.docs))
+        chosen = np.random.default_rng(self.settings.seed).permutation(len(documents))[: self.settings.limit]
+        if len(chosen) < 3:
+            return
+        texts, memories = mean_states(model, [documents[place] for place in sorted(chosen)])
+        own = _cosines(texts, memories)
+        matched = float((own.argmax(axis=1) == np.arange(len(own))).mean())
+        numbers["means"] = {
+            "documents": len(own),
+            "mse": float(((texts - memories) ** 2).mean()),
+            "cosine_own": float(own.diagonal().mean()),
+            "cosine_others": float(own[~np.eye(len(own), dtype=bool)].mean()),
+            "nearest_is_own": matched,
+        }
+        with loading("--projection", self.settings.projection):
+            points = project(np.concatenate([texts, memories]), self.settings.projection, self.settings.seed)
+        method = {"pca": "principal component", "tsne": "t-SNE dimension"}[self.settings.projection]
+        files = plots.plot_means(*np.split(points, 2), method, self.folder, f"means-{slug(dataset)}")
+        self._show(
+            files,
+            "Mean hidden state of a document's tokens, and mean of its memory vectors.",
+            f"{len(own)} documents; lines join the two means of one. Cosine of a document's mean with its own "
+            f"memory's, both less the mean over all documents: {numbers['means']['cosine_own']:.3f} on average; with "
+            f"another's: {numbers['means']['cosine_others']:.3f}. Its own is the nearest for {100 * matched:.0f}%.",
+        )
+
+    def _show(self, files: list[str], shows: str, caption: str) -> None:
+        svg = next(file for file in files if file.endswith(".svg"))
+        self.parts.append(html.figure(html.Figure(svg, shows, caption), self.folder))
+
+
+def _named(results: dict) -> dict[str, dict]:
+    """The results of each data file, by its name also where there is one only."""
+    single = source_name(results["settings"]["data"])
+    return {name or single: found for name, found in datasets_of(results).items()}
+
+
+def _curves(runs, dataset: str) -> dict[str, list[dict]]:
+    """Per system that answers, its F1 in every run, by the compression rate of the run's model."""
+    curves: dict[str, list[dict]] = {}
+    for results in runs:
+        made, found = results["checkpoints"].get("model"), _named(results).get(dataset)
+        if made is None or found is None:
+            continue
+        for system, summary in found["systems"].items():
+            if "f1" in summary:
+                ends = {name: summary["f1"][name] for name in ("value", "low", "high")}
+                curves.setdefault(system, []).append({"rate": made["compression_rate"], **ends})
+    return {system: sorted(points, key=lambda point: point["rate"]) for system, points in curves.items()}
+
+
+def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs, `[n, n]`, after taking off what all have in common."""
+    left, right = (rows - rows.mean(axis=0) for rows in (left, right))
+    left, right = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (left, right))
+    return left @ right.T
+
+
+def analyze(settings: AnalysisSettings) -> dict:
+    """Makes an analysis and writes it when it is whole; returns the numbers."""
+    folder = Path(settings.output_dir)
+    staged = folder / STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        analysis = Analysis(settings, staged)
+        analysis.make()
+        (staged / PAGE).write_text(html.page("CLaRa evaluation", analysis.parts), encoding="utf-8")
+        text = json.dumps(analysis.numbers, indent=2, ensure_ascii=False) + "\n"
+        (staged / NUMBERS).write_text(text, encoding="utf-8")
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == NUMBERS):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return analysis.numbers
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code."""
+    try:
+        parser = HfArgumentParser(AnalysisSettings)
+        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"there is no argument {' '.join(unknown)}")
+        analyze(settings)
+    except (UsageError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}. Nothing was written: mend that and run it again.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was written.", file=sys.stderr)
+        return 130
+    print(f"Page, pictures and numbers: {Path(settings.output_dir) / PAGE}")
+    return 0

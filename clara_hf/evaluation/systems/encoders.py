@@ -1,0 +1,66 @@
+"""Ranking by encoders of sentence-transformers, each with its own prompts, similarity and length limit."""
+
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
+from clara_hf.data.schema import QAExample
+from clara_hf.evaluation.systems.base import Ranking
+
+
+class BiEncoderRanker:
+    """Questions and documents are embedded apart; each distinct document once.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+        batch_size: texts per forward pass.
+        device: where it runs.
+    """
+
+    def __init__(self, name: str, batch_size: int, device: torch.device):
+        self.model = SentenceTransformer(name, device=str(device))
+        self.options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
+
+    def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
+        documents = list(dict.fromkeys(document for example in examples for document in example.docs))
+        self.rows = {document: row for row, document in enumerate(documents)}
+        self.embeddings = self.model.encode_document(documents, **self.options)
+        return len(documents)
+
+    def rank(self, examples: list[QAExample]) -> list[Ranking]:
+        queries = self.model.encode_query([example.question for example in examples], **self.options)
+        rankings = []
+        for query, example in zip(queries, examples, strict=True):
+            candidates = self.embeddings[[self.rows[document] for document in example.docs]]
+            rankings.append(Ranking.of(self.model.similarity(query[None], candidates)[0].tolist()))
+        return rankings
+
+
+class CrossEncoderRanker:
+    """Question and document are read together, one pair at a time (BGE-reranker and the like).
+
+    Args:
+        name: a local folder, or a name on the Hub.
+        batch_size: pairs per forward pass.
+        device: where it runs.
+
+    Raises:
+        ValueError: it gives more than one score for a pair.
+    """
+
+    def __init__(self, name: str, batch_size: int, device: torch.device):
+        self.model = CrossEncoder(name, device=str(device))
+        if self.model.num_labels != 1:
+            raise ValueError(f"it gives {self.model.num_labels} scores for a pair, but a reranker gives one.")
+        self.batch_size = batch_size
+
+    def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
+        return 0
+
+    def rank(self, examples: list[QAExample]) -> list[Ranking]:
+        pairs = [(example.question, document) for example in examples for document in example.docs]
+        scores = self.model.predict(pairs, batch_size=self.batch_size, show_progress_bar=False)
+        rankings, start = [], 0
+        for example in examples:
+            rankings.append(Ranking.of(scores[start : start + len(example.docs)].tolist()))
+            start += len(example.docs)
+        return rankings

@@ -1,0 +1,1 @@
+"""What all programs share: arguments, run folders, errors and exit codes."""

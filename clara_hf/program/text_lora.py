@@ -1,0 +1,62 @@
+"""The uncompressed baseline: tune a LoRA of the plain base on the same questions, with raw documents in the prompt.
+
+    accelerate launch recipes/text_lora.py --config recipes/nano/text_lora.yaml
+
+The prompts are those of the CLaRa checkpoint `clara_checkpoint`, with text where it has memory slots. Training is
+TRL's `SFTTrainer`; the adapter in `output_dir` is what `eval/run.py --text_model` takes.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from clara_hf.program.recipe import load_split, read_questions
+from clara_hf.program.training import (
+    DataArguments,
+    check_folder,
+    checkpoint_to_resume,
+    claimed_folder,
+    is_finished,
+    parse,
+    train_stage,
+)
+from modeling_clara import CLaRaProcessor
+
+
+@dataclass
+class TextArguments(DataArguments):
+    """Data, and the CLaRa checkpoint whose prompts are used."""
+
+    clara_checkpoint: str = field(default="", metadata={"help": "CLaRa checkpoint whose prompts are used."})
+
+
+def as_conversations(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
+    """Rows as TRL's conversational prompt and completion."""
+
+    def convert(row: dict) -> dict:
+        messages = processor.messages("answer", "\n".join(row["docs"]), row["question"])
+        answer = processor.target("answer", row["answers"])
+        return {"prompt": messages, "completion": [{"role": "assistant", "content": answer}]}
+
+    return rows.map(convert, remove_columns=rows.column_names, desc="Writing prompts")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    types = (TextArguments, SFTConfig, ModelConfig)
+    data_args, training_args, model_args = parse(types, "recipes/nano/text_lora.yaml", arguments)
+    check_folder(data_args, model_args, training_args)
+    if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
+        return
+    checkpoint = checkpoint_to_resume(data_args, training_args)
+    processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
+    train, validation = load_split(data_args, read_questions)
+    with claimed_folder(data_args, model_args, training_args):
+        trainer = SFTTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=as_conversations(train, processor),
+            eval_dataset=None if validation is None else as_conversations(validation, processor),
+            peft_config=get_peft_config(model_args),
+        )
+        train_stage(trainer, checkpoint, "adapter_config.json")

@@ -1,0 +1,1 @@
+"""Training data from documents, by any language model, verified."""

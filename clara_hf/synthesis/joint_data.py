@@ -1,0 +1,116 @@
+"""Make joint-training data of synthesized pairs: each verified question with candidates from the same passages.
+
+    python recipes/joint_data.py --scp scp/ --out joint/
+    python recipes/joint_data.py --scp scp/ --out joint/ --mode normal --retriever BAAI/bge-small-en-v1.5
+
+`scp/` is what `recipes/synthesize.py` wrote: its passages are the corpus, a pair's own passage is the positive.
+Training and validation share no document; where validation has too few passages for a pool, its negatives are
+training passages, too. `recipes/joint.py` takes the files as they are. All passages are in memory; for questions of
+one's own see `eval/candidates.py`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clara_hf.synthesis.errors import UsageError, check_installed
+
+
+check_installed()
+
+from transformers import HfArgumentParser
+
+from clara_hf.data.candidates import MODES, build_candidates, check_pools
+from clara_hf.data.corpus import distinct_passages
+from clara_hf.data.schema import read_jsonl
+from clara_hf.synthesis.store import digest_of
+
+
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class JointDataArguments:
+    """Where the pairs are, and how their candidates are chosen."""
+
+    scp: str = field(metadata={"help": "Output folder of recipes/synthesize.py."})
+    out: str = field(metadata={"help": "Folder for joint_train.jsonl and joint_validation.jsonl."})
+    size: int = field(default=20, metadata={"help": "Candidates per question (the paper's N)."})
+    mode: str = field(default="oracle", metadata={"help": "oracle (the positive, filled up) or normal (retrieved)."})
+    retriever: str = field(default="bm25", metadata={"help": "bm25, or a sentence-transformers bi-encoder."})
+    validation_share: float = field(default=0.02, metadata={"help": "Share of the documents for validation."})
+    limit: int | None = field(default=None, metadata={"help": "Questions to take, from the start."})
+    seed: int = field(default=0, metadata={"help": "Of the split, the candidates' order and what chance draws."})
+
+    def __post_init__(self):
+        for name in ("scp.jsonl", "passages.jsonl"):
+            if not Path(self.scp, name).is_file():
+                raise UsageError(f"--scp {self.scp} holds no {name}: finish recipes/synthesize.py first.")
+        if self.size < 1 or self.mode not in MODES:
+            raise UsageError(f"--size must be at least 1, --mode one of {', '.join(MODES)}.")
+        if not 0 <= self.validation_share < 1:
+            raise UsageError(f"--validation_share must be at least 0 and less than 1, but is {self.validation_share}.")
+
+
+def questions_of(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each pair as a question row, with the text of its passage."""
+    for _, row in read_jsonl(folder / "scp.jsonl"):
+        for question, answer in zip(row["question"], row["answers"] if row["data_type"] == "qa" else [], strict=True):
+            yield {"question": question, "answers": [answer], "positives": [row["passage_id"]]}, row["docs"][0]
+
+
+def split_of(document: str, share: float, seed: int) -> str:
+    """A document's split, by a hash: the same whatever else there is."""
+    return SPLITS[int.from_bytes(digest_of(seed, document)[:4], "big") < share * 2**32]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(JointDataArguments).parse_args_into_dataclasses(arguments)
+    folder = Path(args.scp)
+    document_of = {row["id"]: row["document"] for _, row in read_jsonl(folder / "passages.jsonl")}
+    corpus: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
+    questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
+    for number, (question, passage) in enumerate(questions_of(folder), start=1):
+        if args.limit is not None and number > args.limit:
+            break
+        (positive,) = question["positives"]
+        split = split_of(document_of[positive], args.validation_share, args.seed)
+        corpus[split][positive] = passage
+        questions[split].append({"id": f"{positive}-{number}", **question})
+    if not questions["train"]:
+        raise UsageError(f"--scp {args.scp} holds no pair for training.")
+    sizes = {split: len(distinct_passages(passages)[0]) for split, passages in corpus.items()}
+    if questions["validation"] and sizes["validation"] < args.size:
+        print(
+            f"The validation documents have {sizes['validation']} passages, too few for {args.size} candidates: its "
+            "negatives are training passages, too."
+        )
+        corpus["validation"] |= corpus["train"]
+    splits = list(filter(questions.get, SPLITS))
+    # Before any work, so that there are all files or none.
+    if sizes["train"] < args.size:
+        raise UsageError(
+            f"--size {args.size} is more than the {sizes['train']} distinct passages for training: pass --size "
+            f"{sizes['train']} or less, or synthesize more."
+        )
+    for split in splits:
+        check_pools(questions[split], corpus[split], args.size, args.mode)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
+        rows = build_candidates(questions[split], corpus[split], **options, show_progress=True)
+        with open(out / f"joint_{split}.jsonl.partial", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for split in SPLITS:
+        path = out / f"joint_{split}.jsonl"
+        if split in splits:
+            os.replace(out / f"{path.name}.partial", path)
+            print(f"{path}: {len(questions[split])} questions with {args.size} of {len(corpus[split])} passages each.")
+        else:
+            # One of an earlier call would share documents with the training file.
+            path.unlink(missing_ok=True)
+            print(f"No document fell to validation: there is no {path.name}; --validation_share takes a larger share.")

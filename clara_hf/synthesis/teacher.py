@@ -1,0 +1,159 @@
+"""Asks the language model on behalf of one item: every reply is logged, a logged one is not asked for again."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, Protocol, TypeVar
+
+from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.errors import RequestFailed, UsageError
+from clara_hf.synthesis.prompts import Prompts
+from clara_hf.synthesis.replies import Reply, ReplyError, ReplyType, json_schema, parse_reply
+from clara_hf.synthesis.store import RunStore, digest_of, to_json
+from clara_hf.synthesis.text import prompt_text
+
+
+Result = TypeVar("Result")
+
+
+class Backend(Protocol):
+    """What completes a chat: an endpoint, a model in this process, or the log of another run."""
+
+    async def complete(self, request: ChatRequest) -> ChatReply: ...
+
+
+class Teacher:
+    """The language model of a run.
+
+    Args:
+        backend: completes chats; `None` replays only.
+        store: logs the replies.
+        prompts: the run's prompts.
+        model: name of the model, part of every request's identity.
+        seed: of the run; every request has its own, which follows from it.
+        temperature: of what is written; what is checked has temperature 0.
+        replay: the state of another run, whose replies are taken.
+
+    Attributes:
+        replies: how many the backend has given.
+    """
+
+    def __init__(
+        self,
+        backend: Backend | None,
+        store: RunStore,
+        prompts: Prompts,
+        model: str,
+        seed: int = 0,
+        temperature: float = 0.7,
+        replay: RunStore | None = None,
+    ):
+        self.backend, self.store, self.prompts, self.replay = backend, store, prompts, replay
+        self.model, self.seed, self.temperature = model, seed, temperature
+        self.replies = 0
+        self._schemas: dict[type[Reply], tuple[dict, str]] = {}
+
+    def schema(self, reply_type: type[Reply]) -> tuple[dict, str]:
+        """The JSON schema of a reply, as an object and as text."""
+        if reply_type not in self._schemas:
+            schema = json_schema(reply_type)
+            self._schemas[reply_type] = schema, to_json(schema)
+        return self._schemas[reply_type]
+
+
+class Conversation:
+    """What one item asks, and the tokens that it took.
+
+    Args:
+        teacher: whom to ask.
+        number: the item's number in the store.
+        key: what identifies the item in every run.
+    """
+
+    def __init__(self, teacher: Teacher, number: int, key: str):
+        self.teacher, self.number, self.key = teacher, number, key
+        self.known = teacher.store.replies(number)
+        self.prompt_tokens = self.completion_tokens = self.requests = 0
+        self._old, self._failure = {}, None
+        if teacher.replay is not None:
+            old = teacher.replay.number_of(key)
+            if old is not None:
+                self._old, self._failure = teacher.replay.replies(old), teacher.replay.failure(old)
+
+    async def ask(
+        self, step: str, prompt: str, reply_type: type[ReplyType], write: bool = False, **values: str
+    ) -> ReplyType:
+        """Ask by `prompt` with `values` filled in; a reply that cannot be read is asked for once more.
+
+        Args:
+            step: a name that no other question of this item has.
+            write: whether text is written (the run's temperature) or judged (temperature 0).
+
+        Raises:
+            ReplyError: the second reply cannot be read either.
+            RequestFailed: there is no reply.
+        """
+        messages = self.teacher.prompts.messages(prompt, **values)
+        text = await self._complete(step, messages, reply_type, write)
+        try:
+            return parse_reply(text, reply_type)
+        except ReplyError as problem:
+            schema = self.teacher.schema(reply_type)[1]
+            (repair,) = self.teacher.prompts.messages("repair", problem=str(problem), schema=schema)
+            messages = [*messages, {"role": "assistant", "content": prompt_text(text[:20000])}, repair]
+            return parse_reply(await self._complete(f"{step}.repair", messages, reply_type, False), reply_type)
+
+    async def _complete(self, step: str, messages: list[dict], reply_type: type[Reply], write: bool) -> str:
+        teacher = self.teacher
+        temperature = teacher.temperature if write else 0.0
+        identity = digest_of(teacher.model, teacher.seed, self.key, step, temperature, messages)
+        self.requests += 1
+        for logged in (self.known, self._old):
+            request, reply = logged.get(step, (None, None))
+            if request == identity:
+                if logged is self._old:
+                    teacher.store.add_reply(self.number, step, identity, reply)
+                return self._count(reply)
+        if teacher.backend is None:
+            if self._failure is not None:
+                raise RequestFailed(self._failure)
+            raise UsageError(
+                f"--replay holds no reply to step {step!r} of {self.key[:60]!r} as it is asked now: the model, seed, "
+                "prompts or passages differ."
+            )
+        seed = int.from_bytes(identity[:4], "big") & 0x7FFFFFFF
+        name = reply_type.__name__.lower()
+        request = ChatRequest(messages, name, teacher.schema(reply_type)[0], temperature, seed)
+        got = await teacher.backend.complete(request)
+        teacher.replies += 1
+        reply = {"text": got.text, "prompt_tokens": got.prompt_tokens, "completion_tokens": got.completion_tokens}
+        teacher.store.add_reply(self.number, step, identity, reply)
+        return self._count(reply)
+
+    def _count(self, reply: dict[str, Any]) -> str:
+        self.prompt_tokens += reply["prompt_tokens"]
+        self.completion_tokens += reply["completion_tokens"]
+        return reply["text"]
+
+
+async def together(*parts: Awaitable[Result]) -> list[Result]:
+    """The results of all parts, which run at the same time.
+
+    Raises:
+        RequestFailed: that of the first part, in their order, which raised it: after all have ended, so that what
+            happened does not depend on which was the fastest.
+        Exception: any other error, at once; the other parts are stopped.
+    """
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    pending = set(tasks)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
+            for error in (task.exception() for task in done):
+                if error is not None and not isinstance(error, RequestFailed):
+                    raise error
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    return [task.result() for task in tasks]

@@ -1,0 +1,1 @@
+"""Metric modules of `evaluate`; installed as `clara_hf.metrics`."""

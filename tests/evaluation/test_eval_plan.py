@@ -1,0 +1,92 @@
+"""Systems by their names, and other settings of an evaluation."""
+
+import pytest
+
+from clara_hf.evaluation.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, parse_system
+from clara_hf.evaluation.run import main
+from clara_hf.evaluation.settings import EvalSettings
+
+
+@pytest.mark.parametrize(
+    ("text", "chooser", "name", "reader", "ranker", "checkpoint"),
+    [
+        ("clara", "clara", None, "memory", "clara", "model"),
+        ("clara-before-joint", "clara-before-joint", None, "memory", "clara-before-joint", "before_joint"),
+        ("sup", "sup", None, "memory", "sup", "sup"),
+        ("memory-sup", "sup", None, "memory", "sup", "model"),
+        ("bm25", "bm25", None, "memory", "bm25", "model"),
+        ("bi-encoder BAAI/bge-small", "bi-encoder", "BAAI/bge-small", "memory", "bi-encoder BAAI/bge-small", "model"),
+        ("text-cross-encoder x", "cross-encoder", "x", "text", "cross-encoder x", "model"),
+        ("text", "bm25", None, "text", "bm25", "model"),
+        ("text-clara", "clara", None, "text", "clara", "model"),
+        ("gold", "gold", None, "memory", None, "model"),
+        ("text-gold", "gold", None, "text", None, "model"),
+        ("text-no-memory", "no-memory", None, "text", None, "model"),
+        ("llmlingua2 some/model", "bm25", None, "llmlingua2", "bm25", "model"),
+        ("  llm-listwise   a/b ", "llm-listwise", "a/b", "memory", "llm-listwise a/b", "model"),
+    ],
+)
+def test_a_name_says_who_chooses_and_who_reads(text, chooser, name, reader, ranker, checkpoint):
+    spec = parse_system(text)
+    assert (spec.chooser, spec.name, spec.reader, spec.ranker, spec.checkpoint) == (
+        *(chooser, name, reader, ranker, checkpoint),
+    )
+    assert spec.label == " ".join(text.split())
+
+
+def test_llmlingua_keeps_the_name_of_its_classifier_apart_from_the_ranker():
+    spec = parse_system("llmlingua2 some/model")
+    assert (spec.shortener, spec.name, spec.ranker) == ("some/model", None, "bm25")
+
+
+@pytest.mark.parametrize("text", ["", "claras", "text-text", "text-llmlingua2 x", "text-", "bi-encoders x"])
+def test_other_names_are_refused_with_those_that_there_are(text):
+    with pytest.raises(ValueError, match="there is no system .* choose from clara, clara-before-joint, sup, bm25"):
+        parse_system(text)
+
+
+def test_a_missing_or_needless_model_name_is_told():
+    for kind in NAMED:
+        with pytest.raises(ValueError, match=f"{kind} needs the NAME of a model"):
+            parse_system(kind)
+    with pytest.raises(ValueError, match="gold takes no NAME, but is followed by 'x'"):
+        parse_system("gold x")
+
+
+@pytest.mark.parametrize("text", ["memory-clara", "memory-bm25", "memory-text", "memory-cross-encoder x"])
+def test_memory_stands_before_systems_with_a_generator_of_their_own_only(text):
+    with pytest.raises(ValueError, match=f"{text} is .* itself: memory- stands before sup and clara-before-joint only"):
+        parse_system(text)
+
+
+def test_the_table_has_one_order_and_the_lists_follow_it():
+    for names in (DEFAULT_SYSTEMS, ALL_SYSTEMS):
+        specs = [parse_system(name) for name in names]
+        assert [spec.label for spec in sorted(specs, key=lambda spec: spec.order)] == list(names)
+    assert set(DEFAULT_SYSTEMS) < set(ALL_SYSTEMS) and len(set(CHOICES)) == len(CHOICES)
+
+
+# Settings
+
+
+def test_help_names_the_settings_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--config CONFIG" in capsys.readouterr().out
+
+
+def test_all_may_be_followed_by_other_systems(tmp_path):
+    (tmp_path / "q.jsonl").touch()
+    settings = EvalSettings(data=str(tmp_path / "q.jsonl"), systems="all, bm25,cross-encoder a/b")
+    assert [spec.label for spec in settings.plan()] == ["bm25", "cross-encoder a/b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("data: [", "cannot be read"), ("- a", "must hold one value"), ("data: {a: b}", "must hold one value")],
+)
+def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message):
+    (tmp_path / "e.yaml").write_text(content)
+    assert main(["--config", str(tmp_path / "e.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "--config: " in error and message in error and error.count("\n") == 1
