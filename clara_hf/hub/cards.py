@@ -184,8 +184,9 @@ def _origin(config: CLaRaConfig) -> str | None:
     if not config.original:
         return None
     return (
-        "Converted from a checkpoint of the paper's own release by `clara convert`; weights are unchanged. Its authors' "
-        "licence and attribution hold, and `generate_from_questions` and the release's other methods work as before."
+        "Converted from a checkpoint of the paper's own release by `clara convert`; weights are unchanged. Its "
+        "authors' licence and attribution hold, and `generate_from_questions` and the release's other methods work as "
+        "before."
     )
 
 
@@ -215,7 +216,8 @@ def _training(run: dict, state: dict) -> dict[str, Any] | None:
     if last is not None:
         device = "CPU" if run.get("use_cpu") else "the accelerator of the run"
         processes = run.get("num_processes", 1)
-        hardware = f"{last['train_runtime'] / 60:.1f} minutes in {processes} process{'es' if processes > 1 else ''} on {device}."
+        number = f"{processes} process{'es' if processes > 1 else ''}"
+        hardware = f"{last['train_runtime'] / 60:.1f} minutes in {number} on {device}."
     digests = run.get("digests", {})
     data = [
         {
