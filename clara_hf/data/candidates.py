@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 
 from clara_hf.data.corpus import distinct_passages, read_corpus, read_questions, same_text_key
 from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
-from clara_hf.data.retrievers import Retriever, make_retriever, random_rows
+from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
 from clara_hf.data.schema import DataError, parse_example
 from clara_hf.data.sources import write_jsonl, write_text
 
@@ -48,6 +48,7 @@ def build_candidates(
     seed: int = 0,
     exclude_answers: bool = False,
     show_progress: bool = False,
+    language: str = "en",
 ) -> list[dict[str, Any]]:
     """Gives each question `size` distinct candidates of the corpus, in a random order.
 
@@ -67,6 +68,7 @@ def build_candidates(
         seed: of the order and of what is drawn by chance.
         exclude_answers: leave out negatives that contain an accepted answer.
         show_progress: progress bars.
+        language: ISO 639-1 code of questions and passages, for BM25's stemmer and stop words.
 
     Returns:
         The rows with `id`, `docs`, `doc_ids` (ids in the corpus) and `pos_index` (positions of positives in `docs`,
@@ -78,7 +80,7 @@ def build_candidates(
     """
     texts, ids, positives = check_pools(questions, corpus, size, mode)
     if isinstance(retriever, str):
-        retriever = make_retriever(retriever, texts, show_progress=show_progress)
+        retriever = make_retriever(retriever, texts, show_progress=show_progress, language=language)
     # As many more as could be passed over, so that the pool is filled from the ranking.
     depth = (3 if exclude_answers else 2) * size
     rankings = retriever.search([question["question"] for question in questions], depth)
@@ -168,6 +170,7 @@ class CandidateSettings:
     retriever: str = field(
         default="bm25", metadata={"help": "bm25, or the folder or Hub name of a sentence-transformers bi-encoder."}
     )
+    language: str = field(default="en", metadata={"help": "ISO 639-1 code, for BM25's stemmer and stop words."})
     mode: str = field(
         default="oracle",
         metadata={"help": "oracle: all positives, filled up with retrieved ones. normal: the best retrieved ones."},
@@ -180,6 +183,10 @@ class CandidateSettings:
 
     def __post_init__(self):
         _check_options(self.size, self.mode)
+        try:
+            check_language(self.language)
+        except ValueError as error:
+            raise PoolError(f"--language: {error}") from error
         if self.batch_size < 1:
             raise PoolError(f"--batch_size must be at least 1, but is {self.batch_size}.")
         if self.seed < 0:
@@ -211,7 +218,7 @@ def write_pools(settings: CandidateSettings) -> dict:
     texts, _, _ = check_pools(questions, corpus, settings.size, settings.mode)
     try:
         retriever = make_retriever(
-            settings.retriever, texts, settings.batch_size, show_progress=True, parts=settings.parts
+            settings.retriever, texts, settings.batch_size, True, settings.parts, settings.language
         )
     except ImportError as error:
         raise PoolError(f"--retriever {settings.retriever}: {error}: pip install 'clara-hf[retrievers]'.") from error

@@ -1,22 +1,32 @@
-"""Search over a corpus of texts, for building candidate pools: BM25 or a bi-encoder."""
+"""BM25 and a bi-encoder over a corpus of texts: for building candidate pools, and as systems of the evaluation."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import bm25s
 import numpy as np
 import Stemmer
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Embeddings of so many texts are written at a time: what an interruption can cost.
 PART_TEXTS = 1024
+# Languages of PyStemmer's Snowball stemmers; None: stop words alone.
+STEMMERS = {
+    **{"ar": "arabic", "ca": "catalan", "da": "danish", "de": "german", "el": "greek", "en": "english"},
+    **{"es": "spanish", "et": "estonian", "eu": "basque", "fi": "finnish", "fr": "french", "ga": "irish"},
+    **{"hi": "hindi", "hu": "hungarian", "hy": "armenian", "id": "indonesian", "it": "italian", "lt": "lithuanian"},
+    **{"ne": "nepali", "nl": "dutch", "no": "norwegian", "pt": "portuguese", "ro": "romanian", "ru": "russian"},
+    **{"sr": "serbian", "sv": "swedish", "ta": "tamil", "tr": "turkish"},
+}
+STOP_WORDS = ("da", "de", "en", "es", "fr", "it", "ko", "nl", "no", "pt", "ru", "sv", "tr", "zh")  # of bm25s
 
 
 class Retriever(Protocol):
@@ -27,39 +37,50 @@ class Retriever(Protocol):
 
 
 class BM25Retriever:
-    """BM25 (bm25s: its defaults, Lucene's variant with k1 1.5 and b 0.75; English stemmer and stop words).
+    """BM25 (bm25s: its defaults, Lucene's variant with k1 1.5 and b 0.75), with the language's stemmer and stop words.
 
     Passages that share no word with the question are not found. The order of equal scores is the corpus's.
 
     Args:
-        texts: the corpus.
+        texts: the corpus, whose document frequencies and mean length count.
+        language: ISO 639-1 code, see [`bm25_words`].
         show_progress: progress bars for tokenising, indexing and searching.
+
+    Raises:
+        ValueError: an unknown language.
+
+    >>> BM25Retriever(["An otter swims.", "A lynx sleeps."]).search(["Do otters swim?"], 2)
+    [[0]]
     """
 
-    def __init__(self, texts: Sequence[str], show_progress: bool = False):
-        self.show_progress = show_progress
+    def __init__(self, texts: Sequence[str], language: str = "en", show_progress: bool = False):
+        self.language, self.show_progress, self.size = language, show_progress, len(texts)
         self.index = bm25s.BM25()
-        self.size = len(texts)
-        words = bm25_words(texts, show_progress)
+        words = bm25_words(texts, language, show_progress)
         # bm25s needs a word to index; no question has the empty one.
         self.index.index(words if any(words) else [[""]] * self.size, show_progress=show_progress)
 
     def search(self, questions: Sequence[str], top_k: int) -> list[list[int]]:
-        rows, scores = self.index.retrieve(
-            bm25_words(questions, self.show_progress), k=min(top_k, self.size), show_progress=self.show_progress
-        )
+        words = bm25_words(questions, self.language, self.show_progress)
+        rows, scores = self.index.retrieve(words, k=min(top_k, self.size), show_progress=self.show_progress)
         return [row[score > 0].tolist() for row, score in zip(rows, scores, strict=True)]
+
+    def scores(self, questions: Sequence[str], candidates: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """For each question, the scores of its candidates, which are rows of the corpus."""
+        for words, rows in zip(bm25_words(questions, self.language), candidates, strict=True):
+            yield self.index.get_scores_from_ids(self.index.get_tokens_ids(words))[list(rows)]
 
 
 class BiEncoderRetriever:
     """Exact search by a bi-encoder of sentence-transformers, with its own prompts and similarity.
 
     Args:
-        texts: the corpus; its embeddings are held in memory.
+        texts: the corpus; its embeddings are held in memory. Others may be given to `embed` later.
         name: a sentence-transformers model: a local folder, or a name on the Hub.
         batch_size: texts per batch.
         show_progress: progress bars for embedding.
         parts: a folder for what is embedded so far; a later call with the same model takes from it what it needs.
+        device: where it runs, such as `"cuda"`; default: sentence-transformers' choice.
 
     Raises:
         ImportError: sentence-transformers is not installed.
@@ -73,12 +94,19 @@ class BiEncoderRetriever:
         batch_size: int = 32,
         show_progress: bool = False,
         parts: str | os.PathLike | None = None,
+        device: str | None = None,
     ):
         # Imported here: it is an extra, and slow to import.
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(name)
+        self.model = SentenceTransformer(name, device=device)
         self.options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
+        self.embed(texts, show_progress, parts)
+
+    def embed(self, texts: Sequence[str], show_progress: bool = False, parts: str | os.PathLike | None = None) -> None:
+        """Takes `texts` as the corpus, in place of the one before."""
+        import torch
+
         # Tells models apart that have one name, such as a folder before and after training.
         probe = self.model.encode_document(["A probe."], **self.options).float().cpu().numpy().tobytes()
         found = []
@@ -87,13 +115,33 @@ class BiEncoderRetriever:
                 part = list(texts[start : start + PART_TEXTS])
                 found.append(self._embed(part) if parts is None else self._embed_once(part, probe, Path(parts)))
                 bar.update(len(part))
-        self.embeddings = torch.cat(found)
+        self.embeddings = torch.cat(found) if found else torch.zeros(0)
 
-    def _embed(self, texts: list[str]) -> torch.Tensor:
+    def search(self, questions: Sequence[str], top_k: int) -> list[list[int]]:
+        from sentence_transformers.util import semantic_search
+
+        found = semantic_search(
+            self.model.encode_query(list(questions), **self.options),
+            self.embeddings,
+            top_k=min(top_k, len(self.embeddings)),
+            score_function=self.model.similarity,
+        )
+        return [[hit["corpus_id"] for hit in hits] for hits in found]
+
+    def scores(self, questions: Sequence[str], candidates: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """For each question, the scores of its candidates, which are rows of the corpus."""
+        queries = self.model.encode_query(list(questions), **self.options)
+        for query, rows in zip(queries, candidates, strict=True):
+            yield self.model.similarity(query[None], self.embeddings[list(rows)])[0].float().cpu().numpy()
+
+    def _embed(self, texts: list[str]) -> "torch.Tensor":
         return self.model.encode_document(texts, **self.options)
 
-    def _embed_once(self, texts: list[str], probe: bytes, folder: Path) -> torch.Tensor:
+    def _embed_once(self, texts: list[str], probe: bytes, folder: Path) -> "torch.Tensor":
         """The embeddings that `folder` holds of these texts by this model; else they are made and written there."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
         digest = hashlib.sha256(probe)
         for text in texts:
             digest.update(hashlib.sha256(text.encode()).digest())
@@ -110,17 +158,6 @@ class BiEncoderRetriever:
         os.replace(beside, path)
         return embeddings
 
-    def search(self, questions: Sequence[str], top_k: int) -> list[list[int]]:
-        from sentence_transformers.util import semantic_search
-
-        found = semantic_search(
-            self.model.encode_query(list(questions), **self.options),
-            self.embeddings,
-            top_k=min(top_k, len(self.embeddings)),
-            score_function=self.model.similarity,
-        )
-        return [[hit["corpus_id"] for hit in hits] for hits in found]
-
 
 def make_retriever(
     name: str,
@@ -128,23 +165,44 @@ def make_retriever(
     batch_size: int = 32,
     show_progress: bool = False,
     parts: str | os.PathLike | None = None,
+    language: str = "en",
 ) -> Retriever:
-    """`"bm25"`, or the bi-encoder of that name, over `texts`; arguments as of [`BiEncoderRetriever`].
+    """`"bm25"` in that language, or the bi-encoder of that name, over `texts`; arguments as of the two classes.
 
     Raises:
-        ImportError, OSError, ValueError: as [`BiEncoderRetriever`].
+        ImportError, OSError, ValueError: as [`BM25Retriever`] and [`BiEncoderRetriever`].
     """
     if name == "bm25":
-        return BM25Retriever(texts, show_progress)
+        return BM25Retriever(texts, language, show_progress)
     return BiEncoderRetriever(texts, name, batch_size, show_progress, parts)
 
 
-def bm25_words(texts: Sequence[str], show_progress: bool = False) -> list[list[str]]:
-    """Stemmed English words of each text, without stop words."""
+def check_language(language: str) -> None:
+    """Whether BM25 knows the language.
+
+    Raises:
+        ValueError: it does not; the message names those that it knows.
+    """
+    if language not in STEMMERS and language not in STOP_WORDS:
+        known = ", ".join(sorted({*STEMMERS, *STOP_WORDS}))
+        raise ValueError(f"language {language!r} has neither a stemmer nor stop words here; there are {known}.")
+
+
+def bm25_words(texts: Sequence[str], language: str = "en", show_progress: bool = False) -> list[list[str]]:
+    """The words of each text: stemmed where Snowball has the language, without stop words where bm25s has them.
+
+    A word is what stands between spaces and punctuation. Chinese, which has no spaces, is cut into characters.
+
+    Raises:
+        ValueError: an unknown language.
+    """
+    check_language(language)
     return bm25s.tokenize(
         list(texts),
-        stopwords="en",
-        stemmer=Stemmer.Stemmer("english"),
+        stopwords=language if language in STOP_WORDS else None,
+        stemmer=Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None,
+        # bm25s' own pattern finds words of two letters and more, which in Chinese are whole sentences.
+        **({"token_pattern": r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+"} if language == "zh" else {}),
         return_ids=False,
         show_progress=show_progress,
     )

@@ -1,8 +1,9 @@
 """Ranking by encoders of sentence-transformers, each with its own prompts, similarity and length limit."""
 
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder
 
+from clara_hf.data.retrievers import BiEncoderRetriever
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.systems.base import Ranking
 
@@ -17,22 +18,18 @@ class BiEncoderRanker:
     """
 
     def __init__(self, name: str, batch_size: int, device: torch.device):
-        self.model = SentenceTransformer(name, device=str(device))
-        self.options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
+        self.retriever = BiEncoderRetriever([], name, batch_size, device=str(device))
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         documents = list(dict.fromkeys(document for example in examples for document in example.docs))
         self.rows = {document: row for row, document in enumerate(documents)}
-        self.embeddings = self.model.encode_document(documents, **self.options)
+        self.retriever.embed(documents)
         return len(documents)
 
     def rank(self, examples: list[QAExample]) -> list[Ranking]:
-        queries = self.model.encode_query([example.question for example in examples], **self.options)
-        rankings = []
-        for query, example in zip(queries, examples, strict=True):
-            candidates = self.embeddings[[self.rows[document] for document in example.docs]]
-            rankings.append(Ranking.of(self.model.similarity(query[None], candidates)[0].tolist()))
-        return rankings
+        candidates = [[self.rows[document] for document in example.docs] for example in examples]
+        scores = self.retriever.scores([example.question for example in examples], candidates)
+        return [Ranking.of(found.tolist()) for found in scores]
 
 
 class CrossEncoderRanker:
