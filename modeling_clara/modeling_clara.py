@@ -161,6 +161,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         query_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_documents_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CLaRaOutput:
         r"""One step of any training stage.
@@ -181,6 +182,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 predict a label, and all without labels.
             num_items_in_batch (*optional*): supervised tokens of the global batch; the cross entropy is then their sum
                 divided by it, else their mean.
+            num_documents_in_batch (*optional*): the same for the MSE term: documents of the global batch, one for
+                every row that a document is in.
 
         Raises:
             ValueError: neither or both of documents and memories, memories of another width or rate, a document_index
@@ -201,7 +204,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask)
             if self.compressor_trains:
                 # Once for every row that a document is in: the mean then does not depend on how rows are batched.
-                mse_loss = gap[document_index[document_index >= 0]].float().square().mean()
+                squares = gap[document_index[document_index >= 0]].float().square().mean(dim=-1)
+                mse_loss = squares.sum() / (len(squares) if num_documents_in_batch is None else num_documents_in_batch)
 
         is_candidate = document_index >= 0
         candidates = memories[document_index.clamp(min=0)]
@@ -213,7 +217,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             scores = cosine_scores(query, memories).gather(1, document_index.clamp(min=0))
             scores = scores.masked_fill(~is_candidate, float("-inf"))
             if input_ids is None:
-                return CLaRaOutput(scores=scores)
+                return CLaRaOutput(scores=scores, memories=memories)
             weights, indices = straight_through_topk(
                 scores,
                 self._slots(is_candidate),
@@ -244,6 +248,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             scores=scores,
             topk_indices=indices,
             topk_weights=weights,
+            memories=memories,
         )
 
     def _slots(self, is_candidate: torch.Tensor, top_k: int | None = None) -> int:
@@ -393,17 +398,44 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
 
     def _answer(self, questions, bank, index, chosen, scores, generate_kwargs) -> CLaRaGenerationOutput:
         is_used = chosen >= 0
-        batch = self.processor.encode_prompts(questions, is_used.sum(dim=1).tolist())
-        selected = bank[index.gather(1, chosen.clamp(min=0))[is_used]] if chosen.shape[1] else bank[:0]
-        sequences, generation = self._continue_prompts(batch, selected, generate_kwargs)
+        prompts = self.processor.encode_prompts(questions, is_used.sum(dim=1).tolist())
+        slots = index.gather(1, chosen.clamp(min=0)).masked_fill(~is_used, -1)
+        found = self.answer(**prompts, memories=bank, document_index=slots, **generate_kwargs)
+        found.indices, found.scores = chosen, scores
+        return found
+
+    def answer(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        memories: torch.Tensor,
+        document_index: torch.Tensor,
+        **generate_kwargs,
+    ) -> CLaRaGenerationOutput:
+        """Answer prompts, as [`CLaRaProcessor.encode_prompts`] makes them, from memories at hand.
+
+        Args:
+            input_ids, attention_mask (`[B, L]` int64): prompts up to where the answer begins, padded on the left.
+            memories (`[D, l, H]`): made earlier.
+            document_index (`[B, k]` int64): rows of `memories` in the order of the prompt's slots, -1 in unused ones.
+            generate_kwargs: see `generate`.
+
+        Returns:
+            `texts`, `sequences` and `generation`.
+
+        Raises:
+            ValueError: memories of another shape or number than the prompts have slots for; a `max_length` that the
+                prompt fills.
+        """
+        check_memories(memories, self._memory_shape, "memories")
+        check_document_index(document_index, len(memories))
+        rows = document_index.to(memories.device)
+        batch = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask})
+        with self._inference():
+            selected = memories[rows[rows >= 0]].to(self.device)
+            sequences, generation = self._continue_prompts(batch, selected, generate_kwargs)
         texts = self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        return CLaRaGenerationOutput(
-            texts=[text.strip() for text in texts],
-            indices=chosen,
-            scores=scores,
-            sequences=sequences,
-            generation=generation,
-        )
+        return CLaRaGenerationOutput(texts=[text.strip() for text in texts], sequences=sequences, generation=generation)
 
     def _continue_prompts(
         self, batch: BatchFeature, selected: torch.Tensor, generate_kwargs: dict

@@ -18,6 +18,7 @@ class CLaRaOutput(ModelOutput):
         scores (`[B, N]` float32): cosine of question and candidate, -inf where there is no candidate.
         topk_indices (`[B, k]` int64): selected candidates, best first, -1 in unused slots.
         topk_weights (`[B, k, N]`): the straight-through selection matrix.
+        memories (`[D, l, H]`): as given, or as the step made them.
     """
 
     loss: torch.Tensor | None = None
@@ -27,6 +28,7 @@ class CLaRaOutput(ModelOutput):
     scores: torch.Tensor | None = None
     topk_indices: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
+    memories: torch.Tensor | None = None
 
 
 @dataclass

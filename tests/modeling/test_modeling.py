@@ -142,7 +142,7 @@ def test_a_query_without_prompts_gives_the_joint_step_s_scores_and_their_gradien
     expected = clara(**batch)
     scoring = {name: batch[name] for name in batch if name not in ("input_ids", "attention_mask", "labels")}
     found = clara(**scoring)
-    assert torch.equal(found.scores, expected.scores) and set(found.keys()) == {"scores"}
+    assert torch.equal(found.scores, expected.scores) and set(found.keys()) == {"scores", "memories"}
     found.scores[0].sum().backward()
     assert all(parameter.grad is not None for parameter in clara.part_parameters(QUERY_REASONER))
 
@@ -247,6 +247,14 @@ def test_given_documents_fill_the_slots_in_order_and_the_mse_term_is_the_means_d
     assert output.mse_loss.item() == pytest.approx(mse.mean().item(), rel=1e-6)
     assert output.loss.item() == pytest.approx(output.ce_loss.item() + 0.1 * output.mse_loss.item())
     assert output.scores is None and output.topk_indices is None and output.topk_weights is None
+    # In two parts of a global batch, as a trainer gives them, the means add up.
+    double_clara.train_only(COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+    parts = [joint_batch(double_clara, [given], QUESTIONS[row:], ANSWERS[row:]) for row, given in enumerate(documents)]
+    parts = [{key: value for key, value in part.items() if not key.startswith("query_")} for part in parts]
+    found = [double_clara(**part, num_items_in_batch=count, num_documents_in_batch=3) for part in parts]
+    double_clara.requires_grad_(False)
+    assert sum(part.mse_loss for part in found).item() == pytest.approx(output.mse_loss.item(), rel=1e-9)
+    assert sum(part.loss for part in found).item() == pytest.approx(output.loss.item(), rel=1e-9)
 
 
 def test_the_loss_equals_cross_entropy_over_all_logits_and_few_logits_are_computed(untouched_clara, texts):
@@ -282,7 +290,7 @@ def test_forward_returns_a_model_output_with_the_documented_fields(untouched_cla
         del batch["labels"]
         unlabelled = untouched_clara(**batch)
     assert isinstance(output, ModelOutput) and isinstance(output, CLaRaOutput)
-    assert set(output) == {"loss", "ce_loss", "logits", "scores", "topk_indices", "topk_weights"}
+    assert set(output) == {"loss", "ce_loss", "logits", "scores", "topk_indices", "topk_weights", "memories"}
     assert output.loss.shape == () and output.loss is output[0]
     assert output.scores.shape == (2, 4) and output.scores.dtype == torch.float32
     assert output.topk_indices.shape == (2, 2) and output.topk_indices.dtype == torch.int64

@@ -385,3 +385,18 @@ def test_bad_documents_are_refused_by_compress(untouched_clara, documents, error
 def test_a_bad_batch_size_is_refused(untouched_clara, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {batch_size}"):
         untouched_clara.compress(["a"], batch_size=batch_size)
+
+
+def test_a_batch_s_prompts_are_answered_from_its_memories_as_generate_does(double_clara, memories, texts):
+    expected = double_clara.generate(QUESTIONS, memories=memories, top_k=2, max_new_tokens=5)
+    prompts = double_clara.processor.encode_prompts(QUESTIONS, [2, 2, 2])
+    found = double_clara.answer(**prompts, memories=memories, document_index=expected.indices, max_new_tokens=5)
+    assert found.texts == expected.texts and torch.equal(found.sequences, expected.sequences)
+    # An unused slot: the last prompt has one document only.
+    prompts = double_clara.processor.encode_prompts(QUESTIONS[:1], [1])
+    rows = torch.tensor([[-1, 3]])
+    found = double_clara.answer(**prompts, memories=memories, document_index=rows, max_new_tokens=5)
+    alone = double_clara.generate(QUESTIONS[:1], documents=[[texts[3]]], rerank=False, max_new_tokens=5)
+    assert found.texts == alone.texts
+    with pytest.raises(ValueError, match="document_index holds 9"):
+        double_clara.answer(**prompts, memories=memories, document_index=torch.tensor([[9]]))
