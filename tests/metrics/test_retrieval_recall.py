@@ -57,6 +57,10 @@ def test_gold_that_is_not_ranked_counts_as_not_found():
     assert set(score_ranking([], [0]).values()) == {0.0}
 
 
+def test_padding_is_passed_over_as_if_it_were_not_there():
+    assert score_ranking([3, 1, -1, -1, -1], [1]) == score_ranking([3, 1], [1])
+
+
 def test_random_rankings_agree_with_the_literal_definitions():
     chance = random.Random(0)
     for _ in range(300):
@@ -96,6 +100,8 @@ def test_a_thousand_random_rankings_agree_with_ir_measures():
         (([0, 1], []), "without gold documents"),
         (([0, 1, 0], [1]), "ranked twice"),
         (([0, 1], [1], (0,)), "at least 1"),
+        (([0, -2], [1]), "-2"),
+        (([0, 1], [-1]), "-1"),
     ],
 )
 def test_what_has_no_score_is_an_error(arguments, message):

@@ -125,6 +125,8 @@ class AnswerF1(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, per_example=False):
+        if not len(predictions):
+            raise ValueError("There is nothing to score: `predictions` is empty.")
         scores = [score_answer(*pair) for pair in zip(predictions, references, strict=True)]
         values = {name: [score[name] for score in scores] for name in ANSWER_METRICS}
         return values if per_example else {name: sum(column) / len(column) for name, column in values.items()}

@@ -1,9 +1,10 @@
 """How much of an answer stands in the text that was selected for it."""
 
+import re
+import string
+
 import datasets
 import evaluate
-
-from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
 
 
 _DESCRIPTION = """\
@@ -47,14 +48,21 @@ Examples:
 """
 
 CLOSED_ANSWERS = ("yes", "no", "noanswer")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalized_words(text: str) -> list[str]:
+    """Words in lower case, without ASCII punctuation and articles (SQuAD v1.1)."""
+    # As in answer_f1, which is not imported: a metric's folder loads alone.
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def score_grounding(prediction: str, documents: list[str]) -> dict[str, float | None]:
     """`grounding` and `grounded` of one answer; `None` where it is yes, no, or has no token."""
-    words = normalize_answer(prediction).split()
+    words = normalized_words(prediction)
     if not words or " ".join(words) in CLOSED_ANSWERS:
         return {"grounding": None, "grounded": None}
-    known = {word for document in documents for word in normalize_answer(document).split()}
+    known = {word for document in documents for word in normalized_words(document)}
     found = sum(word in known for word in words)
     return {"grounding": found / len(words), "grounded": float(found == len(words))}
 

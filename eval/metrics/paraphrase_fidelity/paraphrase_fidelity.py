@@ -114,6 +114,8 @@ class ParaphraseFidelity(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, bertscore_model=None, bertscore_layer=None, per_example=False):
+        if not len(predictions):
+            raise ValueError("There is nothing to score: `predictions` is empty.")
         scores = [score_paraphrase(*pair) for pair in zip(predictions, references, strict=True)]
         values = {name: [score[name] for score in scores] for name in ROUGE}
         if bertscore_model is not None:

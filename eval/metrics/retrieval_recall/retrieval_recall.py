@@ -15,7 +15,8 @@ Compares the ranking of a question's candidates with the positions of its gold d
 - `ndcg@k`: discounted cumulative gain with binary relevance, over that of the best possible ranking.
 - `mrr`: 1 over the rank of the first gold document; 0 where none is ranked.
 
-Means over questions, between 0 and 1. A ranking may be cut: what is not in it counts as not found.
+Means over questions, between 0 and 1. A ranking may be cut: what is not in it counts as not found. Positions of -1,
+with which rows of unequal length are padded, are passed over.
 """
 
 _CITATION = """\
@@ -32,7 +33,8 @@ _CITATION = """\
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[list[int]]`): candidate positions of each question, best first, without repetition.
+    predictions (`list[list[int]]`): candidate positions of each question, best first, without repetition; -1
+        is padding, as in `retrieve`'s `indices`.
     references (`list[list[int]]`): positions of the gold documents of each question, at least one.
     ks (`list[int]`, defaults to `[1, 3, 5]`): the cut-offs.
     per_example (`bool`, defaults to `False`): lists with one value per question in place of the means.
@@ -58,17 +60,20 @@ def score_ranking(ranking: list[int], gold: list[int], ks: tuple[int, ...] = KS)
     """`recall@k`, `precision@k`, `all_gold@k` and `ndcg@k` for each k, and `mrr`, of one question.
 
     Args:
-        ranking: candidate positions, best first.
+        ranking: candidate positions, best first; -1 is padding.
         gold: positions of the gold documents.
         ks: the cut-offs, at least 1 each.
 
     Raises:
-        ValueError: no gold document, a cut-off below 1, or a candidate that is ranked twice.
+        ValueError: no gold document, a cut-off below 1, a negative position, or a candidate that is ranked twice.
     """
     if not gold:
         raise ValueError("A question without gold documents has no retrieval score.")
     if min(ks, default=1) < 1:
         raise ValueError(f"Every cut-off in ks must be at least 1, but ks is {list(ks)}.")
+    ranking = [candidate for candidate in ranking if candidate != -1]
+    if min([*ranking, *gold]) < 0:
+        raise ValueError(f"A position is negative: ranking {list(ranking)}, gold {list(gold)}.")
     if len(set(ranking)) < len(ranking):
         raise ValueError(f"A candidate is ranked twice: {list(ranking)}.")
     gold = set(gold)
@@ -101,6 +106,8 @@ class RetrievalRecall(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, ks=KS, per_example=False):
+        if not len(predictions):
+            raise ValueError("There is nothing to score: `predictions` is empty.")
         scores = [score_ranking(*pair, ks=tuple(ks)) for pair in zip(predictions, references, strict=True)]
         values = {name: [score[name] for score in scores] for name in scores[0]}
         return values if per_example else {name: sum(column) / len(column) for name, column in values.items()}
