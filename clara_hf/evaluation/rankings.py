@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from clara_hf.evaluation.statistics import wilson_interval
 
 
 BINS = 10
@@ -46,12 +49,10 @@ def scored_rankings(records: list[dict], temperature: float) -> ScoredRankings |
 
 def separation(found: ScoredRankings) -> float:
     """Probability that a gold candidate's score is above that of another one, over all questions (ROC AUC)."""
-    rest = np.sort(found.rest)
-    if not len(rest) or not len(found.gold):
+    if not len(found.rest) or not len(found.gold):
         return float("nan")
-    below = np.searchsorted(rest, found.gold, side="left")
-    equal = np.searchsorted(rest, found.gold, side="right") - below
-    return float((below + equal / 2).sum() / (len(rest) * len(found.gold)))
+    is_gold = np.repeat([True, False], [len(found.gold), len(found.rest)])
+    return float(roc_auc_score(is_gold, np.concatenate([found.gold, found.rest])))
 
 
 def reliability(values: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
@@ -59,11 +60,9 @@ def reliability(values: np.ndarray, right: np.ndarray, bins: int = BINS) -> list
     order = np.argsort(values, kind="stable")
     rows = []
     for part in np.array_split(order, min(bins, len(order))):
-        n, share = len(part), float(right[part].mean())
-        center = (share + 1.92 / n) / (1 + 3.84 / n)
-        half = 1.96 / (1 + 3.84 / n) * np.sqrt(share * (1 - share) / n + 0.96 / n**2)
-        ends = {"low": float(max(0.0, center - half)), "high": float(min(1.0, center + half))}
-        rows.append({"value": float(values[part].mean()), "right": share, **ends, "n": n})
+        low, high = wilson_interval(int(right[part].sum()), len(part))
+        mean = {"value": float(values[part].mean()), "right": float(right[part].mean())}
+        rows.append({**mean, "low": low, "high": high, "n": len(part)})
     return rows
 
 

@@ -23,8 +23,8 @@ MARKDOWN_COLUMNS = {
     "nDCG@5": "ndcg@5",
 }
 NOTE = (
-    "Percent, with 95% bootstrap intervals. n: questions answered / ranked with known gold documents. grounded: share "
-    "of an answer's words that stand in the documents it was given from.\n"
+    "Percent, with 95% intervals: Wilson's for scores of 0 or 1, else bootstrap. n: questions answered / ranked with "
+    "known gold\ndocuments. grounded: share of an answer's words that stand in the documents it was given from.\n"
     "Two systems that share a letter in a column are not distinguishable there (paired permutation test, Holm-adjusted "
     f"p of {1 - LEVEL:.2f} or more)."
 )

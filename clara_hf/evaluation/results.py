@@ -9,7 +9,7 @@ all but the last three stand under `datasets` and the file's name.
 import numpy as np
 
 from clara_hf.data.schema import QAExample
-from clara_hf.evaluation.statistics import bootstrap_interval, letters, paired_tests
+from clara_hf.evaluation.statistics import intervals, letters, paired_tests
 
 
 COMPARED = ("f1", "em", "cover_em", "grounding", "recall@1", "recall@3", "recall@5", "all_gold@5", "mrr", "ndcg@5")
@@ -24,7 +24,7 @@ def summarize(records: list[dict], seed: int) -> dict[str, dict]:
     if not names:
         return {}
     values = np.array([[record["scores"].get(name, np.nan) for name in names] for record in records])
-    columns = np.nanmean(values, axis=0), *bootstrap_interval(values, seed), (~np.isnan(values)).sum(axis=0)
+    columns = np.nanmean(values, axis=0), *intervals(values, seed), (~np.isnan(values)).sum(axis=0)
     rows = zip(names, *(column.tolist() for column in columns), strict=True)
     return {name: {"value": mean, "low": low, "high": high, "n": n} for name, mean, low, high, n in rows}
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
+from scipy.stats import binomtest
 
 
 LEVEL = 0.95
@@ -13,6 +14,33 @@ PERMUTATIONS = 10_000
 BLOCK = 4_000_000
 # Sums of the same numbers in another order may differ by so much.
 ROUNDING = 1e-9
+
+
+def intervals(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """95% intervals of the means of columns: Wilson's where all values are 0 or 1, else [`bootstrap_interval`].
+
+    Resampling cannot see beyond the values it has: at 0% and 100% its interval would have no width.
+
+    Args:
+        values: `[n, columns]`, NaN where a question has no value; each column has at least one.
+        seed: of the resamples.
+
+    Returns:
+        Lower and upper ends, `[columns]` each.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    low, high = bootstrap_interval(values, seed)
+    for column, numbers in enumerate(values.T):
+        numbers = numbers[~np.isnan(numbers)]
+        if np.isin(numbers, (0, 1)).all():
+            low[column], high[column] = wilson_interval(int(numbers.sum()), len(numbers))
+    return low, high
+
+
+def wilson_interval(count: int, n: int) -> tuple[float, float]:
+    """95% Wilson score interval of the share `count / n`."""
+    ends = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

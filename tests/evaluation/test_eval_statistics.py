@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from clara_hf.evaluation import statistics
-from clara_hf.evaluation.statistics import bootstrap_interval, holm, letters, paired_tests, permutation_test
+from clara_hf.evaluation.statistics import (
+    bootstrap_interval,
+    holm,
+    intervals,
+    letters,
+    paired_tests,
+    permutation_test,
+    wilson_interval,
+)
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial():
@@ -47,6 +55,21 @@ def test_questions_without_a_value_do_not_count():
     alone = np.stack(bootstrap_interval(values[:100, 1:], seed=0))
     assert low[0] < values[:, 0].mean() < high[0]
     assert (low[1], high[1]) == pytest.approx(tuple(alone[:, 0]), abs=0.02)
+
+
+def test_wilsons_interval_is_the_textbooks():
+    assert wilson_interval(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0, 1.9600**2 / (20 + 1.9600**2)), abs=1e-4)
+
+
+def test_shares_of_zero_and_one_have_intervals_with_a_width_and_other_scores_those_of_the_bootstrap():
+    values = np.column_stack([np.zeros(30), np.ones(30), np.arange(30) % 2, np.linspace(0, 1, 30)])
+    values[20:, 1] = np.nan
+    low, high = intervals(values, seed=0)
+    assert (low[0], high[0]) == wilson_interval(0, 30) and high[0] > 0.1
+    assert (low[1], high[1]) == wilson_interval(20, 20) and low[1] < 0.9
+    assert (low[2], high[2]) == wilson_interval(15, 30)
+    assert (low[3], high[3]) == tuple(end[3] for end in bootstrap_interval(values, seed=0))
 
 
 # Paired tests
