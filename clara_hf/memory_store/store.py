@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,10 @@ class MemoryStore:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all documents, in the order of their digits."""
+        return iter(self._table.all_keys())
 
     def __contains__(self, key: str) -> bool:
         return bool(self._table.find([key])[0] >= 0)

@@ -121,6 +121,9 @@ class MemoryTable:
         """What `columns` can read: the text and the user's columns."""
         return [name for name in self._snapshot().dataset.schema.names if name == "text" or name not in OWN_COLUMNS]
 
+    def all_keys(self) -> list[str]:
+        return unpacked(self._snapshot().keys)
+
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Row offsets of `keys`, -1 for those that are not stored."""
         snapshot = self._snapshot()

@@ -57,6 +57,7 @@ def test_length_and_membership_count_distinct_documents(store):
     keys = store.add([DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]], show_progress=False)
     assert len(store) == 2
     assert keys[0] in store and store.keys([DOCUMENTS[2]])[0] not in store
+    assert list(store) == sorted(set(keys))
 
 
 def test_each_text_is_compressed_once_within_and_across_calls(store):
