@@ -27,6 +27,7 @@ from .adapters_clara import (
 )
 from .configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
 from .processing_clara import CLaRaProcessor
+from .quantization_clara import base_only, refuse_quantized, settle_quantized
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
     ADDED_INPUT_ROWS,
@@ -36,6 +37,7 @@ from .weights_clara import (
     embedding_keys,
     fill_added_rows,
     is_other_base,
+    is_packed,
     merge_adapter_file,
     sample_base,
     saved_format,
@@ -51,7 +53,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 # What `from_base` takes besides fields: for the base and its tokenizer, for the base alone, for the new model.
 _READ_OPTIONS = (*_HUB_ARGUMENTS, "trust_remote_code")
 _BASE_OPTIONS = ("use_safetensors", "variant", "weights_only", "low_cpu_mem_usage")
-_PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+_PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
 _TOKEN_IDS = ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
 _SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
 
@@ -78,6 +80,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         self._processor = None
         self._hub_arguments = {}
         self._base_sample = None
+        self.quantized_by = None
         self.post_init()
 
     @classmethod
@@ -171,8 +174,12 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         with unpartitioned():
             state = decoder_state(cls, base, config)
         fill_added_rows(state, base, config, first_added)
+        if quantization := place.get("quantization_config"):
+            place["quantization_config"] = base_only(quantization, config)
         with _quiet_load_report():
             model, _ = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
+        if quantization:
+            settle_quantized(model, place["quantization_config"])
         if config.query_reasoner:
             copy_adapter(model.decoder, COMPRESSOR, QUERY_REASONER)
         model._base_sample = sample_base(state, config)
@@ -204,7 +211,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         if config.decoder_config is None:
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
+        refuse_quantized(config, name)
         config = _checked(config, name, save_format)
+        if quantization := kwargs.get("quantization_config"):
+            kwargs["quantization_config"] = base_only(quantization, config)
         with _absence_told(name):
             is_adapter = saved_format(name, config, hub) == "adapter"
         _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
@@ -228,6 +238,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 model, info = super().from_pretrained(name, *model_args, config=config, **options)
                 model.requires_grad_(False)
                 state, made_over = dict(model.named_parameters()), None
+        if quantization:
+            settle_quantized(model, kwargs["quantization_config"])
         _check_complete(info, f"{name} over the base {config.base_model_name_or_path!r}" if is_adapter else name)
         model._base_sample = sample_base(state, config)
         if is_other_base(made_over, model._base_sample):
@@ -251,6 +263,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """Write weights (in the configuration's `checkpoint_format`), configuration, code and processor."""
         if self.config.checkpoint_format == "adapter":
             state_dict = self.adapter_state_dict(state_dict)
+        elif self.quantized_by is not None:
+            raise ValueError(
+                f"the base is quantized ({self.quantized_by}) and cannot be saved: set model.config.checkpoint_format "
+                "to 'adapter'."
+            )
         if kwargs.get("is_main_process", True) and (self._processor is not None or self.name_or_path):
             self.processor.save_pretrained(save_directory)
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -303,7 +320,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
         for key, value in self.decoder.state_dict().items():
             if ".lora_" not in key:
-                flat = value.detach().flatten()
+                flat = (value.dequantize() if is_packed(value) else value).detach().flatten()
                 digest.update(key.encode() + repr(list(value.shape)).encode())
                 digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
         for parameter in [*adapter_parameters(self.decoder, COMPRESSOR), self.memory_embeddings.weight]:
@@ -438,9 +455,10 @@ def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:
     if name is None:
         raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
     try:
-        kind = PreTrainedConfig.get_config_dict(name, **options)[0].get("model_type")
-        if kind in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
+        values = PreTrainedConfig.get_config_dict(name, **options)[0]
+        if values.get("model_type") in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
             raise ValueError(f"{name} is a CLaRa checkpoint and no base: from_pretrained loads it.")
+        refuse_quantized(values, f"the base model {name!r}")
         with unpartitioned():
             return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:

@@ -87,6 +87,8 @@ def sample_base(weights: dict, config: CLaRaConfig) -> torch.Tensor | None:
         value = weights[key]
         if not key.startswith("decoder.") or ".lora_" in key or not value.is_floating_point() or value.is_meta:
             continue
+        if is_packed(value):
+            continue
         with gathered([value]):
             if value.dim() == 2 and len(value) == config.vocab_size:
                 continue
@@ -94,6 +96,11 @@ def sample_base(weights: dict, config: CLaRaConfig) -> torch.Tensor | None:
             positions = torch.linspace(0, len(flat) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
             samples.append(flat[positions.to(flat.device)].float().cpu())
     return torch.stack(samples) if samples else None
+
+
+def is_packed(value: torch.Tensor) -> bool:
+    """Whether a tensor is one of a quantizer's own types (torchao, quanto), which hold codes and scales."""
+    return type(value.data) not in (torch.Tensor, torch.nn.Parameter) and "quant" in type(value.data).__module__
 
 
 def is_other_base(expected: torch.Tensor | None, found: torch.Tensor | None) -> bool:

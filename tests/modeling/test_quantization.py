@@ -1,18 +1,22 @@
 """QLoRA over a base in 4 or 8 bits, and the precision of what trains."""
 
 import copy
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import conftest
 import pytest
 import torch
 from conftest import TEXTS, build_base, build_clara
 from test_trainers import make_trainer, part_of, snapshot
+from transformers import AutoModel, BitsAndBytesConfig, EetqConfig, QuantoConfig, TorchAoConfig
 
 from clara_hf.program.training import CLaRaModelArguments, UsageError, load_model
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import lora_layers
-from trainers.quantization import quantize_base
+from modeling_clara.quantization_clara import base_only, quantize_base
 
 
 BITS = (4, 8)
@@ -48,6 +52,64 @@ def test_quantized_base_is_smaller_and_makes_like_memories(bits, checkpoint):
         assert after.lora_A["compressor"].weight.dtype == torch.float32
     distance = torch.cosine_similarity(full.compress(TEXTS).flatten(1), quantized.compress(TEXTS).flatten(1)).min()
     assert distance > (0.9 if bits == 4 else 0.999)
+
+
+def quantizer(method: str):
+    if method.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes", reason='QLoRA needs bitsandbytes: pip install "clara-hf[quantization]"')
+        return BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **{f"load_in_{method[-1]}bit": True})
+    if method == "torchao":
+        return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    pytest.importorskip("optimum.quanto")
+    return QuantoConfig(weights="int8")
+
+
+@pytest.mark.parametrize("checkpoint_format", ["full", "adapter"])
+@pytest.mark.parametrize("method", ["bitsandbytes-4", "bitsandbytes-8", "torchao", "quanto"])
+def test_quantization_config_quantizes_the_base_alone(method, checkpoint_format, checkpoint, tmp_path):
+    whole = CLaRaForRetrievalGeneration.from_pretrained(checkpoint)
+    whole.config.checkpoint_format = checkpoint_format
+    whole.save_pretrained(tmp_path / "saved")
+    given = quantizer(method)
+    loaded = AutoModel.from_pretrained(tmp_path / "saved", quantization_config=given, trust_remote_code=False)
+    own = {name for name, _ in whole.named_parameters() if "base_layer" not in name}
+    parameters = dict(loaded.named_parameters())
+    assert own and all(torch.equal(parameters[name], dict(whole.named_parameters())[name]) for name in own)
+    assert {type(layer.base_layer.weight) for layer in lora_layers(loaded.decoder)} != {torch.nn.Parameter}
+    cosine = torch.cosine_similarity(whole.compress(TEXTS).flatten(1), loaded.compress(TEXTS).flatten(1)).min()
+    assert cosine > (0.9 if method.endswith("4") else 0.999)
+    assert loaded.generate(["Who keeps bees?"], memories=loaded.compress(TEXTS[:1])).texts
+    assert loaded.compressor_fingerprint() != whole.compressor_fingerprint()
+    # What is saved is whole again: the base is not in it, nor is how it was quantized.
+    loaded.config.checkpoint_format = "adapter"
+    loaded.save_pretrained(tmp_path / "again")
+    again = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.compress(TEXTS), whole.compress(TEXTS))
+
+
+def test_new_model_over_a_quantized_base(base):
+    given = quantizer("bitsandbytes-4")
+    model = CLaRaForRetrievalGeneration.from_base(base, quantization_config=given.to_dict(), doc_max_length=32)
+    assert model.decoder.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    with pytest.raises(ValueError, match="checkpoint_format"):
+        model.save_pretrained(base + "-unsaved")
+    assert not Path(base + "-unsaved").exists()
+
+
+def test_quantizer_that_leaves_nothing_out_and_quantized_base_are_refused(checkpoint, base, tmp_path):
+    class EveryLayer(EetqConfig):
+        def post_init(self):
+            del self.modules_to_not_convert
+
+    config = CLaRaForRetrievalGeneration.from_pretrained(checkpoint).config
+    with pytest.raises(ValueError, match="EveryLayer"):
+        base_only(EveryLayer(), config)
+    shutil.copytree(base, tmp_path / "packed")
+    values = json.loads((tmp_path / "packed/config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "packed/config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="bitsandbytes.*quantization_config="):
+        CLaRaForRetrievalGeneration.from_base(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("bits", BITS)
