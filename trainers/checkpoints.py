@@ -141,10 +141,14 @@ class CheckpointTrainer(Trainer):
         self.model.load_adapter_state_dict(state)
 
     def _load_best_model(self) -> None:
+        # The name may come from a file of the run's folder, which may have been moved, or been made by someone else.
+        best, folder = Path(self.state.best_model_checkpoint), Path(self.args.output_dir)
+        if not best.resolve().is_relative_to(folder.resolve()):
+            best = folder / best.name
         if self.is_deepspeed_enabled:
-            self._load_deepspeed(self.state.best_model_checkpoint)
+            self._load_deepspeed(str(best))
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(str(best))
 
 
 @contextmanager

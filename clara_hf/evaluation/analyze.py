@@ -39,6 +39,7 @@ from clara_hf.evaluation.report import (
 )
 from clara_hf.evaluation.results import datasets_of, parts_of
 from clara_hf.evaluation.settings import UsageError, data_files, data_hash, model_hash, slug
+from clara_hf.program.paths import is_plain_name
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -122,6 +123,8 @@ class Analysis:
         model = self._model(asked)
         for dataset, path in files.items():
             name = dataset if len(files) > 1 else None
+            if not is_plain_name(name or dataset):
+                raise UsageError(f"--runs: {self.run} names a data set {dataset!r}, which cannot be a folder's name.")
             examples = load_examples(path)[: asked["limit"]]
             numbers = self.numbers["datasets"][dataset] = {}
             self.parts.append(html.heading(f"What happens inside: {dataset}"))

@@ -12,6 +12,8 @@ from uuid import uuid4
 
 from transformers.utils import logging
 
+from clara_hf.program.paths import is_plain_name
+
 
 logger = logging.get_logger(__name__)
 
@@ -40,16 +42,25 @@ class Parts:
         """The announced parts, oldest first."""
         found = []
         for file in sorted(self.folder.glob("*.part.json"), key=lambda file: file.stat().st_mtime_ns):
+            if file.is_dir():
+                logger.warning(f"{file} is a folder, which no memory store makes: it is passed over; remove it")
+                continue
             try:
-                found.append(json.loads(file.read_text()))
-            except ValueError:
+                part = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError, RecursionError):
+                part = None
+            # What is written here names files to open and to remove: only what `announce` could have written counts.
+            if file.is_symlink() or not _is_part(part, file.name):
                 logger.warning(f"{file} is damaged: the memories that it announced are made again")
                 file.unlink()
+            else:
+                found.append(part)
         return found
 
     def discard(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            if is_plain_name(name):
+                (self.folder / name).unlink(missing_ok=True)
 
     def signatures(self, files: Iterable[str]) -> dict[str, Signature]:
         return {name: _signature(self.path / name) for name in files}
@@ -57,9 +68,10 @@ class Parts:
     def sound(self) -> dict[str, Signature]:
         """Signatures that the sound files had."""
         try:
-            return json.loads((self.folder / SOUND_FILE).read_text())
-        except (OSError, ValueError):  # then all are checked again
-            return {}
+            known = json.loads((self.folder / SOUND_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # then all are checked again
+            known = None
+        return known if isinstance(known, dict) else {}
 
     def trust(self, signatures: dict[str, Signature], present: Iterable[str]) -> None:
         """Adds sound files to those known, and forgets those that are not `present` in the table."""
@@ -78,6 +90,18 @@ class Parts:
             os.replace(unfinished, self.folder / name)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _is_part(part, name: str) -> bool:
+    """Whether `part` is a record of the file `name` that names files in the table's `data` folder alone."""
+    if not isinstance(part, dict) or part.get("name") != name:
+        return False
+    fragments, files = part.get("fragments"), part.get("files")
+    if not isinstance(fragments, list) or not isinstance(files, dict):
+        return False
+    listed = [file for each in fragments for file in (each.get("files") if isinstance(each, dict) else None) or [None]]
+    named = [file.get("path") if isinstance(file, dict) and file.get("base_id") is None else None for file in listed]
+    return all(map(is_plain_name, named)) and {f"data/{path}" for path in named} == set(files)
 
 
 def _signature(file: Path) -> Signature:

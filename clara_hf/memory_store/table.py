@@ -18,13 +18,15 @@ try:
 except ImportError as error:
     raise ImportError('the memory store needs Lance: pip install "clara-hf[index]"') from error
 
-from .journal import Parts, Signature
+from .journal import FOLDER, Parts, Signature
 from .keys import Maker, key_of
 from .snapshot import Snapshot, Unreadable, data_files, files_in, files_of, packed, reading, unpacked
 
 
 FORMAT = 1
 METADATA_KEY = b"clara.memory_store"
+# Of a store: ours, and Lance's.
+FOLDERS = (FOLDER, "data", "_deletions", "_indices", "_transactions", "_versions")
 OWN_COLUMNS = ("key", "text", "memory", "checksum")
 READ_ROWS = 512
 # Arrow and NumPy have no bfloat16: its bits are kept as uint16.
@@ -77,8 +79,13 @@ class MemoryTable:
                 metadata = json.loads(lance.dataset(str(path)).schema.metadata[METADATA_KEY])
         except (Unreadable, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a memory store: choose another path") from error
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"the memory store at {path} has format {metadata['format']}; this version reads {FORMAT}")
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            found = metadata.get("format") if isinstance(metadata, dict) else metadata
+            raise ValueError(f"the memory store at {path} has format {found!r}; this version reads {FORMAT}")
+        for name in FOLDERS:
+            # What is made, renamed and removed in them must be inside the store.
+            if (path / name).is_symlink():
+                raise ValueError(f"{path / name} is a link: a memory store holds no links; put what it leads to there")
         return cls(path, Maker(**metadata["maker"]), metadata["dtype"])
 
     def __getstate__(self) -> dict:

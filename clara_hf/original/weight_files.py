@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
+from clara_hf.program.paths import is_plain_name
+
 
 MAX_FILE_BYTES = 2 * 10**9
 
@@ -35,8 +37,12 @@ class WeightFiles:
         self._options = {"subfolder": subfolder, "local_files_only": local_files_only}
         self._source = source
         try:
-            with open(self._path(SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as file:
+            index = self._path(SAFE_WEIGHTS_INDEX_NAME)
+            with open(index, encoding="utf-8") as file:
                 self.file_of: dict[str, str] = json.load(file)["weight_map"]
+            for tensor, name in self.file_of.items():
+                if not is_plain_name(name):
+                    raise ConversionError(f"{index} places {tensor} in {name!r}, which is no file of its folder")
         except OSError:
             with self._open(SAFE_WEIGHTS_NAME) as file:
                 self.file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)

@@ -93,7 +93,8 @@ class Session:
         opening.pop_all().close()
         for name in (*self.outputs, STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm"):
             path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
         self.store = opening.enter_context(RunStore(self.folder))
 
     def prepare(self) -> None:
