@@ -26,10 +26,10 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from clara_hf.data.corpus import distinct_passages, read_corpus, read_questions, same_text_key
+from clara_hf.data.files import write_jsonl, write_text
 from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
 from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
 from clara_hf.data.schema import DataError, parse_example
-from clara_hf.data.sources import write_jsonl, write_text
 
 
 MODES = ("oracle", "normal")

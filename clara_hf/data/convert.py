@@ -18,8 +18,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from clara_hf.data.converters import CONVERTERS, LeftOut, read_aliases, two_wiki
+from clara_hf.data.files import write_jsonl
 from clara_hf.data.schema import DataError, check_text, check_texts, parse_example, parse_scp
-from clara_hf.data.sources import read_rows, unit_of, write_jsonl
+from clara_hf.data.sources import read_rows, unit_of
 
 
 SHOWN_ERRORS = 20

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from clara_hf.data.files import DataError, shown
 from clara_hf.data.schema import check_text, check_texts, parse_example
-from clara_hf.data.sources import DataError, read_rows, shown, unit_of
+from clara_hf.data.sources import read_rows, unit_of
 
 
 KINDS = {dict: "objects", str: "strings", object: "values"}

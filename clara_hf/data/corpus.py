@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from clara_hf.data.files import shown
 from clara_hf.data.schema import DataError, check_text, check_texts, parse_example
-from clara_hf.data.sources import read_rows, shown, unit_of
+from clara_hf.data.sources import read_rows, unit_of
 
 
 TEXTS = ("text", "contents", "content")

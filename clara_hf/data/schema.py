@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_hf.data.sources import DataError, read_jsonl, read_rows, shown, unit_of
+from clara_hf.data.files import DataError, shown
+from clara_hf.data.sources import read_jsonl, read_rows, unit_of
 
 
 __all__ = [

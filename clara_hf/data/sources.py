@@ -1,45 +1,49 @@
-"""Rows of data files of any kind, one after the other, each with its number; and the way back to a file.
+"""Rows of data files of any kind, one after the other, each with its number: the one reader of all programs.
 
 | source | rows |
 |---|---|
-| `F.jsonl`, `F.jsonl.gz` | one JSON object per line; blank lines are skipped |
-| `F.json`, `F.json.gz` | a JSON array of objects, or as above |
-| `F.csv`, `F.tsv`, each also `.gz` | a header, then records; lists are JSON in their cell; an empty cell is no value |
-| `F.parquet` | |
-| a folder | a data set that was saved by `save_to_disk`, or one with data files as on the Hub |
+| `F.jsonl` (and what has no ending below) | one JSON object per line; blank lines are skipped |
+| `F.json` | a JSON array of objects, one object over several lines, or as above |
+| `F.csv`, `F.tsv` | a header, then records; lists are JSON in their cell; an empty cell is no value |
+| `F.parquet`, `F.arrow` | |
+| `F.txt`, `F.text`, `F.md`, `F.rst` | the file as one `text`, or, where it is long, one per MiB |
+| a folder | a data set that was saved by `save_to_disk`, or one with such files, laid out as on the Hub |
 | `hf://datasets/USER/NAME`, with or without `@REVISION` | a data set on the Hub |
 
-The last two may be followed by `#SPLIT` or `#CONFIG/SPLIT`; a data set with one split needs none. All are streamed.
-Text is read here and not by `datasets`, whose readers do not tell which line is broken; the rest is read by `datasets`.
+Text may be packed: `.gz`, `.bz2`, `.zst`. Endings count in any case; a path is never a pattern. The last two may be
+followed by `#SPLIT` or `#CONFIG/SPLIT`; a data set with one split needs none. All are streamed. Text is read here and
+not by `datasets`, whose readers do not tell which line is broken.
 """
 
 import csv
-import gzip
 import io
 import json
-import os
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from clara_hf.data.files import DataError, damage_told, open_unpacked, shown, unpacked_name
+from clara_hf.data.tables import HUB, SAVED, folder_files, read_hub, read_saved, read_table
 
 
-HUB = "hf://datasets/"
 LISTS = ("answers", "docs", "pos_index", "positives")
 CHUNK = 2**20  # characters of a JSON array read at a time
+TEXT_BLOCK = 2**20  # bytes of a text file in a row, cut at the last blank line or newline
+KINDS = {
+    **{".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "table", ".arrow": "table"},
+    **dict.fromkeys((".txt", ".text", ".md", ".rst"), "text"),
+}
+ENDINGS = (".jsonl", *KINDS)
 
-
-class DataError(ValueError):
-    """A data file breaks the schema; the message names the file, the line and what is wrong."""
+Report = Callable[[DataError], None]
 
 
 def read_rows(
-    source: str | Path, on_error: Callable[[DataError], None] | None = None
+    source: str | Path, on_error: Report | None = None, max_bytes: int | None = None, errors: str = "strict"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (number from 1, row) of a file, a folder or a data set of the Hub.
+    """Yields (number from 1, row) of a file, a folder or a data set of the Hub; a row has no values that are `None`.
 
     The number is that of the line in JSONL and CSV (of a record's last line), of the item in an array, else of the row.
 
@@ -47,124 +51,117 @@ def read_rows(
         source: one of the kinds above.
         on_error: called with each broken row of text that the next one can be found behind (JSONL; items of arrays that
             are no objects; cells of CSV), which is then passed over. Default: it is raised.
+        max_bytes: a longer line of JSONL is broken, and never in memory as a whole.
+        errors: `"replace"`: bytes that are not UTF-8 become U+FFFD; `"strict"`: they are an error.
 
     Raises:
         DataError: the source cannot be read, or a row is malformed.
     """
-    kind = kind_of(source)
+    kind, (place, config, split) = kind_of(source), _place(source)
     if kind == "jsonl":
-        yield from read_jsonl(source, on_error)
+        yield from read_jsonl(source, on_error, max_bytes, errors)
     elif kind == "json":
-        yield from _read_array(source, on_error)
+        yield from _read_array(source, on_error, errors)
     elif kind == "csv":
-        yield from _read_csv(source, on_error)
+        yield from _read_csv(source, on_error, errors)
+    elif kind == "text":
+        yield from _read_text(source, errors)
+    elif kind == "table":
+        yield from _numbered(read_table(source))
+    elif kind == "hub":
+        yield from _numbered(read_hub(str(source), place, config, split))
+    elif any(Path(place, name).exists() for name in SAVED):
+        yield from _numbered(read_saved(str(source), place, split))
     else:
-        yield from _read_dataset(source, kind)
+        with folder_files(str(source), place, config, split) as (folder, files):
+            try:
+                yield from _numbered(row for file in files for _, row in read_rows(file, on_error, max_bytes, errors))
+            except DataError as error:
+                raise DataError(str(error).replace(folder, place)) from error
+
+
+def _numbered(rows):
+    # A column's missing values come as None.
+    for number, row in enumerate(rows, start=1):
+        yield number, {name: value for name, value in row.items() if value is not None}
 
 
 def kind_of(source: str | Path) -> str:
-    """`"jsonl"`, `"json"` (an array), `"csv"`, `"parquet"`, `"folder"` or `"hub"`."""
+    """`"jsonl"`, `"json"` (an array), `"csv"`, `"text"`, `"table"` (Parquet, Arrow), `"folder"` or `"hub"`."""
     if str(source).startswith(HUB):
         return "hub"
     if Path(_place(source)[0]).is_dir():
         return "folder"
-    suffix = Path(str(source).removesuffix(".gz")).suffix.lower()
-    if suffix == ".json":
-        return "json" if _starts_array(source) else "jsonl"
-    return {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(suffix, "jsonl")
+    kind = KINDS.get(Path(unpacked_name(source)).suffix.lower(), "jsonl")
+    if kind == "table" and unpacked_name(source) != Path(source).name:
+        raise DataError(f"{source}: a Parquet or Arrow file packs its columns itself: unpack this one first.")
+    return "jsonl" if kind == "json" and not _starts_array(source) else kind
 
 
 def unit_of(source: str | Path) -> str:
-    """What the numbers of [`read_rows`] count, for messages: `"line"`, `"item"` or `"row"`."""
-    return {"jsonl": "line", "csv": "line", "json": "item"}.get(kind_of(source), "row")
+    """What the numbers of [`read_rows`] count, for messages: `"line"`, `"item"`, `"block"` or `"row"`."""
+    return {"jsonl": "line", "csv": "line", "json": "item", "text": "block"}.get(kind_of(source), "row")
 
 
 def source_name(source: str | Path) -> str:
     """A short name for results: the file's without its endings, or the data set's with its configuration and split."""
     place, config, split = _place(source)
-    name = Path(place).name.split("@")[0] if str(source).startswith(HUB) else Path(place).name.removesuffix(".gz")
-    for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
-        name = name.removesuffix(ending)
-    return "-".join(filter(None, [name, config, split]))
+    name = Path(place).name.split("@")[0] if str(source).startswith(HUB) else unpacked_name(place)
+    ending = Path(name).suffix
+    return "-".join(filter(None, [name.removesuffix(ending) if ending.lower() in ENDINGS else name, config, split]))
+
+
+def split_sources(given: str) -> list[str]:
+    """Sources that were given with commas between; where several pieces together name what is there, they are one.
+
+    >>> split_sources("a.jsonl,b.jsonl")
+    ['a.jsonl', 'b.jsonl']
+    """
+    pieces, found = given.split(","), []
+    while pieces:
+        joined = [",".join(pieces[:size]) for size in range(len(pieces), 0, -1)]
+        whole = next((source for source in joined if source and Path(_place(source)[0]).exists()), pieces[0])
+        del pieces[: whole.count(",") + 1]
+        found.append(whole)
+    return [source for source in found if source]
 
 
 def read_jsonl(
-    path: str | Path, on_error: Callable[[DataError], None] | None = None
+    path: str | Path, on_error: Report | None = None, max_bytes: int | None = None, errors: str = "strict"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSONL file, gzipped where its name ends in `.gz`.
+    """Yields (line number from 1, object) of a JSONL file, packed or not; arguments as of [`read_rows`].
 
     Raises:
         DataError: the file cannot be read or, without `on_error`, a line is not UTF-8, not JSON or not an object.
     """
-    with _Damage(path) as damage, _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
+    number, limit = 0, -1 if max_bytes is None else max_bytes + 1
+    with damage_told(path) as damage, open_unpacked(path) as lines:
+        while line := lines.readline(limit):
+            number += 1
             damage.after = f"line {number}"
-            if line.strip():
-                yield from _rows(number, partial(_parse, path, number, line), on_error)
+            if max_bytes is not None and len(line) > max_bytes:
+                _skip_line(lines, line)
+                line = None
+            if number == 1 and line and (whole := _whole_object(path, line, lines)):
+                yield 1, whole
+            elif line is None or line.strip():
+                yield from _rows(number, partial(_parse, path, number, line, errors), on_error)
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes JSONL, gzipped where the name ends in `.gz`; equal rows give equal bytes. Returns the number of rows.
-
-    The file appears when it is whole: nothing is left of a write that fails or is interrupted.
-    """
-    number = 0
-    with _staged(path) as file:
-        with gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else nullcontext(file) as packed:
-            for row in rows:
-                packed.write(_line(row))
-                number += 1
-    return number
-
-
-def _line(row):
+def _whole_object(path, line, lines):
+    """The object that all of a `.json` file is, where its first line is not one; else `None`."""
+    if not unpacked_name(path).lower().endswith(".json") or not line.strip().endswith((b"{", b"[", b",")):
+        return None
     try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half a surrogate pair can only be written escaped
-        return (json.dumps(row) + "\n").encode()
+        found = json.loads((line + lines.read()).decode("utf-8-sig"))
+    except (RecursionError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file as [`write_jsonl`] does: whole, or not at all."""
-    with _staged(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def _staged(path):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staged, "wb") as file:
-            yield file
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut to 60 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Damage:
-    """Turns what goes wrong while a file is read into a `DataError` that names the last place read."""
-
-    def __init__(self, path):
-        self.path, self.after = path, "line 0"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile):
-            raise DataError(f"{self.path}, after {self.after}: the gzip data is damaged ({error}).") from error
-        if isinstance(error, UnicodeDecodeError):
-            raise DataError(f"{self.path}, after {self.after}: not UTF-8 text ({error.reason}).") from error
-        if isinstance(error, OSError):
-            raise DataError(f"{self.path}: the file cannot be read ({error.strerror or error}).") from error
+def _skip_line(lines: IO[bytes], part: bytes) -> None:
+    while part and not part.endswith(b"\n"):
+        part = lines.readline(CHUNK)
 
 
 def _rows(number: int, row: Callable[[], dict], on_error) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -179,22 +176,24 @@ def _rows(number: int, row: Callable[[], dict], on_error) -> Iterator[tuple[int,
     yield number, found
 
 
-def _open(path):
-    return gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
+def _broken(path, unit, number, reason):
+    return DataError(f"{path}, {unit} {number}: {reason}.", number, reason)
 
 
-def _parse(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
-    where = f"{path}, line {number}"
+def _parse(path, number, line, errors):
+    broken = partial(_broken, path, "line", number)
+    if line is None:
+        raise broken("line too long")
     try:
         # Files saved on Windows may start with a byte order mark.
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8", errors).strip())
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start}).") from error
+        raise broken(f"not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON, {error.msg} at column {error.colno}.") from error
+        raise broken(f"malformed JSON, {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{where}: malformed JSON, {_limit(error)}.") from error
-    return _object(where, row, "line")
+        raise broken(f"malformed JSON, {_limit(error)}") from error
+    return _object(path, "line", number, row)
 
 
 def _limit(error):
@@ -202,21 +201,24 @@ def _limit(error):
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
-def _object(where, row, unit):
+def _object(path, unit, number, row):
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is expected, but the {unit} holds {shown(row)}.")
+        raise _broken(path, unit, number, f"a JSON object is expected, but the {unit} holds {shown(row)}")
     return row
 
 
 def _starts_array(path):
-    with _Damage(path), _open(path) as file:
+    with damage_told(path), open_unpacked(path) as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _read_array(path, on_error):
+def _read_array(path, on_error, errors):
     """Items of a JSON array, one in memory at a time: such files hold gigabytes in a single line."""
     decoder = json.JSONDecoder()
-    with _Damage(path) as damage, io.TextIOWrapper(_open(path), encoding="utf-8-sig") as file:
+    with (
+        damage_told(path) as damage,
+        io.TextIOWrapper(open_unpacked(path), encoding="utf-8-sig", errors=errors) as file,
+    ):
         text, place, number, chunk = file.read(4096).lstrip(), 1, 0, CHUNK
         while True:
             # Past white space and, after the first item, one comma.
@@ -242,7 +244,7 @@ def _read_array(path, on_error):
                 raise DataError(f"{where}: malformed JSON, {_limit(error)}.") from error
             number, place, chunk = number + 1, end, CHUNK
             damage.after = f"item {number}"
-            yield from _rows(number, partial(_object, where, row, "item"), on_error)
+            yield from _rows(number, partial(_object, path, "item", number, row), on_error)
 
 
 def _past_space(text, place):
@@ -251,11 +253,14 @@ def _past_space(text, place):
     return place
 
 
-def _read_csv(path, on_error):
+def _read_csv(path, on_error, errors):
     # The default limit of a cell is 128 KiB, less than twenty long documents.
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if str(path).removesuffix(".gz").lower().endswith(".tsv") else ","
-    with _Damage(path) as damage, io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    delimiter = "\t" if unpacked_name(path).lower().endswith(".tsv") else ","
+    with (
+        damage_told(path) as damage,
+        io.TextIOWrapper(open_unpacked(path), encoding="utf-8-sig", errors=errors, newline="") as file,
+    ):
         records = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             names = next(records, [])
@@ -265,22 +270,52 @@ def _read_csv(path, on_error):
                 damage.after = f"line {records.line_num}"
                 if cells:
                     number = records.line_num
-                    yield from _rows(number, partial(_record, f"{path}, line {number}", names, cells), on_error)
+                    yield from _rows(number, partial(_record, path, number, names, cells), on_error)
         except csv.Error as error:
             raise DataError(f"{path}, line {records.line_num}: malformed CSV, {error}.") from error
 
 
-def _record(where, names, cells):
+def _record(path, number, names, cells):
     if len(cells) != len(names):
-        raise DataError(f"{where}: {len(cells)} cells, but {len(names)} columns.")
+        raise _broken(path, "line", number, f"{len(cells)} cells, but {len(names)} columns")
     row = {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}
     for name in LISTS:
         if name in row:
             try:
                 row[name] = json.loads(row[name])
             except (RecursionError, ValueError) as error:
-                raise DataError(f"{where}: {name!r} must be a JSON list, but is {shown(row[name])}.") from error
+                reason = f"{name!r} must be a JSON list, but is {shown(row[name])}"
+                raise _broken(path, "line", number, reason) from error
     return row
+
+
+def _read_text(path, errors):
+    """The file as one row, or, where it is long, as one per block."""
+    with damage_told(path) as damage, open_unpacked(path) as file:
+        number, rest = 0, b""
+        while piece := file.read(TEXT_BLOCK):
+            rest += piece
+            if len(piece) < TEXT_BLOCK:
+                break
+            cut = max(rest.rfind(b"\n\n"), rest.rfind(b"\n") if b"\n\n" not in rest else -1)
+            cut = cut if cut > 0 else rest.rfind(b" ") if b" " in rest else _character_start(rest)
+            number += 1
+            yield number, _block(rest[:cut], number, errors)
+            damage.after, rest = f"block {number}", rest[cut:]
+        if rest.strip() or number == 0:
+            yield number + 1, _block(rest, number + 1, errors)
+
+
+def _block(data, number, errors):
+    return {"text": data.decode("utf-8-sig" if number == 1 else "utf-8", errors)}
+
+
+def _character_start(data: bytes) -> int:
+    """The last position at which a UTF-8 character can begin."""
+    position = len(data) - 1
+    while position > max(0, len(data) - 4) and data[position] & 0xC0 == 0x80:
+        position -= 1
+    return max(position, 1)
 
 
 def _place(source: str | Path) -> tuple[str, str | None, str | None]:
@@ -290,49 +325,3 @@ def _place(source: str | Path) -> tuple[str, str | None, str | None]:
         return str(source), None, None
     config, _, split = selection.rpartition("/")
     return place, config or None, split
-
-
-def _read_dataset(source, kind):
-    # Imported here: reading a JSONL file does not need it.
-    import datasets
-
-    place, config, split = _place(source)
-    try:
-        if kind == "parquet":
-            found = datasets.load_dataset("parquet", data_files=str(place), streaming=True)
-        elif kind == "hub":
-            name, _, revision = place.removeprefix(HUB).partition("@")
-            found = datasets.load_dataset(name, config, revision=revision or None, streaming=True)
-        elif any(Path(place, name).exists() for name in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(place)
-        else:
-            found = datasets.load_dataset(place, config, streaming=True)
-    except Exception as error:  # datasets raises nearly every kind, down to those of its file systems
-        raise DataError(f"{source}: the data set cannot be loaded ({_reason(error)}).") from error
-    if isinstance(found, dict):
-        splits = ", ".join(found)
-        if split is None and len(found) > 1:
-            raise DataError(f"{source}: it has the splits {splits}: add #SPLIT to its name.")
-        if split is not None and split not in found:
-            raise DataError(f"{source}: there is no split {split!r}, it has {splits}.")
-        found = found[split or next(iter(found))]
-    elif split is not None:
-        raise DataError(f"{source}: it was saved without splits: leave #{split} out.")
-    number, rows = 0, iter(found)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise DataError(f"{source}, after row {number}: it cannot be read ({_reason(error)}).") from error
-        number += 1
-        # A column's missing values come as None.
-        yield number, {name: value for name, value in row.items() if value is not None}
-
-
-def _reason(error):
-    cause = error.__cause__ or error
-    # The second line of some names what there is to choose from.
-    lines = [line.strip() for line in str(cause).strip().splitlines()[:2]]
-    return " ".join(lines).rstrip(".") or type(cause).__name__

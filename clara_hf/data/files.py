@@ -1,0 +1,152 @@
+"""Files as they are on the disk: opened by what their names end in, written whole or not at all, told by a digest."""
+
+import bz2
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+
+PACKED = (".gz", ".bz2", ".zst")  # in any case
+BLOCK = 2**20
+
+
+class DataError(ValueError):
+    """A data file breaks the schema; the message names the file, the place in it and what is wrong.
+
+    Attributes:
+        place: number of the broken row as in `read_rows`, or 0 where the file as a whole cannot be read.
+        reason: the message without file and place.
+    """
+
+    def __init__(self, message: str, place: int = 0, reason: str = ""):
+        super().__init__(message)
+        self.place, self.reason = place, reason or message
+
+
+def unpacked_name(path: str | Path) -> str:
+    """A file's name without what says that it is compressed."""
+    name = Path(path).name
+    return next((name[: -len(ending)] for ending in PACKED if name.lower().endswith(ending)), name)
+
+
+def open_unpacked(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading bytes, through gzip, bzip2 or Zstandard where its name ends in `.gz`, `.bz2` or `.zst`.
+
+    Raises:
+        DataError: the package `zstandard` is needed and not installed.
+        OSError: the file cannot be opened. Damage shows while reading; see [`damage_told`].
+    """
+    ending = Path(path).suffix.lower()
+    if ending == ".gz":
+        return gzip.open(path)
+    if ending == ".bz2":
+        return bz2.open(path)
+    return io.BufferedReader(_Zstandard(path), BLOCK) if ending == ".zst" else open(path, "rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """Unpacks frame by frame. The package's own reader takes a file that was cut off for a whole one."""
+
+    def __init__(self, path):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(f"{path}: reading .zst needs `pip install zstandard`.") from error
+        self.zstandard, self.file = zstandard, open(path, "rb")
+        self.frame, self.given, self.ready = None, b"", b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            given, self.given = self.given or self.file.read(BLOCK), b""
+            if not given:
+                if self.frame is not None:
+                    raise EOFError("the file ended before its frame did")
+                return 0
+            # Windows of up to 2 GiB, as `zstd --long=31` makes them.
+            frame = self.frame or self.zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            try:
+                self.ready = frame.decompress(given)
+            except self.zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self.frame, self.given = (None, frame.unused_data) if frame.eof else (frame, b"")
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+class damage_told:
+    """Turns what goes wrong while a file is read into a `DataError` that names the last place read, `after`."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.after = path, "line 0"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        # bzip2 and gzip raise errors of the operating system's kind, but without its number.
+        if isinstance(error, EOFError | zlib.error) or isinstance(error, OSError) and error.errno is None:
+            raise DataError(f"{self.path}, after {self.after}: the compressed data is damaged ({error}).") from error
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{self.path}, after {self.after}: not UTF-8 text ({error.reason}).") from error
+        if isinstance(error, OSError):
+            raise DataError(f"{self.path}: the file cannot be read ({error.strerror or error}).") from error
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes JSONL, gzipped where the name ends in `.gz`; equal rows give equal bytes. Returns the number of rows.
+
+    The file appears when it is whole: nothing is left of a write that fails or is interrupted.
+    """
+    number = 0
+    with _staged(path) as file:
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else nullcontext(file) as packed:
+            for row in rows:
+                packed.write(_line(row))
+                number += 1
+    return number
+
+
+def _line(row):
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair can only be written escaped
+        return (json.dumps(row) + "\n").encode()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file as [`write_jsonl`] does: whole, or not at all."""
+    with _staged(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _staged(path) -> Iterator[IO[bytes]]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(staged, "wb") as file:
+            yield file
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut to 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
