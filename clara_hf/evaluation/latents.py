@@ -31,12 +31,32 @@ class LensRow:
     other: float
 
 
-@torch.no_grad()
-def logit_lens(model, examples: list[QAExample], seed: int, count: int = 10, batch_size: int = 32) -> list[LensRow]:
-    """Applies the output head to what the query reasoner makes of each question (arXiv 2511.18659, logit lens).
+class Lens:
+    """Reads words off query vectors by the output head (arXiv 2511.18659, logit lens).
 
     A token's strength is its highest logit over the l query vectors. Tokens that the tokenizer marks as special, and
-    those without a letter or digit, are passed over. Texts are compared token by token, without case and spaces.
+    those without a letter or digit, are passed over; " Owl" and "owl" are one word.
+    """
+
+    def __init__(self, model):
+        tokenizer = model.processor.tokenizer
+        self._head = model.get_output_embeddings()
+        self._words = [_plain(tokenizer.decode([token])) for token in range(model.config.vocab_size)]
+        special = {*tokenizer.all_special_ids, *model.config.added_token_ids}
+        hidden = [token in special or not any(map(str.isalnum, word)) for token, word in enumerate(self._words)]
+        self._hidden = torch.tensor(hidden)
+
+    @torch.no_grad()
+    def words(self, queries: torch.Tensor, count: int) -> list[list[str]]:
+        """The `count` strongest words of each of the queries `[B, l, H]`, strongest first."""
+        logits = self._head(queries).amax(dim=1).float().cpu()[:, : len(self._words)]
+        best = logits.masked_fill(self._hidden, float("-inf")).topk(min(8 * count, len(self._words))).indices
+        return [list(dict.fromkeys(self._words[token] for token in tokens))[:count] for tokens in best.tolist()]
+
+
+def logit_lens(model, examples: list[QAExample], seed: int, count: int = 10, batch_size: int = 32) -> list[LensRow]:
+    """Applies [`Lens`] to what the query reasoner makes of each question; texts are compared token by token, without
+    case and spaces.
 
     Args:
         model: a `CLaRaForRetrievalGeneration`.
@@ -44,22 +64,15 @@ def logit_lens(model, examples: list[QAExample], seed: int, count: int = 10, bat
         seed: of the choice of candidates that are not gold.
         count: tokens per question.
     """
-    tokenizer = model.processor.tokenizer
-    words = [_plain(tokenizer.decode([token])) for token in range(model.config.vocab_size)]
-    special = {*tokenizer.all_special_ids, *model.config.added_token_ids}
-    hidden = torch.tensor([token in special or not any(map(str.isalnum, word)) for token, word in enumerate(words)])
+    lens = Lens(model)
     chance = np.random.default_rng(seed)
     examples = [one for one in examples if one.pos_index]
     rows = []
     for start in tqdm(range(0, len(examples), batch_size), desc="Logit lens", leave=False):
         batch = examples[start : start + batch_size]
         queries = model.encode_questions([one.question for one in batch], batch_size=batch_size)
-        logits = model.get_output_embeddings()(queries).amax(dim=1).float().cpu()
-        best = logits[:, : len(words)].masked_fill(hidden, float("-inf")).topk(min(8 * count, len(words))).indices
-        for one, tokens in zip(batch, best.tolist(), strict=True):
-            # "owl" and " Owl" are one word.
-            chosen = list(dict.fromkeys(words[token] for token in tokens))[:count]
-            rows.append(_lens_row(one, chosen, tokenizer, chance))
+        for one, words in zip(batch, lens.words(queries, count), strict=True):
+            rows.append(_lens_row(one, words, model.processor.tokenizer, chance))
     return rows
 
 
