@@ -12,9 +12,11 @@ from benchmarks.scripted_teacher import FactTeacher, part_of
 
 
 class Say(NamedTuple):
-    """A good reply with this text instead of the teacher's."""
+    """A good reply with this text, or other content, instead of the teacher's."""
 
-    text: str | None
+    text: Any
+    finish_reason: str = "stop"
+    fields: dict[str, Any] = {}
 
 
 class Status(NamedTuple):
@@ -128,9 +130,10 @@ class Endpoint:
         elif isinstance(action, Status):
             self._send(handler, action.code, action.body, action.headers)
         else:
-            text = action.text if isinstance(action, Say) else json.dumps(self.teacher.reply(messages))
-            usage = {"prompt_tokens": len(json.dumps(messages)) // 4, "completion_tokens": len(text or "") // 4}
-            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            said = action if isinstance(action, Say) else Say(json.dumps(self.teacher.reply(messages)))
+            usage = {"prompt_tokens": len(json.dumps(messages)) // 4, "completion_tokens": len(said.text or "") // 4}
+            message = {"role": "assistant", "content": said.text, **said.fields}
+            choice = {"message": message, "finish_reason": said.finish_reason}
             self._send(handler, 200, json.dumps({"choices": [choice], "usage": usage}), {})
 
     @staticmethod

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -28,6 +29,21 @@ MAX_DELAY = 60.0
 TOLERATED_FAILURES = 3
 # What endpoints that know no structured outputs have been seen to say beside 400 and 422.
 UNKNOWN_FORMAT = (404, 500, 501)
+# A reply without content comes again from most endpoints, at the full price of its tokens.
+EMPTY_RETRIES = 2
+# What `finish_reason` says of a reply that ends at its token limit.
+CUT_OFF = ("length", "max_tokens", "model_length")
+# Types of the parts of a message that hold its text.
+TEXT_PARTS = ("text", "output_text")
+# Fields of our requests that some endpoints refuse, and how `--extra_body` mends it.
+REFUSED_FIELDS = {
+    "max_tokens": '{"max_tokens": null, "max_completion_tokens": N}',
+    "temperature": '{"temperature": null}',
+    "seed": '{"seed": null}',
+}
+REFUSAL = re.compile(
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra_", re.I
+)
 # A shorter key is a word for "none is needed", which a reply may hold by chance.
 MIN_KEY_CHARS = 8
 
@@ -45,19 +61,28 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """The text of a reply, and the tokens that the endpoint counted (0 where it does not)."""
+    """The text of a reply, the tokens that the endpoint counted (0 where it does not), and whether it was cut off."""
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cut: bool = False
 
 
 class _Retry(Exception):
     """A request is worth repeating: `str()` is what happened, `after` the seconds that the endpoint asked for."""
 
-    def __init__(self, problem: str, after: float = 0.0, status: int = 0, level: int = -1, unreachable: bool = False):
+    def __init__(
+        self,
+        problem: str,
+        after: float = 0.0,
+        status: int = 0,
+        level: int = -1,
+        unreachable: bool = False,
+        empty: bool = False,
+    ):
         super().__init__(problem)
-        self.after, self.limited, self.unreachable = after, status == 429, unreachable
+        self.after, self.limited, self.unreachable, self.empty = after, status == 429, unreachable, empty
         self.may_be_format = status in UNKNOWN_FORMAT and STRUCTURES[level] != "none"
 
 
@@ -200,6 +225,8 @@ class ChatClient:
                     reply = await self._post(request)
                 except _Retry as problem:
                     last = problem
+                    if problem.empty and attempt >= EMPTY_RETRIES:
+                        break
                     if attempt < self.max_retries:
                         delay = min(MAX_DELAY, FIRST_DELAY * 2**attempt) * random.uniform(0.5, 1.0)
                         if problem.after:
@@ -217,15 +244,15 @@ class ChatClient:
             if last.may_be_format and (reply := await self._without_structure(request)):
                 return reply
             if self._successes == successes:
-                self._give_up(last)
-            raise RequestFailed(f"{last} in {self.max_retries + 1} tries")
+                self._give_up(last, attempt + 1)
+            raise RequestFailed(f"{last} in {attempt + 1} tries")
 
-    def _give_up(self, last: _Retry) -> None:
+    def _give_up(self, last: _Retry, tries: int) -> None:
         """Stop the run where not the request but the endpoint seems to be at fault."""
         self._failures_in_a_row += 1
         if last.limited or last.unreachable or self._failures_in_a_row > TOLERATED_FAILURES:
             raise UsageError(
-                f"{self.host} gave no reply in {self.max_retries + 1} tries ({last}): see to it; the same command goes "
+                f"{self.host} gave no reply in {tries} tries ({last}): see to it; the same command goes "
                 "on where this one stopped."
             )
 
@@ -324,23 +351,32 @@ class ChatClient:
     def _read(self, body: bytes) -> ChatReply:
         try:
             value = json.loads(body.decode("utf-8", "replace"))
-            text = value["choices"][0]["message"]["content"]
+            choice = value["choices"][0]
+            text = content_of(choice["message"])
+            reason = str(choice.get("finish_reason") or "").lower()
             usage = value.get("usage") or {}
             tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _Retry("a reply that is no chat completion") from None
-        return ChatReply(self._masked(clean_text(text)) if isinstance(text, str) else "", *tokens)
+        text = self._masked(clean_text(text))
+        if not text.strip():
+            others = [name for name, field in choice["message"].items() if field and name not in ("role", "content")]
+            beside = f" beside {', '.join(sorted(others))}" if others else ""
+            raise _Retry(self._clean(f"a reply without content{beside}, finish_reason {reason!r}"), empty=True)
+        return ChatReply(text, *tokens, cut=reason in CUT_OFF)
 
     def _message(self, body: bytes) -> str:
         """What an error's body says, in one short line without the key."""
-        text = body[:4000].decode("utf-8", "replace")
+        text = whole = body[:4000].decode("utf-8", "replace")
         try:
             value = json.loads(text)
             error = value.get("error", value) if isinstance(value, dict) else value
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, RecursionError):
             pass
-        return self._clean(text)[:200]
+        refused = (field for field in REFUSED_FIELDS if REFUSAL.search(whole) and re.search(rf"\b{field}\b", whole))
+        cure = "".join(f" (pass --extra_body '{REFUSED_FIELDS[field]}')" for field in refused)
+        return self._clean(text)[:200] + cure.replace("N}", f"{self.max_tokens}}}")
 
     def _clean(self, text: str) -> str:
         text = self._masked(clean_line(text))
@@ -351,6 +387,15 @@ class ChatClient:
         for secret in self._secrets:
             text = text.replace(secret, "[API key]")
         return text
+
+
+def content_of(message: dict[str, Any]) -> str:
+    """A message's text: a string, or the texts of its parts, without those that hold reasoning or something else."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        content = "".join(part.get("text") or "" for part in parts if part.get("type", "text") in TEXT_PARTS)
+    return content if isinstance(content, str) else ""
 
 
 def endpoint(base_url: str) -> str:

@@ -39,6 +39,8 @@ class LocalModel:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
     async def __aenter__(self) -> "LocalModel":
@@ -121,7 +123,8 @@ class LocalModel:
         written = output[:, longest:].tolist()
         replies = []
         for ids, new in zip(rows, written, strict=True):
-            text = self.tokenizer.decode(new, skip_special_tokens=True)
-            count = sum(token != self.tokenizer.pad_token_id for token in new)
-            replies.append(ChatReply(clean_text(text), len(ids), count))
+            # What stands behind the first end is padding, which may be the same token.
+            end = next((place for place, token in enumerate(new) if token in self.ends), None)
+            text = clean_text(self.tokenizer.decode(new[:end], skip_special_tokens=True))
+            replies.append(ChatReply(text, len(ids), len(new) if end is None else end + 1, cut=end is None))
         return replies

@@ -2,9 +2,9 @@
 
 import json
 import re
-from itertools import islice
-from typing import Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
+import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from clara_hf.synthesis.text import clean_line
@@ -14,12 +14,38 @@ COMPLEX_KINDS = ("bridging", "comparison", "aggregation", "temporal")
 # A reply with more items than that is cut: each pair costs requests, and a reply is not to be trusted.
 MAX_ITEMS = 24
 MAX_FACT_CHARS = 400
+# JSON values of one reply, and characters of one that is mended: a reply is not to be trusted.
+MAX_VALUES, MAX_MENDED_CHARS = 8, 20_000
+
+THINK = r"(?:think|thought|reason|reflect|analy[sz]|scratch|rationale|deliberat|monologue|cot\b|plan\b|draft)\w*"
+# Tags of other names that may stand around an answer; any other tag's content is none.
+NEUTRAL = (
+    r"(?:(?:final|answer|output|response|result|reply|json|object|verdict|assistant|html|body|div|span|code|pre|p|br|b|i|"
+    r"em|strong|sub|sup|a|li|ul|ol|table|tr|td|th|h\d|s|bos|eos|pad|unk|start_of_turn|end_of_turn)(?![\w:.-])|final_)"
+)
+TOKEN = re.compile(
+    rf"(?P<final>(?i:<\|?channel\|?>\s*final\b)|assistantfinal)"
+    rf"|(?P<close>(?i:</(?:\w+:)?{THINK}\s*>|<\|/{THINK}\|>|<\|end_(?:of_)?{THINK}\|>|\[/{THINK}\]|◁/{THINK}▷)"
+    rf"|<channel\|>|<unused95>)"
+    rf"|(?P<open>(?i:<(?:\w+:)?{THINK}(?:\s[^<>]*)?>|<\|(?:(?:begin|start)_(?:of_)?)?{THINK}\|>|\[{THINK}\]|◁{THINK}▷)"
+    rf"|<\|channel\|?>\s*\w+|<unused94>|\A\s*(?:analysis|commentary)(?=\W|[A-Z]))"
+    rf"|(?P<other_close>(?i:</(?!{NEUTRAL})[a-z][\w:.-]*\s*>))"
+    rf"|(?P<other_open>(?i:<(?!{NEUTRAL})[a-z][\w:.-]*(?:\s[^<>]*)?>))"
+    # An object anywhere, a list only where the reply begins.
+    rf"|(?P<value>\{{(?=\s*[\"'}}{{]|\s*\w+\s*:)|(?:\A|(?<=[>\]▷])|(?<=final))\s*(?:```\w*\s*)?\[(?=\s*[{{\[\"\]]))"
+)
+CLOSED = re.compile(r"[}\]]\s*(?:```)?\s*\Z")
 
 
 class Reply(BaseModel):
-    """Base of the schemas: numbers pass for text, unknown keys are left out."""
+    """Base of the schemas: numbers pass for text, unknown keys are left out.
+
+    Attributes:
+        mended: malformed JSON may be mended, since what it holds is checked later.
+    """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
+    mended: ClassVar[bool] = False
 
 
 class Pair(Reply):
@@ -32,14 +58,17 @@ class ComplexPair(Pair):
 
 
 class Pairs(Reply):
+    mended = True
     pairs: list[Pair]
 
 
 class ComplexPairs(Reply):
+    mended = True
     pairs: list[ComplexPair]
 
 
 class Paraphrase(Reply):
+    mended = True
     paraphrase: str
 
 
@@ -74,6 +103,15 @@ class ReplyError(ValueError):
     """A reply cannot be read; the message says what is wrong with it."""
 
 
+class MalformedJSON(ReplyError):
+    """JSON that begins at `place` in the reply is malformed."""
+
+    def __init__(self, problem: Exception, place: int):
+        what = f"{problem.msg} at character {problem.pos}" if hasattr(problem, "msg") else type(problem).__name__
+        super().__init__(f"its JSON is malformed ({what})")
+        self.place = place
+
+
 def json_schema(reply_type: type[Reply]) -> dict:
     """The schema as endpoints with strict structured outputs want it: all keys required, no others, no references."""
     schema = reply_type.model_json_schema()
@@ -94,14 +132,41 @@ def json_schema(reply_type: type[Reply]) -> dict:
     return strict(schema)
 
 
-def parse_reply(text: str, reply_type: type[ReplyType]) -> ReplyType:
-    """Reads the first JSON value of a reply that may have reasoning, a code fence or words around it.
+def parse_reply(text: str, reply_type: type[ReplyType], cut: bool = False) -> ReplyType:
+    """Reads the JSON value of a reply that may have reasoning, a code fence or words around it.
+
+    What is written, and checked later, is mended by json-repair where it is malformed; what a check says never is.
+
+    Args:
+        cut: the reply ends at its token limit.
 
     Raises:
-        ReplyError: there is no JSON, or it does not fit the schema.
+        ReplyError: it is cut off, holds no JSON outside of reasoning, or several that differ, or breaks the schema.
     """
-    text = re.sub(r"^.*</think>", "", text, flags=re.DOTALL).strip()
-    value = first_json(text)
+    if cut:
+        raise ReplyError("it was cut off at the limit of its length")
+    try:
+        found = json_values(text)
+    except MalformedJSON as error:
+        if not reply_type.mended or len(text) > MAX_MENDED_CHARS or not CLOSED.search(text):
+            raise
+        try:
+            found = [json_repair.loads(text[error.place :], skip_json_loads=True)]
+        except (RecursionError, ValueError):
+            raise error from None
+    if not found:
+        raise ReplyError("there is no JSON object in it")
+    read = [read_value(value, reply_type) for value in found]
+    fitting = [value for value in read if isinstance(value, Reply)]
+    if not fitting:
+        raise read[0]
+    if any(value != fitting[0] for value in fitting):
+        raise ReplyError("it holds several JSON objects that differ")
+    return fitting[0]
+
+
+def read_value(value: Any, reply_type: type[ReplyType]) -> ReplyType | ReplyError:
+    """The value as a reply, or why it is none."""
     if isinstance(value, list) and len(reply_type.model_fields) == 1:
         value = {next(iter(reply_type.model_fields)): value}
     try:
@@ -109,30 +174,39 @@ def parse_reply(text: str, reply_type: type[ReplyType]) -> ReplyType:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the reply"
-        raise ReplyError(f"{place}: {first['msg']}") from None
+        return ReplyError(f"{place}: {first['msg']}")
 
 
-def first_json(text: str):
-    """The first JSON object in the text, or the list that it begins with; control characters in strings are let pass.
+def json_values(text: str) -> list[Any]:
+    """The JSON objects of a reply, or the list that it begins with, outside of reasoning, whether closed or cut off.
+
+    What lies within a value is neither reasoning nor another value. What precedes a closing mark of reasoning without
+    an opening one, or the final channel, was reasoning too.
 
     Raises:
-        ReplyError: there is none, or it is malformed.
+        MalformedJSON: one is malformed.
     """
     decoder = json.JSONDecoder(strict=False)
-    problem = "there is no JSON object in it"
-    fenced = re.match(r"```(?:json)?\s*(?=\[)", text)
-    start = fenced.end() if fenced else 0
-    # From a few opening braces only: a hostile reply could hold a million of them.
-    places = [start] if text.startswith("[", start) else [brace.start() for brace in islice(re.finditer("{", text), 8)]
-    for place in places:
-        try:
-            return decoder.raw_decode(text, place)[0]
-        except json.JSONDecodeError as error:
-            problem = f"its JSON is malformed ({error.msg} at character {error.pos})"
-        except (RecursionError, ValueError) as error:
-            # ValueError: a number of thousands of digits.
-            problem = f"its JSON is malformed ({type(error).__name__})"
-    raise ReplyError(problem)
+    found, problem, depth, place = [], None, 0, 0
+    while token := TOKEN.search(text, place):
+        place, kind = token.end(), token.lastgroup
+        if kind == "value":
+            if depth or problem or len(found) == MAX_VALUES:
+                continue
+            try:
+                value, place = decoder.raw_decode(text, place - 1)
+                found.append(value)
+            except (RecursionError, ValueError) as error:  # ValueError also for a number of thousands of digits
+                problem = MalformedJSON(error, place - 1)
+        elif kind == "final" or kind == "close" and not depth:
+            found, problem, depth = [], None, 0
+        elif kind in ("open", "other_open"):
+            depth += 1
+        else:
+            depth = max(depth - 1, 0)
+    if problem:
+        raise problem
+    return found
 
 
 def facts(items: list[str]) -> list[str]:

@@ -76,7 +76,9 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         with self._open as opening:
             self.store = opening.enter_context(RunStore(folder))
-            if args.overwrite and holds_run:
+            # Without a reply nothing is lost: what the endpoint refused may be asked for in another way.
+            unasked = not self.store.has_replies() and not self.store.totals(None).items
+            if holds_run and (args.overwrite or unasked and self.store.meta("settings") != self.settings):
                 # Opened first: a run that another process works on is not deleted.
                 self._replace_run(opening)
             claim(self.store, self.settings)

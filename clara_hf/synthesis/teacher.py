@@ -93,23 +93,25 @@ class Conversation:
             RequestFailed: there is no reply.
         """
         messages = self.teacher.prompts.messages(prompt, **values)
-        text = await self._complete(step, messages, reply_type, write)
+        reply = await self._complete(step, messages, reply_type, write)
         try:
-            return parse_reply(text, reply_type)
+            return parse_reply(reply["text"], reply_type, reply.get("cut", False))
         except ReplyError as problem:
             schema = self.teacher.schema(reply_type)[1]
             (repair,) = self.teacher.prompts.messages("repair", problem=str(problem), schema=schema)
-            messages = [*messages, {"role": "assistant", "content": prompt_text(text[:20000])}, repair]
-            return parse_reply(await self._complete(f"{step}.repair", messages, reply_type, False), reply_type)
+            said = {"role": "assistant", "content": prompt_text(reply["text"][:20000])}
+            reply = await self._complete(f"{step}.repair", [*messages, said, repair], reply_type, False)
+            return parse_reply(reply["text"], reply_type, reply.get("cut", False))
 
-    async def _complete(self, step: str, messages: list[dict], reply_type: type[Reply], write: bool) -> str:
+    async def _complete(self, step: str, messages: list[dict], reply_type: type[Reply], write: bool) -> dict[str, Any]:
         teacher = self.teacher
         temperature = teacher.temperature if write else 0.0
         identity = digest_of(teacher.model, teacher.seed, self.key, step, temperature, messages)
         self.requests += 1
         for logged in (self.known, self._old):
             request, reply = logged.get(step, (None, None))
-            if request == identity:
+            # What says nothing is no reply, also in the log of an earlier version.
+            if request == identity and reply["text"].strip():
                 if logged is self._old:
                     teacher.store.add_reply(self.number, step, identity, reply)
                 return self._count(reply)
@@ -124,15 +126,18 @@ class Conversation:
         name = reply_type.__name__.lower()
         request = ChatRequest(messages, name, teacher.schema(reply_type)[0], temperature, seed)
         got = await teacher.backend.complete(request)
+        if not got.text.strip():
+            raise RequestFailed("an empty reply")
         teacher.replies += 1
         reply = {"text": got.text, "prompt_tokens": got.prompt_tokens, "completion_tokens": got.completion_tokens}
+        reply |= {"cut": True} if got.cut else {}
         teacher.store.add_reply(self.number, step, identity, reply)
         return self._count(reply)
 
-    def _count(self, reply: dict[str, Any]) -> str:
+    def _count(self, reply: dict[str, Any]) -> dict[str, Any]:
         self.prompt_tokens += reply["prompt_tokens"]
         self.completion_tokens += reply["completion_tokens"]
-        return reply["text"]
+        return reply
 
 
 async def together(*parts: Awaitable[Result]) -> list[Result]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import json
 import socket
 import threading
 import time
@@ -62,21 +63,23 @@ def test_a_passing_fault_is_tried_again(fault):
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_nobody_asks_before_the_time_that_a_limit_names(form):
-    limit = 1.2
+    limit, others = 1.2, 0.4
     times = []
 
     def script(messages, body, before):
         times.append(time.monotonic())
-        if len(times) > 1:
-            return None
-        # A date has whole seconds.
-        date = email.utils.formatdate(time.time() + limit + 1, usegmt=True)
-        return Status(429, headers={"Retry-After": str(limit) if form == "seconds" else date})
+        if len(times) == 1:
+            # A date has whole seconds.
+            date = email.utils.formatdate(time.time() + limit + 1, usegmt=True)
+            return Status(429, headers={"Retry-After": str(limit) if form == "seconds" else date})
+        time.sleep(others)
 
     with Endpoint(script) as endpoint:
-        replies = ask(endpoint.url, request("a"), request("b"), request("c"), concurrency=1)
-    assert all(reply.text for reply in replies) and len(times) == 4
-    assert times[1] - times[0] >= limit
+        replies = ask(endpoint.url, *(request(letter) for letter in "abcdefgh"), concurrency=4)
+    assert all(reply.text for reply in replies) and len(times) == 9
+    # Those under way when the limit was met get their replies and leave their places to new ones, which wait as well.
+    begun = sorted(moment - times[0] for moment in times)
+    assert begun[3] < others and begun[4] >= limit
 
 
 def test_retry_after_reads_numbers_and_dates_and_no_nonsense():
@@ -194,6 +197,68 @@ def test_the_schema_is_sent_and_extra_fields_are_set_or_left_out():
         "json_schema": {"name": "pairs", "strict": True, "schema": SCHEMA},
     }
     assert body["top_k"] == 20 and "seed" not in body and body["temperature"] == 0.7
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "good "}, {"type": "text", "text": "reply"}],
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "bad"}]}, {"type": "text", "text": "good reply"}],
+        [{"type": "reasoning", "text": "bad"}, {"type": "output_text", "text": "good"}, " reply"],
+    ],
+)
+def test_content_in_parts_is_one_text_without_reasoning(content):
+    with Endpoint(lambda *_: Say(content, "length")) as endpoint:
+        (reply,) = ask(endpoint.url, request())
+    assert reply.text == "good reply" and reply.cut
+
+
+EMPTY = {
+    "null": Say(None),
+    "blank": Say(" \n"),
+    "no parts": Say([]),
+    "reasoning in parts": Say([{"type": "thinking", "thinking": "{}"}]),
+    "reasoning beside": Say(None, "length", {"reasoning_content": '{"correct": true}'}),
+    "tool calls": Say(None, "tool_calls", {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}),
+    "refusal": Say(None, "stop", {"refusal": "I cannot help with that."}),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_a_reply_without_content_is_an_error_of_its_request(kind):
+    poison = EMPTY[kind]
+    with Endpoint(lambda messages, body, before: poison if "poison" in messages[-1]["content"] else None) as endpoint:
+        bad, *good = ask(endpoint.url, request("poison"), *(request(f"good {n}") for n in range(3)), max_retries=6)
+        assert isinstance(bad, RequestFailed) and "without content" in str(bad) and "3 tries" in str(bad)
+        assert all(reply.text and not reply.cut for reply in good) and len(endpoint.requests) == 6
+    assert all(name in str(bad) for name in poison.fields) and poison.finish_reason in str(bad)
+    # One that passes is tried again.
+    with Endpoint(lambda messages, body, before: poison if not before else None) as endpoint:
+        (reply,) = ask(endpoint.url, request())
+        assert "silver bell" in reply.text and len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        [{"type": "extra_forbidden", "loc": ["body", "max_tokens"], "msg": "Extra inputs are not permitted"}],
+    ],
+)
+def test_a_field_that_the_endpoint_does_not_know_is_told_with_its_cure(said):
+    def script(messages, body, before):
+        return Status(400, json.dumps({"error": {"message": said}})) if "max_tokens" in body else None
+
+    with Endpoint(script) as endpoint:
+        (bad,) = ask(endpoint.url, request(), max_tokens=300)
+        assert isinstance(bad, RequestFailed)
+        cure = json.loads(str(bad).partition("--extra_body '")[2].partition("'")[0])
+        assert cure == {"max_tokens": None, "max_completion_tokens": 300}
+        (good,) = ask(endpoint.url, request(), max_tokens=300, extra_body=cure)
+        assert good.text and endpoint.requests[-1]["max_completion_tokens"] == 300
+    with Endpoint(lambda *_: Status(400, '{"error": "max_tokens is too large: 9999"}')) as endpoint:
+        (bad,) = ask(endpoint.url, request())
+        assert "--extra_body" not in str(bad)
 
 
 def test_one_request_that_always_fails_is_given_up_where_others_succeed():

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from scripted_endpoint import Endpoint, Status
+from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
-from benchmarks.scripted_teacher import FactTeacher, fact_document, part_of, passage_of
+from benchmarks.scripted_teacher import REPAIR, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.synthesis import client as client_module
 from clara_hf.synthesis import scp_data, synthesize
 from clara_hf.synthesis.errors import UsageError
@@ -56,13 +56,13 @@ def test_a_stopped_run_goes_on_and_asks_for_nothing_of_a_finished_passage(corpus
 
     monkeypatch.setattr(RunStore, "finish", stopping)
     with Endpoint() as endpoint:
-        asked = []
+        asked, done = 0, set()
         for _ in range(2):
             with pytest.raises(Stop):
                 run(corpus, tmp_path / "parts", endpoint.url, "--concurrency", "2")
-            done = {fact_document(number - 1, 4) for number in count}
-            assert not done & {passage_of(body["messages"]) for body in endpoint.requests[len(asked) :]} - done
-            asked = list(endpoint.requests)
+            assert not done & {passage_of(body["messages"]) for body in endpoint.requests[asked:]}
+            done, asked = {fact_document(number - 1, 4) for number in count}, len(endpoint.requests)
+            assert len(done) == len(count)
             # What is finished can be read, and says that it is a part.
             stats = json.loads((tmp_path / "parts" / "stats.json").read_text(encoding="utf-8"))
             assert stats["partial"] and stats["passages"] == len(count)
@@ -285,6 +285,69 @@ def test_an_endpoint_that_refuses_everything_stops_the_run_and_loses_nothing(cor
         run(corpus, tmp_path / "whole", endpoint.url)
         run(corpus, out, endpoint.url)
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_replies_without_content_stop_the_run_and_are_asked_for_again_after_the_server_is_mended(corpus, tmp_path):
+    out = tmp_path / "scp"
+    empty = Say(None, "length", {"reasoning_content": "first, let us see"})
+    with Endpoint(lambda *_: empty) as endpoint:
+        for _ in range(2):
+            before = len(endpoint.requests)
+            with pytest.raises(UsageError, match="without content beside reasoning_content"):
+                run(corpus, out, endpoint.url)
+            # Not the corpus, but a few requests, each tried three times.
+            assert 0 < len(endpoint.requests) - before <= 18 * 3
+    with RunStore(out) as store:
+        assert not store.has_replies() and not store.totals(None).items
+    with Endpoint() as endpoint:
+        run(corpus, tmp_path / "whole", endpoint.url)
+        whole = len(endpoint.requests)
+        run(corpus, out, endpoint.url)
+        assert len(endpoint.requests) == 2 * whole
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_an_empty_reply_in_the_log_of_an_earlier_version_is_asked_for_again(corpus, tmp_path):
+    with Endpoint() as endpoint:
+        run(corpus, tmp_path / "scp", endpoint.url, "--limit", "1")
+        with RunStore(tmp_path / "scp") as store:
+            empty = '{"text": "", "prompt_tokens": 1, "completion_tokens": 0}'
+            store.connection.execute("UPDATE replies SET reply = ? WHERE step = 'simple'", (empty,))
+            store.connection.execute("DELETE FROM records")
+            store.commit()
+        before = len(endpoint.requests)
+        run(corpus, tmp_path / "scp", endpoint.url, "--limit", "1")
+        assert [part_of(body["messages"]) for body in endpoint.requests[before:]] == ["simple"]
+
+
+def test_a_refused_field_is_mended_in_the_same_folder(corpus, tmp_path):
+    refused = '{"error": {"message": "Unsupported parameter: max_tokens"}}'
+    with Endpoint(lambda messages, body, before: Status(400, refused) if "max_tokens" in body else None) as endpoint:
+        with pytest.raises(UsageError, match="--extra_body") as caught:
+            run(corpus, tmp_path / "scp", endpoint.url)
+        cure = str(caught.value).partition("--extra_body '")[2].partition("'")[0]
+        stats = run(corpus, tmp_path / "scp", endpoint.url, "--extra_body", cure)
+        assert stats["pairs"] and endpoint.requests[-1]["max_completion_tokens"] == 2048
+        # Once there are replies, another setting is another run.
+        with pytest.raises(UsageError, match="extra_body"):
+            run(corpus, tmp_path / "scp", endpoint.url)
+
+
+def test_cut_off_replies_are_no_verdicts_also_when_they_are_replayed(corpus, tmp_path):
+    def script(messages, body, before):
+        cut = part_of(messages) == "judge" and not messages[-1]["content"].startswith(REPAIR)
+        return Say('{"correct": true}', "length") if cut else None
+
+    with Endpoint(script) as endpoint:
+        stats = run(corpus, tmp_path / "a", endpoint.url)
+        assert endpoint.parts().count("judge") == 2 * 6 and stats["kinds"]["aggregation"] == 6
+    run(corpus, tmp_path / "b", "http://127.0.0.1:1/v1", "--replay", str(tmp_path / "a"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    with Endpoint(
+        lambda messages, *_: Say('{"correct": true}', "length") if part_of(messages) == "judge" else None
+    ) as e:
+        stats = run(corpus, tmp_path / "c", e.url, "--max_rounds", "0", "--keep_uncovered", "true")
+    assert "aggregation" not in stats["kinds"] and stats["reject_reasons"]["pair: malformed reply"] == 6
 
 
 def test_what_always_fails_among_good_replies_is_set_aside(corpus, tmp_path):

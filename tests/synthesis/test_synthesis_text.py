@@ -18,6 +18,7 @@ from clara_hf.synthesis.replies import (
     Pairs,
     Paraphrase,
     ReplyError,
+    Verdict,
     facts,
     json_schema,
     parse_reply,
@@ -74,6 +75,92 @@ def test_a_reply_that_cannot_be_read_says_why(text, words):
         parse_reply(text, Pairs)
     with pytest.raises(ReplyError, match="kind"):
         parse_reply('{"pairs": [{"question": "a", "answer": "b", "kind": "trick"}]}', ComplexPairs)
+
+
+WRONG, RIGHT = '{"correct": false}', '{"correct": true}'
+# What begins reasoning, and what ends it.
+REASONING = [
+    ("<think>", "</think>"),
+    ("<Thinking depth='2'>", "</Thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<deliberation>", "</deliberation>"),
+    ("<passage>", "</passage>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<unused94>thought\n", "<unused95>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("<|channel|>commentary to=f<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("analysisWe compare: ", "assistantfinal"),
+]
+
+
+@pytest.mark.parametrize(("begin", "end"), REASONING)
+def test_reasoning_of_any_markup_is_left_out_also_where_it_is_cut_off(begin, end):
+    assert parse_reply(f"{begin}say {WRONG}, or {{draft{end}\n```json\n{RIGHT}\n```", Verdict).correct
+    for cut in (f"{begin}say {WRONG}", f"{begin}{begin}{WRONG}{end}{WRONG}" if "final" not in end else begin + WRONG):
+        with pytest.raises(ReplyError, match="no JSON object"):
+            parse_reply(cut, Verdict)
+
+
+def test_what_precedes_the_end_of_reasoning_is_reasoning_and_marks_in_a_value_are_its_text():
+    assert parse_reply(f"say {WRONG} or {{draft: </think> {RIGHT}", Verdict).correct
+    assert parse_reply(f"Verdict: {RIGHT}\n<think>rather {WRONG}", Verdict).correct
+    for around in ("<answer>{}</answer>", "<|im_start|>assistant\n{}<|im_end|>", "<final_answer>{}</final_answer>"):
+        assert parse_reply(around.format(RIGHT), Verdict).correct
+    value = {"pairs": [{"question": "What does <think> open, and </think> close?", "answer": "[THINK] {1}"}]}
+    assert parse_reply(f"Here you are: {json.dumps(value)}", Pairs).model_dump() == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{RIGHT} or {WRONG}",
+        f"## Reasoning\n{WRONG}\n## Verdict\n{RIGHT}",
+        f'{{"draft": {WRONG}, "correct": tru',
+        f'{{"draft": {WRONG}, "correct": maybe}}',
+        '{"correct": !true}',
+        '{"correct": true or false}',
+        "{'correct': True}",
+    ],
+)
+def test_no_verdict_is_guessed(text):
+    with pytest.raises(ReplyError):
+        parse_reply(text, Verdict)
+
+
+@pytest.mark.parametrize("text", ['{"missing": [...]}', '{"missing": [', '{"missing": }'])
+def test_nothing_is_covered_by_a_malformed_list(text):
+    with pytest.raises(ReplyError):
+        parse_reply(text, Coverage)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"pairs": [{"question": "Who?", "answer": "Mara",},]}',
+        "Sure: {'pairs': [{'question': 'Who?', 'answer': 'Mara'}]}",
+        '```json\n[{"question": "Who?" "answer": "Mara"}]\n```',
+        "{pairs: [{question: 'Who?', answer: 'Mara'}]}",
+    ],
+)
+def test_what_is_written_is_mended_since_it_is_checked_later(text):
+    assert parse_reply(text, Pairs).model_dump() == PAIRS
+
+
+@pytest.mark.parametrize("reply_type", [Pairs, Verdict])
+def test_a_reply_at_its_token_limit_counts_as_cut_off(reply_type):
+    whole = json.dumps(PAIRS) if reply_type is Pairs else RIGHT
+    assert parse_reply(whole, reply_type)
+    with pytest.raises(ReplyError, match="cut off"):
+        parse_reply(whole, reply_type, cut=True)
+    with pytest.raises(ReplyError, match="malformed"):
+        parse_reply("{'pairs': [{'question': 'Who?', 'answer': 'Ma", Pairs)
 
 
 def test_schemas_are_strict_and_without_references():
