@@ -10,12 +10,16 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from .sharded_clara import gathered
 
+
+logger = logging.get_logger(__name__)
 
 COMPRESSOR = "compressor"
 QUERY_REASONER = "query_reasoner"
@@ -23,18 +27,51 @@ GENERATOR = "generator"
 
 
 def add_adapter(decoder: nn.Module, name: str, config) -> None:
-    """Put a LoRA adapter with the settings of a `CLaRaConfig` on the linear layers of `decoder`, in place."""
-    targets = config.lora_target_modules
+    """Put a LoRA adapter with the settings of a `CLaRaConfig` on the linear layers of `decoder`, in place.
+
+    Raises:
+        ValueError: the settings name fused experts.
+    """
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=linear_targets(decoder, config.lora_target_modules),
     )
     with warnings.catch_warnings():
         # PEFT warns of a second adapter; three on one decoder are what this model is.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         inject_adapter_in_model(lora, decoder, adapter_name=name)
+
+
+def linear_targets(decoder: nn.Module, targets: str | list[str]) -> str | list[str]:
+    """`targets`, without the experts of a mixture that are fused into one tensor: `all-linear` leaves them frozen.
+
+    PEFT wraps such tensors, which allows no dropout and gives the base's weights other names.
+
+    Raises:
+        ValueError: `targets` names fused experts.
+    """
+    targets = targets if isinstance(targets, str) else list(targets)
+    if all(parameter.dim() < 3 for parameter in decoder.parameters()):
+        return targets
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(decoder.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=targets), twin)
+    found = {name: module for name, module in twin.named_modules() if isinstance(module, LoraLayer)}
+    fused = [name for name, module in found.items() if isinstance(module, ParamWrapper)]
+    if not fused:
+        return targets
+    if targets != "all-linear":
+        raise ValueError(
+            f"lora_target_modules={targets!r} reaches {fused[0]!r}, experts that are fused into one tensor, which "
+            "carries no adapter: name other layers, or 'all-linear', which leaves the experts frozen."
+        )
+    logger.warning_once(f"the experts of the {decoder.config.model_type} decoder are fused: they carry no adapters.")
+    return [name for name in found if not any(name == other or name.startswith(f"{other}.") for other in fused)]
 
 
 def lora_layers(decoder: nn.Module) -> Iterator[LoraLayer]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields as fields_of
+from functools import partial
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -177,7 +178,9 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if quantization := place.get("quantization_config"):
             place["quantization_config"] = base_only(quantization, config)
         with _quiet_load_report():
-            model, _ = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
+            model, info = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
+        info["missing_keys"] = {key for key in info["missing_keys"] if ".lora_" not in key}
+        _check_complete(info, f"a model over the base {name!r}")
         if quantization:
             settle_quantized(model, place["quantization_config"])
         if config.query_reasoner:
@@ -333,11 +336,12 @@ def _quiet_load_report() -> Iterator[None]:
     """Hide transformers' table of weights that do not fit: in a new model they are missing by design, and of a
     checkpoint `_check_complete` tells in one sentence."""
     report = logging.get_logger("transformers.modeling_utils")
-    report.addFilter(_is_no_load_report)
+    other_messages = partial(_is_no_load_report)  # an object of this block's own: blocks may be nested
+    report.addFilter(other_messages)
     try:
         yield
     finally:
-        report.removeFilter(_is_no_load_report)
+        report.removeFilter(other_messages)
 
 
 @contextmanager
@@ -459,8 +463,12 @@ def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:
         if values.get("model_type") in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
             raise ValueError(f"{name} is a CLaRa checkpoint and no base: from_pretrained loads it.")
         refuse_quantized(values, f"the base model {name!r}")
-        with unpartitioned():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        with unpartitioned(), _quiet_load_report():
+            options = {**options, "dtype": dtype, "output_loading_info": True}
+            base, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        # A base's files may hold more than the model needs.
+        _check_complete({**info, "unexpected_keys": ()}, f"the base model {name!r}")
+        return base
     except OSError as error:
         raise OSError(
             f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "

@@ -21,12 +21,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GemmaConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
     set_seed,
 )
 
@@ -52,6 +59,13 @@ ARCHITECTURES = {
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
     "phi3": (Phi3Config, {}),
     "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {}),
+    "qwen2": (Qwen2Config, {}),
+    "smollm3": (SmolLM3Config, {}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 TEXTS = [
     "The glassblower Mara Brandel lives in Velholm and keeps bees on the roof of her workshop.",
