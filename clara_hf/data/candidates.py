@@ -234,7 +234,7 @@ def write_pools(settings: CandidateSettings) -> dict:
         if pool["positives"]
     ]
     report = {
-        **leak_report([parse_example(pool, pool["id"]) for pool in pools], settings.seed),
+        **leak_report([parse_example(pool, pool["id"], needs_answers=False) for pool in pools], settings.seed),
         "gold_in_pool": float(np.mean(shares)) if shares else None,
         "corpus": {"passages": given, "added_gold": len(corpus) - given, "distinct": len(texts)},
         "settings": {name: value for name, value in vars(settings).items() if name != "overwrite"},

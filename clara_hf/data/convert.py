@@ -1,25 +1,39 @@
-"""Brings published data sets into the schema of `eval/data.py`.
+"""Brings published data sets into the schema of `clara_hf.data.schema`, or into rows of the first stage.
 
     python eval/convert.py --format hotpotqa --input hotpot_dev_distractor_v1.json --output hotpotqa_dev.jsonl.gz
     python eval/convert.py --format nq-open --input NQ-open.dev.jsonl --output questions.jsonl
+    python eval/convert.py --format squad --to scp --input train-v1.1.json --output scp_train.jsonl
 
-Formats and the fields that are read: `eval/converters.py`. Files are of any kind that `eval/data_files.py` reads. Every
-malformed row is named; then nothing is written, unless `--skip_malformed`.
+Formats and the fields that are read: `clara_hf.data.converters`. Files are of any kind that `clara_hf.data.sources`
+reads. Every malformed row is named; then nothing is written, unless `--skip_malformed`.
+
+`--to scp` makes data for the first stage from questions that people wrote: for each passage, or set of passages that
+one question needs, a row with the list of its questions and the answers that stand in it.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from clara_hf.data.converters import CONVERTERS, LeftOut, read_aliases, two_wiki
-from clara_hf.data.files import write_jsonl
-from clara_hf.data.schema import DataError, check_text, check_texts, parse_example, parse_scp
+from clara_hf.data.converters import (
+    CONVERTERS,
+    LeftOut,
+    beir,
+    check_format,
+    read_aliases,
+    read_qrels,
+    two_wiki,
+    unfolded,
+)
+from clara_hf.data.files import DataError, write_jsonl
+from clara_hf.data.leak_checks import AnswerFinder
+from clara_hf.data.schema import check_text, check_texts, parse_example, parse_scp
 from clara_hf.data.sources import read_rows, unit_of
 
 
@@ -30,56 +44,99 @@ class Conversion:
     """The rows of a source in the schema, one after the other, and what became of the others.
 
     Args:
-        source: a file of any kind that `eval/data_files.py` reads.
-        converter: one of `CONVERTERS`.
+        source: a file of any kind that `clara_hf.data.sources` reads.
+        form: one of `CONVERTERS`.
+        converter: instead of the form's own.
 
     Attributes:
         errors: one sentence for each malformed row.
         left_out: how many sound rows were left out, by reason.
     """
 
-    def __init__(self, source: str, converter: Callable[[dict[str, Any]], dict[str, Any]]):
-        self.source = source
-        self.converter = converter
+    def __init__(self, source: str, form: str, converter: Callable[[dict[str, Any]], dict[str, Any]] | None = None):
+        self.source, self.form, self.converter = source, form, converter or CONVERTERS[form]
         self.errors: list[str] = []
         self.left_out: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        unit, numbers = unit_of(self.source), {}
+        unit, earlier = unit_of(self.source), {}
         for number, row in read_rows(self.source, lambda error: self.errors.append(str(error))):
+            place = ""
             try:
-                converted = self.converter(row)
-                _check(converted, str(number))
-                if "data_type" not in converted:
-                    converted = {"id": str(converted.pop("id", number)), **converted}
-                    earlier = numbers.setdefault(converted["id"], number)
-                    if earlier != number:
-                        raise ValueError(f"id {converted['id']!r} is already used in {unit} {earlier}.")
-            except LeftOut as reason:
-                self.left_out[str(reason)] += 1
-            except ValueError as error:
-                self.errors.append(f"{self.source}, {unit} {number}: {error}")
+                for place, item in unfolded(self.form, row):
+                    where = f"{unit} {number}{place}"
+                    try:
+                        converted = self._converted(item, f"{number}{place}", where, earlier)
+                    except LeftOut as reason:
+                        self.left_out[str(reason)] += 1
+                    except ValueError as error:
+                        self.errors.append(f"{self.source}, {where}: {error}")
+                    else:
+                        yield converted
+            except ValueError as error:  # the row's levels
+                self.errors.append(f"{self.source}, {unit} {number}{place}: {error}")
+
+    def _converted(self, row, number, where, earlier):
+        check_format(self.form, row)
+        converted = self.converter(row)
+        if "data_type" in converted:
+            parse_scp(converted)
+            return converted
+        needs_answers = self.form != "beir"
+        if "docs" in converted:
+            parse_example(converted, number, needs_answers)
+        else:
+            check_text("question", converted["question"])
+            if needs_answers or converted["answers"] != []:
+                check_texts("answers", converted["answers"])
+        converted = {"id": str(converted.pop("id", number)), **converted}
+        if (first := earlier.setdefault(converted["id"], where)) != where:
+            raise ValueError(f"id {converted['id']!r} is already used in {first}.")
+        return converted
+
+
+class SCPRows:
+    """Rows of the first stage from questions with gold passages.
+
+    Args:
+        questions: a [`Conversion`], or rows of the schema.
+        left_out: is told how many questions were left out, by reason.
+    """
+
+    def __init__(self, questions: Iterable[dict[str, Any]], left_out: Counter[str]):
+        self.questions, self.left_out = questions, left_out
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        pairs: dict[frozenset[str], tuple[tuple[str, ...], dict[str, str]]] = {}
+        for row in self.questions:
+            passages = tuple(row["docs"][position] for position in row.get("pos_index") or ()) if "docs" in row else ()
+            answer = next((answer for answer in row["answers"] if _stands_in(answer, passages)), None)
+            if not passages:
+                self.left_out["no gold passage is known"] += 1
+            elif answer is None:
+                self.left_out["no gold passage holds an accepted answer"] += 1
             else:
-                yield converted
+                pairs.setdefault(frozenset(passages), (passages, {}))[1].setdefault(row["question"], answer)
+        for passages, given in pairs.values():
+            row = {"data_type": "qa", "question": list(given), "answers": list(given.values()), "docs": list(passages)}
+            parse_scp(row)
+            yield row
 
 
-def _check(row, default_id):
-    if "data_type" in row:
-        parse_scp(row)
-    elif "docs" in row:
-        parse_example(row, default_id)
-    else:
-        check_text("question", row["question"])
-        check_texts("answers", row["answers"])
+def _stands_in(answer, passages):
+    finder = AnswerFinder([answer])
+    # Yes and no stand in no passage.
+    return not finder.needles or any(map(finder.found_in, passages))
 
 
-def convert(conversion: Conversion, output: str, skip_malformed: bool = False) -> int:
-    """Writes the converted rows as JSONL; returns how many.
+def convert(conversion: Conversion, output: str, skip_malformed: bool = False, to: str = "questions") -> int:
+    """Writes the converted rows as JSONL, or with `to="scp"` rows of the first stage; returns how many.
 
     Raises:
         DataError: the source cannot be read, there is no sound row, or, without `skip_malformed`, a malformed one.
     """
-    return write_jsonl(output, _sound(conversion, skip_malformed))
+    sound = _sound(conversion, skip_malformed)
+    return write_jsonl(output, SCPRows(sound, conversion.left_out) if to == "scp" else sound)
 
 
 def _sound(conversion, skip_malformed):
@@ -102,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=CONVERTERS, help="What the input is.")
     parser.add_argument("--input", required=True, help="A file, a folder or hf://datasets/USER/NAME#SPLIT.")
     parser.add_argument("--output", required=True, help="A .jsonl or .jsonl.gz file.")
+    parser.add_argument("--to", default="questions", choices=("questions", "scp"), help="What the output is.")
     parser.add_argument("--aliases", help="2WikiMultihopQA's id_aliases.json.")
+    parser.add_argument("--qrels", help="BEIR's qrels/SPLIT.tsv.")
     parser.add_argument("--skip_malformed", action="store_true", help="Write the sound rows, naming the others.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier output.")
     given = parser.parse_args(arguments)
@@ -110,13 +169,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--output must end in .jsonl or .jsonl.gz, but is {given.output}")
     if given.aliases and given.format != "2wikimultihopqa":
         parser.error("--aliases is for the format 2wikimultihopqa")
+    if bool(given.qrels) != (given.format == "beir"):
+        parser.error("--qrels is for the format beir, which needs it")
+    if given.to == "scp" and given.format in ("beir", "kilt"):
+        parser.error(f"--to scp needs gold passages, which the format {given.format} names by their ids only")
     if Path(given.output).exists() and not given.overwrite:
         parser.error(f"{given.output} is there already: give another --output, or --overwrite")
-    conversion = Conversion(given.input, CONVERTERS[given.format])
+    conversion = Conversion(given.input, given.format)
     try:
         if given.aliases:
             conversion.converter = partial(two_wiki, aliases=read_aliases(given.aliases))
-        rows = convert(conversion, given.output, given.skip_malformed)
+        if given.qrels:
+            conversion.converter = partial(beir, qrels=read_qrels(given.qrels))
+        rows = convert(conversion, given.output, given.skip_malformed, given.to)
         outcome = f"{given.output}: {rows} rows."
     except DataError as error:
         outcome = f"error: {error}"

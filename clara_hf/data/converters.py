@@ -1,4 +1,4 @@
-"""Published data sets' rows, brought into the schema of `eval/data.py`; `eval/convert.py` is the program.
+"""Published data sets' rows, brought into the schema of `clara_hf.data.schema`; `clara_hf.data.convert` is the program.
 
 | format | fields read | gives |
 |---|---|---|
@@ -6,16 +6,24 @@
 | `2wikimultihopqa` | as HotpotQA; `answer_id` with `--aliases id_aliases.json` | 10 candidates |
 | `musique` | `id`, `question`, `answer`, `answer_aliases`, `paragraphs`, `answerable` | 20 candidates |
 | `nq-open` | `question`, `answer`; or `answers` and `ctxs` as in lost-in-the-middle | questions; or candidates |
+| `dpr` | `question`, `answers`, `positive_ctxs`, `hard_negative_ctxs`, `negative_ctxs` | candidates |
+| `squad` | v1, v2: `data`, `paragraphs`; on the Hub `context`, `question`, `answers` | questions with their passage |
+| `triviaqa` | `Data`; on the Hub `question`, `answer`, `entity_pages`, `search_results` | questions; or candidates |
+| `flashrag` | `id`, `question`, `golden_answers`, `metadata` with the original's `context` | questions; or candidates |
+| `beir` | `queries.jsonl`: `_id`, `text`; with `--qrels qrels/SPLIT.tsv` | questions, `positives` are passage ids |
 | `kilt` | `id`, `input`, `output` (`answer`, `provenance`: `wikipedia_id`) | questions, `positives` are page ids |
-| `release` | `question`, `docs` or `context` or `content`, an answer, `pos_index`, `data_type` | candidates; SCP rows |
+| `release` | `question`, `docs` or `context` or `content`, answers, `pos_index`, `data_type` | candidates; SCP rows |
+| `questions` | the schema itself | the same |
 
-The release's answer is `answer`, `answers`, `golden_answers` or `gold_answer`, the first of these that is there.
-
-HotpotQA's form on the Hub is taken, too. Questions without candidates are input for `eval/candidates.py`.
+Of the release's rows, `golden_answers` or `gold_answer` are the accepted answers, and a generated `answer` beside them
+is kept as `target`. HotpotQA's and 2WikiMultihopQA's forms on the Hub, with columns or JSON in place of pairs, are
+taken, too. Questions without candidates, or with one, are input for pools.
 """
 
 import html
-from collections.abc import Callable, Mapping
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -107,14 +115,113 @@ def nq_open(row: dict[str, Any]) -> dict[str, Any]:
     check_texts("answer" if row.get("answer") is not None else "answers", example["answers"])
     if row.get("id") is not None:
         example["id"] = row["id"]
-    contexts = _listed("ctxs", row.get("ctxs") or [], dict)
-    for position, context in enumerate(contexts):
-        check_text(f"ctxs[{position}].text", context.get("text"))
-        if context.get("title"):
-            check_text(f"ctxs[{position}].title", context["title"])
-    docs = [_document(context.get("title") or "", context["text"]) for context in contexts]
-    gold = [position for position, context in enumerate(contexts) if context.get("isgold")]
+    docs = _contexts(row, "ctxs")
+    gold = [position for position, context in enumerate(row.get("ctxs") or []) if context.get("isgold")]
     return {**example, **(_pool(docs, gold) if docs else {})}
+
+
+def dpr(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of DPR's training data: gold are the `positive_ctxs`; all in an order drawn by the question."""
+    positives, others = _contexts(row, "positive_ctxs"), _contexts(row, "hard_negative_ctxs", "negative_ctxs")
+    if not positives:
+        raise LeftOut("the question has no positive passage")
+    example = {"question": _needed(row, "question"), "answers": _needed(row, "answers")}
+    pool = _pool([*positives, *others], range(len(positives)))
+    order = list(range(len(pool["docs"])))
+    random.Random(str(example["question"])).shuffle(order)
+    gold = [place for place, position in enumerate(order) if position in pool["pos_index"]]
+    return {**example, "docs": [pool["docs"][position] for position in order], "pos_index": gold}
+
+
+def squad(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of SQuAD as on the Hub, with its passage; of a file in SQuAD's own form, see [`unfolded`]."""
+    given = _needed(row, "answers")
+    texts = given.get("text") if isinstance(given, dict) else given
+    texts = [item.get("text") for item in texts] if isinstance(texts, list) and _are(texts, dict) else texts
+    if row.get("is_impossible") or texts == []:
+        raise LeftOut("the passage does not answer the question")
+    check_text("context", row.get("context"))
+    if row.get("title"):
+        check_text("title", row["title"])
+    return {
+        **({"id": row["id"]} if row.get("id") is not None else {}),
+        "question": _needed(row, "question"),
+        "answers": list(dict.fromkeys(_listed("answers", texts, str))),
+        "docs": [_document((row.get("title") or "").replace("_", " "), row["context"])],
+        "pos_index": [0],
+    }
+
+
+def triviaqa(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of TriviaQA, whose gold passages are not known; those with texts (on the Hub) are candidates."""
+    answer = _needed(row, "answer")
+    if not isinstance(answer, dict):
+        raise ValueError(f"'answer' must be an object, but is {shown(answer)}.")
+    value = _first(answer, "value", "Value")
+    check_text("answer value", value)
+    aliases = _listed("aliases", next((answer[name] for name in ("aliases", "Aliases") if answer.get(name)), []), str)
+    docs = []
+    for name, column in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
+        found = row.get(name) or {}
+        texts = _listed(column, found.get(column) or [], str) if isinstance(found, dict) else []
+        titles = _listed("title", found.get("title") or [""] * len(texts), str) if texts else []
+        docs += [_document(title, text) for title, text in zip(titles, texts, strict=False) if text.strip()]
+    return {
+        **({"id": row["question_id"]} if row.get("question_id") is not None else {}),
+        "question": _needed(row, "question"),
+        "answers": [value, *(alias for alias in dict.fromkeys(aliases) if alias != value and alias.strip())],
+        **(_pool(docs, []) if docs else {}),
+    }
+
+
+def flashrag(row: dict[str, Any]) -> dict[str, Any]:
+    """A question of FlashRAG's collection, with candidates where its `metadata` hold the original's paragraphs."""
+    example = {"question": _needed(row, "question"), "answers": _needed(row, "golden_answers")}
+    check_texts("golden_answers", example["answers"])
+    if row.get("id") is not None:
+        example["id"] = row["id"]
+    rest = row.get("metadata") or {}
+    if not isinstance(rest, dict) or not rest.get("context") or not rest.get("supporting_facts"):
+        return example
+    context = rest["context"]
+    if isinstance(context, dict) and "content" in context:
+        context = {**context, "sentences": context["content"]}
+    found = hotpotqa({**rest, "_id": "", "answer": "", "question": example["question"], "context": context})
+    return {**example, **{name: found[name] for name in ("docs", "pos_index", "type", "level") if name in found}}
+
+
+def beir(row: dict[str, Any], qrels: Mapping[str, list[str]] = MappingProxyType({})) -> dict[str, Any]:
+    """A query of BEIR; most of its sets have no answers: only retrieval can be trained on them."""
+    name = str(_needed(row, "_id"))
+    if name not in qrels:
+        raise LeftOut("the qrels name no relevant passage")
+    rest = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
+    answers = rest.get("answer") or rest.get("answers") or []
+    return {
+        "id": name,
+        "question": _needed(row, "text"),
+        "answers": [answers] if isinstance(answers, str) else answers,
+        "positives": list(qrels[name]),
+    }
+
+
+def read_qrels(path: str) -> dict[str, list[str]]:
+    """BEIR's relevant passages by query: a table of `query-id`, `corpus-id`, `score`, of which scores above 0 count.
+
+    Raises:
+        DataError: a row breaks this form.
+    """
+    relevant: dict[str, list[str]] = {}
+    for number, row in read_rows(path):
+        try:
+            query, passage, score = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}, {unit_of(path)} {number}: 'query-id', 'corpus-id' and 'score' are expected."
+            ) from error
+        if score > 0:
+            relevant.setdefault(query, []).append(passage)
+    return relevant
 
 
 def kilt(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,17 +244,28 @@ def release(row: dict[str, Any]) -> dict[str, Any]:
     docs = next((row[name] for name in ("docs", "context", "content") if isinstance(row.get(name), list)), None)
     if docs is None:
         raise ValueError("one of 'docs', 'context' and 'content' must be a list of strings.")
-    answers = _first(row, "answer", "answers", "golden_answers", "gold_answer")
+    answers, generated = _first(row, "golden_answers", "gold_answer", "answers", "answer"), row.get("answer")
     answers = [answers] if isinstance(answers, str) else answers
     kind = row.get("data_type")
     if kind == "paraphrase" or (kind == "qa" and isinstance(row.get("question"), list)):
+        given = _first(row, "answers", "answer", "golden_answers", "gold_answer")
         questions = [] if kind == "paraphrase" else row["question"]
-        return {"data_type": kind, "question": questions, "answers": answers, "docs": docs}
+        given = [given] if isinstance(given, str) else given
+        return {"data_type": kind, "question": questions, "answers": given, "docs": docs}
     example = {"question": _needed(row, "question"), "answers": answers, "docs": docs}
+    if generated is not None and any(
+        row.get(name) is not None for name in ("golden_answers", "gold_answer", "answers")
+    ):
+        example["target"] = generated[0] if isinstance(generated, list) and generated else generated
     example.update({name: row[name] for name in ("id", "pos_index", "type") if row.get(name) not in (None, [])})
     gold = parse_example(example, default_id="1").pos_index
     pool = _pool(docs, gold or [])
     return {**example, "docs": pool["docs"], **({"pos_index": pool["pos_index"]} if gold else {})}
+
+
+def questions(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the schema as it is."""
+    return row
 
 
 CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -155,9 +273,81 @@ CONVERTERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "2wikimultihopqa": two_wiki,
     "musique": musique,
     "nq-open": nq_open,
+    "dpr": dpr,
+    "squad": squad,
+    "triviaqa": triviaqa,
+    "flashrag": flashrag,
+    "beir": beir,
     "kilt": kilt,
     "release": release,
+    "questions": questions,
 }
+
+# Fields that carry answers, passages, or which are gold, and the formats that read them. A row that has one which its
+# converter does not read is of another format, and would lose it without a word.
+READERS = {
+    "positive_ctxs": ("dpr",),
+    "hard_negative_ctxs": ("dpr",),
+    "negative_ctxs": ("dpr",),
+    "ctxs": ("nq-open",),
+    "context": ("hotpotqa", "2wikimultihopqa", "squad", "release"),
+    "contexts": (),
+    "content": ("release",),
+    "passages": (),
+    "documents": (),
+    "supporting_facts": ("hotpotqa", "2wikimultihopqa"),
+    "paragraphs": ("musique", "squad"),
+    "question_decomposition": ("musique",),
+    "data": ("squad",),
+    "Data": ("triviaqa",),
+    "entity_pages": ("triviaqa",),
+    "search_results": ("triviaqa",),
+    "golden_answers": ("release", "flashrag"),
+    "gold_answer": ("release",),
+    "output": ("kilt",),
+    "docs": ("release", "questions"),
+    "pos_index": ("release", "questions"),
+    "positives": ("questions",),
+    "annotations": (),
+}
+
+
+def check_format(name: str, row: Mapping[str, Any]) -> None:
+    """Whether the row can be one of this format.
+
+    Raises:
+        ValueError: it has a field of another; the message names field and format.
+    """
+    telling = [key for key in READERS if row.get(key) not in (None, [], {}, "")]
+    for key in telling:
+        if name not in READERS[key]:
+            fitting = [other for other in CONVERTERS if all(other in READERS[own] for own in telling)]
+            fitting = fitting or [other for other in READERS[key]]
+            advice = f"use --format {' or '.join(fitting)}" if fitting else "no format reads it"
+            raise ValueError(
+                f"--format {name} does not read the field {key!r}, which holds {shown(row[key])}: {advice}."
+            )
+
+
+def unfolded(name: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The questions of a row, each with its place in it: files of SQuAD and TriviaQA are one object as distributed.
+
+    Raises:
+        ValueError: a level is not of the form's kind.
+    """
+    if name == "triviaqa" and "Data" in row:
+        for number, item in enumerate(_listed("Data", row["Data"], dict)):
+            renamed = {"question": "Question", "question_id": "QuestionId", "answer": "Answer"}
+            yield f", Data[{number}]", {new: item[old] for new, old in renamed.items() if old in item}
+    elif name == "squad" and ("data" in row or "paragraphs" in row):
+        nested = "data" in row
+        for number, article in enumerate(_listed("data", row["data"], dict) if nested else [row]):
+            for count, paragraph in enumerate(_listed("paragraphs", article.get("paragraphs"), dict)):
+                for last, question in enumerate(_listed("qas", paragraph.get("qas"), dict)):
+                    place = f"{f', data[{number}]' if nested else ', '}.paragraphs[{count}].qas[{last}]"
+                    yield place, {**question, "title": article.get("title"), "context": paragraph.get("context")}
+    else:
+        yield "", row
 
 
 def _needed(row, name):
@@ -179,8 +369,29 @@ def _listed(name, value, kind):
     return value
 
 
+def _are(items, kind):
+    return all(isinstance(item, kind) for item in items)
+
+
+def _contexts(row, *names):
+    """Passages of the fields `names`, lists of objects with `text` and perhaps `title`."""
+    docs = []
+    for name in names:
+        for position, context in enumerate(_listed(name, row.get(name) or [], dict)):
+            check_text(f"{name}[{position}].text", context.get("text"))
+            if context.get("title"):
+                check_text(f"{name}[{position}].title", context["title"])
+            docs.append(_document(context.get("title") or "", context["text"]))
+    return docs
+
+
 def _pairs(row, name, columns):
     value = _needed(row, name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{name!r} is no list, nor JSON text of one, but {shown(value)}.") from error
     if isinstance(value, dict):
         lists = [_listed(f"{name}.{column}", value.get(column), object) for column in columns]
         if len(set(map(len, lists))) > 1:

@@ -44,7 +44,7 @@ def read_questions(source: str | Path, corpus: dict[str, str], pooled: bool = Fa
     """Questions for [`build_candidates`], whose gold documents become `positives`.
 
     Args:
-        source: rows with `question`, `answers` and optionally `id` and `positives`, or `docs` and `pos_index`.
+        source: rows with `question` and optionally `answers`, `id` and `positives`, or `docs` and `pos_index`.
         corpus: passages by id; gold documents that it lacks are added under new ids, so that they are candidates of
             other questions, too.
         pooled: all `docs` are added, not the gold ones alone.
@@ -84,16 +84,16 @@ def _question(row, default_id):
     if not isinstance(positives, list) or any(type(name) not in (str, int) for name in positives):
         raise ValueError(f"'positives' must be a list of ids, but is {shown(positives)}.")
     if row.get("docs"):
-        example = parse_example(row, default_id)
+        example = parse_example(row, default_id, needs_answers=False)
         checked = {"docs": example.docs, "pos_index": example.pos_index or [], "id": example.id}
     else:
-        for name in ("question", "answers"):
-            if name not in row:
-                raise ValueError(f"the field {name!r} is missing.")
+        if "question" not in row:
+            raise ValueError("the field 'question' is missing.")
         check_text("question", row["question"])
-        check_texts("answers", row["answers"])
+        if row.get("answers", []) != []:
+            check_texts("answers", row["answers"])
         checked = {"docs": [], "pos_index": [], "id": default_id if row.get("id") is None else str(row["id"])}
-    return {**row, **checked, "positives": [str(name) for name in positives]}
+    return {"answers": [], **row, **checked, "positives": [str(name) for name in positives]}
 
 
 def distinct_passages(corpus: Mapping[str, str]) -> tuple[list[str], list[str], dict[str, int]]:

@@ -1,10 +1,10 @@
-"""The question-answering schema: one row per question, in a file of any kind that `eval/data_files.py` reads.
+"""The question-answering schema: one row per question, in a file of any kind that `clara_hf.data.sources` reads.
 
     {"id": "q1", "question": "...", "answers": ["...", ...], "docs": ["...", ...], "pos_index": [3], "type": "two-hop"}
 
-`answers` are all accepted answers (the first is the training target), `docs` the question's candidates, `pos_index` are
-the positions of the gold documents among them. `id` (default: the line number), `pos_index` and `type` are optional;
-further keys are kept in `QAExample.extra`. Blank lines are skipped.
+`answers` are all accepted answers, `docs` the question's candidates, `pos_index` the positions of the gold documents
+among them, `target` is the answer to train on (default: the first of `answers`). `id` (default: the line number),
+`pos_index`, `target` and `type` are optional; further keys are kept in `QAExample.extra`.
 """
 
 from collections.abc import Iterator
@@ -37,9 +37,10 @@ class QAExample:
     Attributes:
         id: unique in its file.
         question: the question's text.
-        answers: accepted answers, at least one.
+        answers: accepted answers, at least one, which an evaluation compares with.
         docs: candidate documents, at least one; their order carries no meaning.
         pos_index: positions of the gold documents in `docs`, ascending; `None` where they are not known.
+        target: the answer to train on where it is another than `answers[0]`, such as a generated one; or `None`.
         type: the kind of question (`"two-hop"`), or `None`; results are also reported per kind.
         extra: every other key of the line.
     """
@@ -50,6 +51,7 @@ class QAExample:
     docs: list[str]
     pos_index: list[int] | None = None
     type: str | None = None
+    target: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +64,7 @@ def iter_examples(source: str | Path, needs_answers: bool = True) -> Iterator[QA
     """Reads and checks questions one after the other; of those read before, only ids are kept.
 
     Args:
-        source: a file, a folder or a data set on the Hub, as in `eval/data_files.py`.
+        source: a file, a folder or a data set on the Hub, as in `clara_hf.data.sources`.
         needs_answers: `False` where only retrieval is trained.
 
     Raises:
@@ -158,9 +160,9 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
     if type(identifier) not in (str, int):
         raise ValueError(f"'id' must be a string, but is {shown(identifier)}.")
     check_text("id", str(identifier))
-    kind = row.get("type")
-    if kind is not None:
-        check_text("type", kind)
+    for name in ("type", "target"):
+        if row.get(name) is not None:
+            check_text(name, row[name])
     check_text("question", row["question"])
     if needs_answers or row["answers"] != []:
         check_texts("answers", row["answers"])
@@ -171,8 +173,9 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
         answers=row["answers"],
         docs=row["docs"],
         pos_index=_gold(row.get("pos_index"), len(row["docs"])),
-        type=kind,
-        extra={name: row[name] for name in row if name not in (*REQUIRED, "id", "type", "pos_index")},
+        type=row.get("type"),
+        target=row.get("target"),
+        extra={name: row[name] for name in row if name not in (*REQUIRED, "id", "type", "target", "pos_index")},
     )
 
 

@@ -223,7 +223,7 @@ def test_gold_documents_are_positives_and_join_the_corpus_where_it_lacks_them(tm
     ("row", "message"),
     [
         ({"answers": ["x"]}, "the field 'question' is missing"),
-        ({"question": "Who?", "answers": []}, "'answers' is an empty list"),
+        ({"question": "Who?", "answers": [""]}, r"'answers\[0\]' is empty"),
         ({"question": "Who?", "answers": ["x"], "positives": "p"}, "'positives' must be a list of ids, but is \"p\""),
         ({"question": "Who?", "answers": ["x"], "docs": ["d"], "pos_index": [1]}, "gold index 1 in 'pos_index' is out"),
         ({"question": "Who?", "answers": ["x"], "id": "1"}, "id '1' is already used in line 1"),

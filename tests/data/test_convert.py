@@ -174,7 +174,6 @@ def test_questions_without_candidates_go_on_to_the_pools(tmp_path):
         ({"answers": ["Mara", "M."]}, ["Mara", "M."]),
         ({"golden_answers": ["Mara"]}, ["Mara"]),
         ({"gold_answer": "Mara"}, ["Mara"]),
-        ({"answer": "Mara", "golden_answers": ["x"]}, ["Mara"]),
     ],
 )
 def test_the_releases_questions_under_all_their_names(tmp_path, docs, answer, expected):
@@ -195,6 +194,190 @@ def test_the_releases_first_stage_stays_the_first_stage(tmp_path):
     paraphrase = {"data_type": "paraphrase", "question": "ignored", "answers": ["p"], "docs": ["d"]}
     code, output = run(tmp_path, "release", [pairs, paraphrase, {**pairs, "question": ["Who?"]}], "--skip_malformed")
     assert code == 0 and load_scp(output) == [pairs, {**paraphrase, "question": []}]
+
+
+@pytest.mark.parametrize("gold", [{"golden_answers": ["x", "y"]}, {"gold_answer": ["x", "y"]}, {"answers": ["x", "y"]}])
+def test_the_releases_references_are_for_evaluation_and_its_generated_answer_for_training(tmp_path, gold):
+    code, output = run(tmp_path, "release", [{"question": "Who?", "docs": ["d"], "answer": "It is x.", **gold}])
+    (example,) = load_examples(output)
+    assert code == 0 and (example.answers, example.target) == (["x", "y"], "It is x.")
+
+
+DPR = {
+    "dataset": "nq",
+    "question": "who said it",
+    "answers": ["Karl Marx"],
+    "positive_ctxs": [{"title": "T", "text": "He did.", "score": 1000, "passage_id": "7"}],
+    "hard_negative_ctxs": [{"title": "U", "text": "She did."}, {"title": "T", "text": "He did."}],
+    "negative_ctxs": [{"title": "", "text": f"Nobody {number}."} for number in range(9)],
+}
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Tom_and_Ann",
+            "paragraphs": [
+                {
+                    "context": "Tom has an owl. Ann has a cat.",
+                    "qas": [
+                        {"id": "a", "question": "Who has an owl?", "answers": [{"text": "Tom", "answer_start": 0}] * 3},
+                        {"id": "b", "question": "Who has a dog?", "answers": [], "is_impossible": True},
+                        {"id": "c", "question": "What has Ann?", "answers": [{"text": "a cat", "answer_start": 24}]},
+                    ],
+                },
+                {"context": "Bo sings.", "qas": [{"id": "d", "question": "Who?", "answers": [{"text": "Bo"}]}]},
+            ],
+        }
+    ],
+}
+TRIVIA = {
+    "Data": [
+        {"Question": "Who?", "QuestionId": "t1", "Answer": {"Value": "Bo", "Aliases": ["Bob", "Bo"]}, "EntityPages": []}
+    ],
+    "Domain": "Web",
+}
+HUB_TRIVIA = {
+    "question": "Who?",
+    "question_id": "t1",
+    "answer": {"value": "Bo", "aliases": ["Bob"], "normalized_aliases": ["bob"]},
+    "entity_pages": {"title": ["Bo"], "wiki_context": ["Bo sings."], "filename": ["Bo.txt"]},
+    "search_results": {"title": ["S"], "search_context": ["Found."], "rank": [0]},
+}
+FLASHRAG = {"id": "test_0", "question": "Who?", "golden_answers": ["Bo", "Bob"], "metadata": {}}
+
+
+def test_dprs_positives_are_gold_wherever_they_come_to_lie(tmp_path):
+    rows = [{**DPR, "question": f"who said {number}"} for number in range(20)]
+    _, output = run(tmp_path, "dpr", [*rows, {**DPR, "positive_ctxs": []}])
+    examples = load_examples(output)
+    assert all(example.gold == ["T\nHe did."] and len(example.docs) == 11 for example in examples)
+    assert len(examples) == 20 and len({example.pos_index[0] for example in examples}) > 5
+
+
+def test_squad_gives_each_question_with_its_passage_in_both_of_its_forms(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps(SQUAD, indent=1))
+    given = ["--format", "squad", "--input", str(tmp_path / "train.json"), "--output", str(tmp_path / "o.jsonl")]
+    assert main(given) == 0
+    first, second, third = load_examples(tmp_path / "o.jsonl")
+    assert [first.id, second.id, third.id] == ["a", "c", "d"] and first.answers == ["Tom"] and first.pos_index == [0]
+    assert first.docs == second.docs == ["Tom and Ann\nTom has an owl. Ann has a cat."]
+    hub = {"id": "a", "title": "Tom_and_Ann", "context": "Tom has an owl.", "question": "Who?"}
+    row = {**hub, "answers": {"text": ["Tom", "Tom"], "answer_start": [0, 0]}}
+    assert converted(tmp_path, "squad", row)["answers"] == ["Tom"]
+    article = SQUAD["data"][0]
+    assert run(tmp_path, "squad", [article], "--overwrite")[0] == 0
+    assert [example.id for example in load_examples(tmp_path / "out.jsonl")] == ["a", "c", "d"]
+
+
+def test_triviaqa_has_all_names_of_its_answer_and_the_texts_that_are_there(tmp_path):
+    expected = {"id": "t1", "question": "Who?", "answers": ["Bo", "Bob"]}
+    assert converted(tmp_path, "triviaqa", TRIVIA) == expected
+    pool = {"docs": ["Bo\nBo sings.", "S\nFound."], "pos_index": []}
+    assert converted(tmp_path, "triviaqa", HUB_TRIVIA, "--overwrite") == {**expected, **pool}
+
+
+@pytest.mark.parametrize("sentences", ["sentences", "content"])
+def test_flashrag_gives_questions_and_with_the_originals_paragraphs_candidates(tmp_path, sentences):
+    plain = {"id": "test_0", "question": "Who?", "answers": ["Bo", "Bob"]}
+    assert converted(tmp_path, "flashrag", FLASHRAG) == plain
+    context = {"title": ["A", "B"], sentences: [["One.", "Two."], ["Three."]]}
+    facts = {"title": ["B"], "sent_id": [0]}
+    row = {**FLASHRAG, "metadata": {"type": "bridge", "context": context, "supporting_facts": facts}}
+    pool = {"docs": ["A\nOne. Two.", "B\nThree."], "pos_index": [1], "type": "bridge"}
+    assert converted(tmp_path, "flashrag", row, "--overwrite") == {**plain, **pool}
+
+
+def test_beirs_queries_go_with_their_qrels_to_the_pools(tmp_path):
+    qrels = "query-id\tcorpus-id\tscore\nq1\t3\t1\nq1\t4\t0\nq1\t5\t2\nq2\t7\t0\n"
+    (tmp_path / "test.tsv").write_text(qrels)
+    queries = [{"_id": "q1", "text": "who said it", "metadata": {}}, {"_id": "q2", "text": "who"}]
+    code, output = run(tmp_path, "beir", queries, "--qrels", str(tmp_path / "test.tsv"))
+    ((_, row),) = read_rows(output)
+    assert code == 0 and row == {"id": "q1", "question": "who said it", "answers": [], "positives": ["3", "5"]}
+    write_jsonl(tmp_path / "c.jsonl", [{"_id": str(n), "title": "T", "text": f"Passage {n}."} for n in range(30)])
+    given = ["--questions", output, "--corpus", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "p.jsonl")]
+    assert build_pools(given) == 0
+    (example,) = load_examples(tmp_path / "p.jsonl", needs_answers=False)
+    assert sorted(example.gold) == ["T\nPassage 3.", "T\nPassage 5."]
+
+
+def test_2wikis_columns_may_be_json_text(tmp_path):
+    texts = {name: json.dumps(HOTPOT[name]) for name in ("context", "supporting_facts")}
+    assert converted(tmp_path, "2wikimultihopqa", {**HOTPOT, **texts})["docs"] == HOTPOT_DOCS
+    assert run(tmp_path, "2wikimultihopqa", [{**HOTPOT, "context": "no JSON"}], "--overwrite")[0] == 2
+
+
+FOREIGN = {
+    "dpr": DPR,
+    "squad": SQUAD,
+    "triviaqa": TRIVIA,
+    "flashrag": FLASHRAG,
+    "hotpotqa": HOTPOT,
+    "musique": MUSIQUE,
+    "nq-open": ORACLE,
+    "kilt": KILT,
+    "release": {"question": "Who?", "content": ["d"], "gold_answer": "x", "pos_index": [0]},
+    "questions": {"question": "Who?", "answers": ["x"], "docs": ["d"], "positives": ["d1"]},
+}
+
+
+@pytest.mark.parametrize("form", [form for form in CONVERTERS if form != "beir"])
+@pytest.mark.parametrize("other", FOREIGN)
+def test_rows_of_another_format_are_refused_with_its_name(tmp_path, capsys, form, other):
+    if form == other or {form, other} == {"hotpotqa", "2wikimultihopqa"}:
+        return
+    code, output = run(tmp_path, form, [FOREIGN[other]])
+    assert code == 2 and not os.path.exists(output)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "line 1" in line]
+    if (form, other) in (("release", "flashrag"), ("squad", "musique")):  # their telling field has the same name
+        assert "'docs'" in line or "'qas'" in line
+    else:
+        assert f"--format {form} " in line and other in line.partition("use --format")[2]
+
+
+def test_scp_rows_are_the_questions_of_each_passage(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps(SQUAD))
+    given = ["--format", "squad", "--to", "scp", "--input", str(tmp_path / "train.json")]
+    assert main([*given, "--output", str(tmp_path / "o.jsonl")]) == 0
+    questions = ["Who has an owl?", "What has Ann?"]
+    assert load_scp(tmp_path / "o.jsonl") == [
+        {
+            "data_type": "qa",
+            "question": questions,
+            "answers": ["Tom", "a cat"],
+            "docs": ["Tom and Ann\nTom has an owl. Ann has a cat."],
+        },
+        {"data_type": "qa", "question": ["Who?"], "answers": ["Bo"], "docs": ["Tom and Ann\nBo sings."]},
+    ]
+
+
+def test_questions_on_two_passages_make_rows_of_two_and_absent_answers_none(tmp_path, capsys):
+    rows = [
+        {"question": "Is it so?", "answers": ["yes"], "docs": ["a b", "c d", "e f"], "pos_index": [0, 2]},
+        {"question": "Which?", "answers": ["zz", "f"], "docs": ["e f", "a b"], "pos_index": [0, 1]},
+        {"question": "And?", "answers": ["E"], "docs": ["e f", "a b"], "pos_index": [1, 0]},
+        {"question": "Who?", "answers": ["nobody"], "docs": ["a b"], "pos_index": [0]},
+        {"question": "Why?", "answers": ["a"], "docs": ["a b"]},
+    ]
+    code, output = run(tmp_path, "questions", rows, "--to", "scp")
+    found = [(row["docs"], row["question"], row["answers"]) for row in load_scp(output)]
+    assert code == 0 and found == [(["a b", "e f"], ["Is it so?", "Which?", "And?"], ["yes", "f", "E"])]
+    assert capsys.readouterr().err.count("1 rows left out: no gold passage") == 2
+
+
+SHARED = Path(os.environ.get("CLARA_SHARED", ROOT.parent / "shared")) / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="CLARA_SHARED is not there")
+@pytest.mark.parametrize("name", ["hotpotqa_train20", "nq_tune20_matched", "musique_train20"])
+def test_gold_passages_of_real_questions_become_scp_rows(tmp_path, name):
+    given = ["--format", "questions", "--to", "scp", "--input", str(SHARED / f"{name}.jsonl.gz")]
+    assert main([*given, "--output", str(tmp_path / "scp.jsonl")]) == 0
+    rows, examples = load_scp(tmp_path / "scp.jsonl"), load_examples(SHARED / f"{name}.jsonl.gz")
+    assert sum(len(row["question"]) for row in rows) > 0.95 * len(examples)
+    golds = {frozenset(example.gold): example for example in examples}
+    assert all(frozenset(row["docs"]) in golds for row in rows)
 
 
 # What is broken, and what is left out
@@ -232,7 +415,7 @@ def without(row, name):
         ("kilt", {**KILT, "output": []}, "'answers' is an empty list"),
         ("kilt", {**KILT, "output": [{"answer": ["x"]}]}, "'answer' must be a list of strings, but is [["),
         ("release", {"question": "Who?", "answer": "x"}, "one of 'docs', 'context' and 'content' must be a list"),
-        ("release", {"question": "Who?", "docs": ["d"]}, "the field 'answer' or 'answers' or 'golden_answers' or"),
+        ("release", {"question": "Who?", "docs": ["d"]}, "the field 'golden_answers' or 'gold_answer' or 'answers' or"),
         ("release", {"question": "Who?", "docs": ["d"], "answer": "x", "pos_index": [1]}, "gold index 1 in"),
     ],
 )
@@ -308,7 +491,7 @@ def test_whatever_is_wrong_with_a_row_is_one_sentence(tmp_path, form, row):
         )
     source = tmp_path / "rows.json"
     source.write_text(json.dumps(rows))
-    conversion = Conversion(str(source), CONVERTERS[form])
+    conversion = Conversion(str(source), form)
     sound = list(conversion)
     assert len(conversion.errors) > 50 and len(sound) > 10
     assert all("\n" not in error and ", item " in error for error in conversion.errors)
