@@ -12,6 +12,9 @@ from clara_hf.synthesis.text import normalized, script, words
 QUESTION_WORDS = (3, 80)
 ANSWER_WORDS = (1, 60)
 MAX_CHARS = 1000
+STATEMENT_ENDS = (".", "!", "。", "！")
+# So many names of a prompt's example, which the passage does not have, are no chance.
+EXAMPLE_NAMES = 2
 # A paraphrase may be so much shorter or longer than its passage, in words.
 PARAPHRASE_RATIO = (0.5, 2.0)
 # Questions with the same answer are the same where they share so many of all their content words, and one has no other.
@@ -114,6 +117,10 @@ class PassageChecks:
             return "paraphrase copies the passage"
         return self._text_fault(paraphrase)
 
+    def of_example(self, text: str) -> bool:
+        """Whether a text tells of what the prompts' examples tell of, and not of the passage."""
+        return len((self.prompts.example_names & set(words(text))) - self._vocabulary) >= EXAMPLE_NAMES
+
     def refused(self, answer: str) -> bool:
         """Whether an answer is a refusal in words."""
         return self._matches("refusal", answer)
@@ -125,6 +132,8 @@ class PassageChecks:
         ):
             if not low <= len(counted) <= high or len(text) > MAX_CHARS:
                 return f"length of the {name}"
+        if pair.question.endswith(STATEMENT_ENDS):
+            return "question is a statement"
         if self._matches("needs_passage", pair.question):
             return "question needs the passage"
         if self.refused(pair.answer):
@@ -137,6 +146,8 @@ class PassageChecks:
             return "language"
         if self._language and language(text, OTHER_LANGUAGE) not in (self._language, None):
             return "language"
+        if self.of_example(text):
+            return "taken from the prompt's example"
         if self.leaks.found_in(text):
             return "leak of excluded text"
         return None

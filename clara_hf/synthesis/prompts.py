@@ -26,6 +26,8 @@ NAMES = {
 }
 ROLE_LINE = re.compile(r"^# (system|user|assistant)[ \t]*\n", re.MULTILINE)
 NAME = re.compile(r"\{\{(\w+)\}\}")
+# A capitalised word behind a word in lower case, or behind another such name.
+EXAMPLE_NAME = re.compile(r"(?<=[^\W\d_A-Z] )[A-Z]\w{2,}")
 
 
 class Prompts:
@@ -36,6 +38,7 @@ class Prompts:
 
     Attributes:
         version: the first 16 digits of the SHA-256 over all files in use.
+        example_names: words that the examples' names are made of, in lower case.
         checks: the regular expressions of `checks.json`, by list.
 
     Raises:
@@ -58,6 +61,8 @@ class Prompts:
         digest.update(text.encode())
         self.checks = parse_checks(text, path)
         self.version = digest.hexdigest()[:16]
+        examples = [content for turns in self.turns.values() for role, content in turns[:-1] if role != "system"]
+        self.example_names = {name.casefold() for content in examples for name in EXAMPLE_NAME.findall(content)}
 
     @staticmethod
     def _path(name: str, given: Path | None) -> Path:

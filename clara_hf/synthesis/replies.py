@@ -186,7 +186,7 @@ def json_values(text: str) -> list[Any]:
     Raises:
         MalformedJSON: one is malformed.
     """
-    decoder = json.JSONDecoder(strict=False)
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=unambiguous)
     found, problem, depth, place = [], None, 0, 0
     while token := TOKEN.search(text, place):
         place, kind = token.end(), token.lastgroup
@@ -207,6 +207,27 @@ def json_values(text: str) -> list[Any]:
     if problem:
         raise problem
     return found
+
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its pairs.
+
+    Raises:
+        ValueError: one name has two values.
+    """
+    value = dict(pairs)
+    if any(value[name] != given for name, given in pairs):
+        raise ValueError("one name has two values")
+    return value
+
+
+def shape(schema: dict) -> Any:
+    """The form of the schema's values, for models that answer a schema by a schema; as it stands it passes no check."""
+    if "enum" in schema or schema["type"] == "boolean":
+        return "|".join(schema.get("enum", ("true", "false")))
+    if schema["type"] == "object":
+        return {name: shape(part) for name, part in schema["properties"].items()}
+    return [shape(schema["items"])] if schema["type"] == "array" else "..."
 
 
 def facts(items: list[str]) -> list[str]:

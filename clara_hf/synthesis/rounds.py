@@ -165,14 +165,15 @@ class QuestionRounds:
         except ReplyError as error:
             self._reject("reply", "malformed reply", step=step, detail=str(error))
             return None
-        return facts(reply.missing)
+        # A fact of the prompt's example is none of the passage, and could never be covered.
+        return [fact for fact in facts(reply.missing) if not self.checks.of_example(fact)]
 
     def _listed(self) -> str:
         return numbered([f"{pair.question} - {pair.answer}" for pair in self.result.pairs])
 
     def _listed_rejected(self) -> str:
-        """The last pairs that were set aside, each once, with the reason."""
-        entries = [entry for entry in self.result.rejected if entry["type"] == "pair"]
+        """The last pairs that were set aside by a fault of theirs, each once, with the reason."""
+        entries = [e for e in self.result.rejected if e["type"] == "pair" and e["reason"] != "malformed reply"]
         lines = [f"{entry['question']} - {entry['answer']} ({entry['reason']})" for entry in entries]
         return numbered(list(dict.fromkeys(line[:MAX_FACT_CHARS] for line in lines))[-MAX_ITEMS:])
 
@@ -205,7 +206,9 @@ async def paraphrase_rounds(
         except ReplyError as error:
             reason, details = "malformed reply", [str(error)]
         rejected.append(_aside("paraphrase", reason, attempt=attempt, paraphrase=text, detail="; ".join(details)))
-        faults = details if text and details else [reason]
+        # What could not be read has no fault that another wording mends; a model may copy the words into its text.
+        if text:
+            faults = details or [reason]
     return None, attempts, rejected
 
 

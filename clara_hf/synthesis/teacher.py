@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from clara_hf.synthesis.client import ChatReply, ChatRequest
 from clara_hf.synthesis.errors import RequestFailed, UsageError
 from clara_hf.synthesis.prompts import Prompts
-from clara_hf.synthesis.replies import Reply, ReplyError, ReplyType, json_schema, parse_reply
+from clara_hf.synthesis.replies import Reply, ReplyError, ReplyType, json_schema, parse_reply, shape
 from clara_hf.synthesis.store import RunStore, digest_of, to_json
 from clara_hf.synthesis.text import prompt_text
 
@@ -53,10 +53,10 @@ class Teacher:
         self._schemas: dict[type[Reply], tuple[dict, str]] = {}
 
     def schema(self, reply_type: type[Reply]) -> tuple[dict, str]:
-        """The JSON schema of a reply, as an object and as text."""
+        """The JSON schema of a reply, and an example of its form as text."""
         if reply_type not in self._schemas:
             schema = json_schema(reply_type)
-            self._schemas[reply_type] = schema, to_json(schema)
+            self._schemas[reply_type] = schema, to_json(shape(schema))
         return self._schemas[reply_type]
 
 

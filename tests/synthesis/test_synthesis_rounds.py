@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of
+from benchmarks.scripted_teacher import FACT, REPAIR, FactTeacher, fact_document, part_of
 from clara_hf.synthesis.checks import PassageChecks
 from clara_hf.synthesis.client import ChatReply
 from clara_hf.synthesis.errors import RequestFailed
@@ -32,11 +32,8 @@ class Script(FactTeacher):
         self.changes, self.asked = changes, []
 
     async def complete(self, request):
-        part = (
-            part_of(request.messages)
-            if len(request.messages) < 6 or "schema" not in request.messages[-1]["content"]
-            else "repair"
-        )
+        repairs = request.messages[-1]["content"].startswith(REPAIR)
+        part = "repair" if repairs else part_of(request.messages)
         change = self.changes.get(part)
         if callable(change):
             change = change(sum(part == name for name, _ in self.asked))
@@ -183,6 +180,18 @@ def test_a_paraphrase_is_tried_again_with_the_faults_of_the_last(tmp_path):
     assert reasons(made) == ["paraphrase adds facts", "paraphrase loses facts"]
     assert "It is pretty." in script.said("paraphrase", 1) and "The tree." in script.said("paraphrase", 2)
     assert script.said("paraphrase", 0).endswith("none")
+
+
+def test_what_is_ours_or_the_examples_gets_into_no_text(tmp_path):
+    # A small model copies what it is told: words of ours, and facts of the prompt's example.
+    foreign = "The herring market of Quenby lies on the Strait of Lorn."
+    script = Script(paraphrase={0: "no"}.get, repair="no", coverage={"missing": [foreign]}, answer={0: "no"}.get)
+    made = make(tmp_path, script, max_rounds=1)
+    assert made["covered"] and not made["missing"] and made["paraphrase"] and made["attempts"] == 2
+    assert script.said("paraphrase", 1).endswith("none") and reasons(made).count("malformed reply") == 2
+    script = Script(coverage={"missing": ["The moon is green."]}, answer={0: "no"}.get, repair="no")
+    make(tmp_path / "2", script, max_rounds=1)
+    assert "malformed" not in script.said("supplement")
 
 
 def test_a_paraphrase_that_never_passes_is_set_aside(tmp_path):

@@ -22,6 +22,7 @@ from clara_hf.synthesis.replies import (
     facts,
     json_schema,
     parse_reply,
+    shape,
 )
 from clara_hf.synthesis.text import clean_line, clean_text, prompt_text, same_text, script, words
 
@@ -126,6 +127,8 @@ def test_what_precedes_the_end_of_reasoning_is_reasoning_and_marks_in_a_value_ar
         f'{{"draft": {WRONG}, "correct": maybe}}',
         '{"correct": !true}',
         '{"correct": true or false}',
+        '{"correct": false, "correct": true}',
+        '{"correct": "true|false"}',
         "{'correct': True}",
     ],
 )
@@ -171,6 +174,15 @@ def test_schemas_are_strict_and_without_references():
     assert item["required"] == ["question", "answer", "kind"] and item["additionalProperties"] is False
     assert item["properties"]["kind"]["enum"] == ["bridging", "comparison", "aggregation", "temporal"]
     assert json_schema(Answer)["required"] == ["answerable", "answer"]
+
+
+def test_the_form_that_a_repair_shows_is_that_of_the_schema_and_no_reply_by_itself():
+    for reply_type in (Answer, Verdict):
+        with pytest.raises(ReplyError, match="bool"):
+            parse_reply(json.dumps(shape(json_schema(reply_type))), reply_type)
+    assert parse_reply(json.dumps(shape(json_schema(Coverage))), Coverage).missing
+    (pair,) = shape(json_schema(ComplexPairs))["pairs"]
+    assert list(pair) == ["question", "answer", "kind"] and "bridging|" in pair["kind"]
 
 
 def test_listed_facts_are_lines_without_repetition():
@@ -287,6 +299,9 @@ def fault(question: str, answer: str, kind: str = "simple", passage: str = PASSA
         ("Who governs Quenby?", "Sorry, I cannot answer this.", "bridging", "answer is a refusal"),
         ("Which town does the document describe?", "Quenby", "simple", "question needs the passage"),
         ("What is described in the article?", "Quenby", "simple", "question needs the passage"),
+        ("The hall of Quenby was built in 1898.", "1898", "simple", "question is a statement"),
+        ("Which trains of the Vell Line run near Quenby?", "1898", "bridging", "taken from the prompt's example"),
+        ("Which line crosses the valley of Quenby?", "1898", "bridging", None),
         ("Where?", "Lorn", "simple", "length of the question"),
         ("Where is " + "Quenby " * 90 + "?", "Lorn", "simple", "length of the question"),
         ("Where does Quenby lie?", "", "simple", "length of the answer"),
@@ -331,8 +346,8 @@ def test_near_duplicates_are_found_and_other_questions_alike_in_form_are_not():
     ("first", "second", "same"),
     [
         (
-            ("Who designed the Aldern Viaduct?", "Ilse Korvath"),
-            ("By whom was the Aldern Viaduct designed?", "Ilse Korvath"),
+            ("Who designed the hall of Quenby?", "Rosalind Achterberg"),
+            ("By whom was the hall of Quenby designed?", "Rosalind Achterberg"),
             True,
         ),
         (("In which year did Lorn open?", "1911"), ("In what year was Lorn opened?", "in 1911"), True),
@@ -380,6 +395,7 @@ def test_paraphrases_are_checked():
     assert checks.paraphrase_fault(PASSAGE.upper()) == "paraphrase copies the passage"
     first, second, third = PASSAGE.split(". ")
     assert checks.paraphrase_fault(f"{third} {second}. {first}.") == "paraphrase copies the passage"
+    assert checks.paraphrase_fault(f"{good} It lies near the Aldern Viaduct.") == "taken from the prompt's example"
     assert checks.paraphrase_fault("Quenby has herring.") == "length of the paraphrase"
     assert checks.paraphrase_fault(good * 3) == "length of the paraphrase"
     assert checks.paraphrase_fault("昆比是洛恩海峡上的一个港口小镇早上五点开市鲱鱼大厅由罗莎琳德建造") == "language"
