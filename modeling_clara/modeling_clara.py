@@ -306,7 +306,13 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token; a memory with
                 values that are not finite.
         """
-        return self._encode_rows(COMPRESSOR, self.processor.encode_documents(documents), batch_size, show_progress)
+        return self.compress_encoded(self.processor.encode_documents(documents), batch_size, show_progress)
+
+    def compress_encoded(
+        self, rows: list[list[int]], batch_size: int = 32, show_progress: bool = False
+    ) -> torch.Tensor:
+        """[`compress`] of documents that `processor.encode_documents` or `encode_and_cut` made token ids of."""
+        return self._encode_rows(COMPRESSOR, rows, batch_size, show_progress)
 
     def encode_questions(self, questions: list[str], batch_size: int = 32) -> torch.Tensor:
         """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`."""

@@ -176,13 +176,17 @@ class CLaRaProcessor(ProcessorMixin):
             rows[position] = [*rows[position][: limit - 1], rows[position][-1]] if keep_end else rows[position][:limit]
         return rows, cut
 
+    def encode_and_cut(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
+        """[`encode_documents`] without a warning, and the positions of the documents that were cut."""
+        self.check_user_texts(documents, "documents")
+        return self._encode(documents, self.config.doc_max_length)
+
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Token ids of each document with its markers, without memory tokens, at most `doc_max_length` + 3 long.
 
         Documents over the budget are cut; one warning per call says how many and how to list them.
         """
-        self.check_user_texts(documents, "documents")
-        rows, cut = self._encode(documents, self.config.doc_max_length)
+        rows, cut = self.encode_and_cut(documents)
         if cut:
             logger.warning(
                 f"{len(cut)} of {len(documents)} documents are longer than doc_max_length={self.config.doc_max_length} "
@@ -192,8 +196,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     def find_cut_documents(self, documents: list[str]) -> list[int]:
         """Positions of the documents that are longer than `doc_max_length` tokens."""
-        self.check_user_texts(documents, "documents")
-        return self._encode(documents, self.config.doc_max_length)[1]
+        return self.encode_and_cut(documents)[1]
 
     def encode_questions(self, questions: list[str]) -> list[list[int]]:
         """Token ids of each question with its markers, without memory tokens, at most `query_max_length` + 3 long.
