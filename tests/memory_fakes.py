@@ -25,9 +25,21 @@ class FakeModel:
         self.fingerprint = fingerprint
         self.dtype = dtype
         self.batches = []
+        self.fingerprinted = 0
+        self._weights = "", torch.empty(0)
 
     def compressor_fingerprint(self):
+        self.fingerprinted += 1
         return self.fingerprint
+
+    def named_parameters(self):
+        if self._weights[0] != self.fingerprint:
+            self._weights = self.fingerprint, torch.tensor(list(self.fingerprint.encode()), dtype=torch.float32)
+        return [("compressor.lora_A", self._weights[1])]
+
+    def encode_questions(self, questions, batch_size=32):
+        """Near the memory of the document that a question names."""
+        return torch.stack([self.memory(question) for question in questions])
 
     def compress(self, documents, batch_size=32):
         assert len(documents) <= batch_size
@@ -96,12 +108,12 @@ def alone(path):
     return store.get(store.add(DOCUMENTS, batch_size=4, show_progress=False))
 
 
-def add_together(rank, path, model=None, documents=DOCUMENTS):
+def add_together(rank, path, model=None, documents=DOCUMENTS, **options):
     """Adds `documents` together with the other processes, four at a time, a part each; returns what it compressed."""
     store = MemoryStore.open(path, model or BatchModel(), dtype="float32")
     store.write_bytes = 1
     columns = {"index": list(range(len(documents)))}
-    keys = store.add(documents, columns, batch_size=4, show_progress=False, distributed=True)
+    keys = store.add(documents, columns, batch_size=4, show_progress=False, distributed=True, **options)
     assert len(store.get(keys)) == len(documents)  # everything is there in every process
     return store.model.compressed
 

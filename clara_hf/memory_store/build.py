@@ -4,8 +4,7 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,12 +12,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .keys import KEY_LENGTH
-from .table import NUMPY_TYPES, MemoryTable
+from .table import TORCH_TYPES, MemoryTable
 
 
 logger = logging.get_logger(__name__)
 
-TORCH_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # From this size on, the user is told how much is written even where only warnings are shown.
 TOLD_BYTES = 2**30
 
@@ -35,7 +33,7 @@ def plan_batches(documents: Sequence[str], positions: Iterable[int], batch_size:
 
 def bytes_needed(table: MemoryTable, documents: Sequence[str], positions: Collection[int]) -> int:
     """Bytes on disk of the memories and texts of the documents at `positions`."""
-    row = table.maker.width * np.dtype(NUMPY_TYPES[table.dtype]).itemsize + 2 * KEY_LENGTH
+    row = table.form.size * table.form.numpy_type.itemsize + 2 * KEY_LENGTH
     return len(positions) * row + sum(len(documents[position].encode()) for position in positions)
 
 
@@ -72,53 +70,19 @@ def check_encodable(model, documents: Sequence[str], positions: Collection[int])
     processor.check_user_texts(texts, "documents")
 
 
-def count_cut(model, documents: Sequence[str], batches: list[list[int]], show_progress: bool) -> int:
-    """How many of the documents in `batches` the model will cut; none by a model without a processor."""
-    processor = getattr(model, "processor", None)
-    if processor is None:
-        return 0
-    count = 0
-    total = sum(len(batch) for batch in batches)
-    with tqdm(total=total, desc="Measuring documents", unit="doc", disable=not show_progress, delay=2) as bar:
-        for batch in batches:
-            count += len(processor.find_cut_documents([documents[position] for position in batch]))
-            bar.update(len(batch))
-    return count
-
-
 def report_cut(table: MemoryTable, cut: int, total: int) -> None:
-    """Tells the user that `cut` of the `total` documents to compress will be cut."""
+    """Tells the user that `cut` of the `total` documents that were compressed were cut."""
     if cut:
         logger.warning(
-            f"{cut} of {total} documents to compress are longer than doc_max_length={table.maker.doc_max_length} "
-            "tokens and are cut; model.processor.find_cut_documents(documents) lists them."
+            f"{cut} of {total} compressed documents are longer than doc_max_length={table.maker.doc_max_length} "
+            "tokens and were cut; model.processor.find_cut_documents(documents) lists them."
         )
-
-
-@contextmanager
-def _quiet_cut_reports(model) -> Iterator[None]:
-    """Hide the processor's report on each batch: [`report_cut`] has told of all of them."""
-    processor = getattr(model, "processor", None)
-    if processor is None:
-        yield
-        return
-    # Not always this package's module: a checkpoint can bring its code along.
-    reports = logging.get_logger(processor.encode_documents.__module__)
-    reports.addFilter(_is_no_cut_report)
-    try:
-        yield
-    finally:
-        reports.removeFilter(_is_no_cut_report)
-
-
-def _is_no_cut_report(record) -> bool:
-    return "find_cut_documents" not in record.getMessage()
 
 
 def fill(
     batches: list[list[int]],
-    compress: Callable[[list[int]], np.ndarray],
-    write: Callable[[list[int], np.ndarray], dict],
+    compress: Callable[[list[int]], tuple[np.ndarray, ...]],
+    write: Callable[[list[int], list[np.ndarray]], dict],
     part_bytes: int,
     part_seconds: float,
     description: str | None,
@@ -127,7 +91,7 @@ def fill(
 
     Args:
         batches: positions of documents.
-        compress: gives the memories of a batch.
+        compress: gives what is stored of a batch: memories, and sketches where there are some.
         write: writes a part of whole batches and returns its record.
         part_bytes, part_seconds: a part is written at this size, or after this time.
         description: of the progress bar; None for no bar.
@@ -135,14 +99,14 @@ def fill(
     Returns:
         The records of the parts.
     """
-    waiting: list[tuple[list[int], np.ndarray]] = []
+    waiting: list[tuple[list[int], tuple[np.ndarray, ...]]] = []
     parts: list[dict] = []
 
     def write_waiting() -> None:
-        rows, memories = [position for batch, _ in waiting for position in batch], [part for _, part in waiting]
+        rows, made = [position for batch, _ in waiting for position in batch], [part for _, part in waiting]
         waiting.clear()  # first: rows that cannot be written must not be tried again on the way out
         if rows:
-            parts.append(write(rows, np.concatenate(memories)))
+            parts.append(write(rows, [np.concatenate(part) for part in zip(*made, strict=True)]))
 
     since = time.monotonic()
     total = sum(len(batch) for batch in batches)
@@ -151,7 +115,7 @@ def fill(
             for batch in batches:
                 waiting.append((batch, compress(batch)))
                 bar.update(len(batch))
-                size = sum(memories.nbytes for _, memories in waiting)
+                size = sum(part.nbytes for _, made in waiting for part in made)
                 if size >= part_bytes or time.monotonic() - since >= part_seconds:
                     write_waiting()
                     since = time.monotonic()
@@ -160,21 +124,25 @@ def fill(
     return parts
 
 
-def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: list[int]) -> np.ndarray:
-    """Memories of the documents at the positions `batch`: `[len(batch), width]` as they are stored.
+def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: list[int]) -> tuple[torch.Tensor, int]:
+    """Memories of the documents at the positions `batch`, `[len(batch), width]`, and how many of these were cut.
 
     Raises:
         ValueError: a memory of another shape than the store's, not finite, or too large for its dtype.
     """
-    with _quiet_cut_reports(model):
-        memories = model.compress([documents[position] for position in batch], batch_size=len(batch))
+    texts = [documents[position] for position in batch]
+    processor = getattr(model, "processor", None)
+    if processor is None:
+        memories, cut = model.compress(texts, batch_size=len(batch)), []
+    else:
+        rows, cut = processor.encode_and_cut(texts)
+        memories = model.compress_encoded(rows, batch_size=len(batch))
     expected = (len(batch), table.maker.num_memory_tokens, table.maker.hidden_size)
     if memories.shape != expected:
         raise ValueError(f"the model gave memories of shape {tuple(memories.shape)}; the store needs {expected}")
-    memories = memories.detach().cpu().flatten(1)
+    memories = memories.detach().flatten(1)
     dtype = TORCH_TYPES[table.dtype]
-    stored = memories.to(dtype)
-    bad = torch.nonzero(~torch.isfinite(stored).all(1)).flatten().tolist()
+    bad = torch.nonzero(~torch.isfinite(memories.to(dtype)).all(1)).flatten().tolist()
     if bad:
         document = documents[batch[bad[0]]]
         which = f"the memory of documents[{batch[bad[0]]}] ({document[:60]!r})"
@@ -184,7 +152,7 @@ def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: l
         raise ValueError(
             f"{which} reaches {largest:.4g}, too large for {table.dtype}: use a new store, opened with dtype='bfloat16'"
         )
-    return stored.view(torch.uint16).numpy() if dtype == torch.bfloat16 else stored.numpy()
+    return memories.to(dtype), len(cut)
 
 
 def size_text(count: int) -> str:

@@ -1,12 +1,14 @@
-"""What a memory store keeps beside its table: parts on their way into it, and which of its files are known to be sound.
+"""What a memory store keeps beside its table: parts on their way into it, and the lock of those that write.
 
 A part is a data file that is finished but not in the table yet. It is announced by a small JSON file, written once the
 data are safely on disk, so that neither a kill nor a power cut leaves anything that looks finished and is not.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,78 +20,85 @@ from clara_hf.program.paths import is_plain_name
 logger = logging.get_logger(__name__)
 
 FOLDER = "_parts"
-SOUND_FILE = "sound.json"
-# Of a file: bytes and time of its last change in nanoseconds; None for a file that is gone.
-Signature = list[int] | None
+LOCK_FILE = "lock"
+PART_ENDING = ".part.json"
 
 
 class Parts:
-    """Announced parts, and the signatures of the files in which every row was found to be what was written."""
+    """Announced parts of the table at `path`."""
 
     def __init__(self, path: Path):
         self.path = path
         self.folder = path / FOLDER
 
-    def announce(self, fragments: list[dict], files: list[str]) -> dict:
-        """Records a part of these Lance fragments, whose data are in `files`; returns the record."""
+    def announce(self, fragments: list[dict], files: list[str], columns: list[str]) -> dict:
+        """Records a part of Lance fragments, whose data are in `files`, with our `columns`; returns the record."""
         for name in files:
-            _sync(self.path / name)
-        part = {"name": f"{uuid4().hex}.part.json", "fragments": fragments, "files": self.signatures(files)}
-        self._write(part["name"], part)
+            sync(self.path / name)
+        sizes = {name: (self.path / name).stat().st_size for name in files}
+        name = f"{uuid4().hex}{PART_ENDING}"
+        part = {"name": name, "fragments": fragments, "files": sizes, "columns": columns}
+        self.folder.mkdir(exist_ok=True)
+        write_beside(self.folder / name, json.dumps(part).encode())
         return part
 
     def waiting(self) -> list[dict]:
-        """The announced parts, oldest first."""
+        """The announced parts, oldest first; records that are damaged, or whose data are not whole, are removed."""
         found = []
-        for file in sorted(self.folder.glob("*.part.json"), key=lambda file: file.stat().st_mtime_ns):
-            if file.is_dir():
+        for file in sorted(self.folder.glob(f"*{PART_ENDING}"), key=lambda file: file.lstat().st_mtime_ns):
+            if file.is_dir() and not file.is_symlink():
                 logger.warning(f"{file} is a folder, which no memory store makes: it is passed over; remove it")
                 continue
             try:
-                part = json.loads(file.read_text(encoding="utf-8"))
+                part = None if file.is_symlink() else json.loads(file.read_text(encoding="utf-8"))
             except (ValueError, OSError, RecursionError):
                 part = None
             # What is written here names files to open and to remove: only what `announce` could have written counts.
-            if file.is_symlink() or not _is_part(part, file.name):
-                logger.warning(f"{file} is damaged: the memories that it announced are made again")
-                file.unlink()
-            else:
+            if _is_part(part, file.name) and self._is_whole(part):
                 found.append(part)
+            else:
+                logger.warning(f"{file} or its data are damaged: the memories that it announced are made again")
+                file.unlink(missing_ok=True)
         return found
+
+    def are_waiting(self) -> bool:
+        return any(self.folder.glob(f"*{PART_ENDING}"))
+
+    def _is_whole(self, part: dict) -> bool:
+        try:
+            # Before, a size came with a time of change.
+            sizes = {name: size[0] if isinstance(size, list) else size for name, size in part["files"].items()}
+            return all((self.path / name).lstat().st_size == size for name, size in sizes.items())
+        except (OSError, IndexError):
+            return False
+
+    def is_announced(self, part: dict) -> bool:
+        """Whether a part still waits: another process may have taken it into the table."""
+        return (self.folder / part["name"]).exists()
 
     def discard(self, names: Iterable[str]) -> None:
         for name in names:
             if is_plain_name(name):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def signatures(self, files: Iterable[str]) -> dict[str, Signature]:
-        return {name: _signature(self.path / name) for name in files}
+    @contextmanager
+    def lock(self, exclusive: bool, wait: bool = True) -> Iterator[bool]:
+        """Holds the store's lock: shared, while parts are written, or exclusive, while the table changes.
 
-    def sound(self) -> dict[str, Signature]:
-        """Signatures that the sound files had."""
-        try:
-            known = json.loads((self.folder / SOUND_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # then all are checked again
-            known = None
-        return known if isinstance(known, dict) else {}
-
-    def trust(self, signatures: dict[str, Signature], present: Iterable[str]) -> None:
-        """Adds sound files to those known, and forgets those that are not `present` in the table."""
-        known = self.sound()
-        kept = {name: (known | signatures).get(name) for name in present}
-        kept = {name: signature for name, signature in kept.items() if signature is not None}
-        if kept != known:
-            self._write(SOUND_FILE, kept)
-
-    def _write(self, name: str, content: dict) -> None:
+        A killed process loses it. Yields whether it was got, which is not sure only without `wait`.
+        """
         self.folder.mkdir(exist_ok=True)
-        unfinished = self.folder / f"{uuid4().hex}.unfinished"
-        try:
-            unfinished.write_text(json.dumps(content))
-            _sync(unfinished)
-            os.replace(unfinished, self.folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with open(self.folder / LOCK_FILE, "ab") as file:
+            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                got = True
+            except BlockingIOError:
+                got = wait
+                if wait:
+                    logger.warning(f"another process writes to the memory store at {self.path}: waiting for it")
+                    fcntl.flock(file, kind)
+            yield got
 
 
 def _is_part(part, name: str) -> bool:
@@ -104,15 +113,18 @@ def _is_part(part, name: str) -> bool:
     return all(map(is_plain_name, named)) and {f"data/{path}" for path in named} == set(files)
 
 
-def _signature(file: Path) -> Signature:
+def write_beside(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole, and safely on the disk, or not at all."""
+    unfinished = path.with_name(f"{uuid4().hex}.unfinished")
     try:
-        found = file.stat()
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+        unfinished.write_bytes(content)
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

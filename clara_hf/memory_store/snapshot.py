@@ -12,6 +12,8 @@ import pyarrow as pa
 from lance.fragment import FragmentMetadata
 from transformers.utils import logging
 
+from clara_hf.program.paths import is_plain_name
+
 from .keys import KEY_LENGTH
 
 
@@ -48,6 +50,16 @@ def unpacked(keys: np.ndarray) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A Lance fragment: its files, relative to the table's folder, and its rows, from offset `start` to `stop`."""
+
+    fragment_id: int
+    files: tuple[str, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One version of the dataset as one process has it open, and where each key's row is in it."""
 
@@ -55,32 +67,31 @@ class Snapshot:
     version: int
     keys: np.ndarray  # sorted, as `packed` has them
     offsets: np.ndarray
-    unreadable: tuple[int, ...]  # fragments whose keys cannot be read
+    pieces: tuple[Piece, ...]
+    unreadable: tuple[Piece, ...]  # those whose keys cannot be read
 
     @classmethod
-    def load(cls, path: Path, version: int | None = None) -> "Snapshot":
+    def load(cls, path: Path, before: "Snapshot | None" = None, version: int | None = None) -> "Snapshot":
+        """Loads a version of the table at `path`: of what was only appended to `before`, only the new keys are read."""
         dataset = lance.dataset(str(path), version=version)
-        unreadable = []
-        try:
-            keys = _key_array(dataset)
-            offsets = np.arange(len(keys))
-        except Unreadable:
-            parts, count = [(np.empty(0, PACKED), np.empty(0, np.int64))], 0
-            for fragment in dataset.get_fragments():
-                try:
-                    found = _key_array(fragment)
-                    parts.append((found, np.arange(count, count + len(found))))
-                except Unreadable:
-                    unreadable.append(fragment.fragment_id)
-                count += fragment.count_rows()
-            keys, offsets = (np.concatenate(part) for part in zip(*parts, strict=True))
-            logger.warning(
-                f"{count - len(keys)} of {count} documents in {path} cannot be read: call add() with them again, "
-                "which makes their memories anew"
-            )
+        if before is not None and before.version == dataset.version:
+            return before
+        pieces = _pieces(dataset)
+        known = before is not None and not before.unreadable and before.pieces == pieces[: len(before.pieces)]
+        start = len(before.pieces) if known else 0
+        keys, offsets, unreadable = _read_keys(dataset, path, pieces[start:])
         # Two processes that added one document at the same time left two rows of it: the later one counts.
         keys, newest = np.unique(keys[::-1], return_index=True)
-        return cls(dataset, dataset.version, keys, offsets[::-1][newest], tuple(unreadable))
+        offsets = offsets[::-1][newest]
+        if known:
+            keys, offsets = _merged(before.keys, before.offsets, keys, offsets)
+        if unreadable:
+            lost = sum(piece.stop - piece.start for piece in unreadable)
+            logger.warning(
+                f"{lost} of {pieces[-1].stop} documents in {path} cannot be read: call add() with them again, which "
+                "makes their memories anew"
+            )
+        return cls(dataset, dataset.version, keys, offsets, pieces, unreadable)
 
 
 @contextmanager
@@ -88,31 +99,93 @@ def reading() -> Iterator[None]:
     """Turns what Lance and Arrow raise for files that are gone, cut or changed into `Unreadable`."""
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise Unreadable(str(error)) from error
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        raise Unreadable(" ".join(str(error).split())[:300]) from error
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # of Lance's Rust code: no Exception, nor a class to import
-            raise Unreadable(str(error)) from error
+            raise Unreadable(" ".join(str(error).split())[:300]) from error
         raise
 
 
-def files_in(dataset: "lance.LanceDataset") -> list[str]:
-    return [name for fragment in dataset.get_fragments() for name in files_of(fragment)]
-
-
-def files_of(fragment: "lance.LanceFragment") -> list[str]:
-    """All files of a fragment, relative to the table's folder."""
-    deletions = fragment.deletion_file()
-    return data_files(fragment.metadata) + ([] if deletions is None else [deletions])
-
-
 def data_files(metadata: FragmentMetadata) -> list[str]:
+    """The data files of a fragment, relative to the table's folder.
+
+    Raises:
+        Unreadable: one of them would lie elsewhere.
+    """
+    for file in metadata.files:
+        if not is_plain_name(file.path) or file.base_id is not None:
+            raise Unreadable(f"a data file is named {file.path!r}")
     return [f"data/{file.path}" for file in metadata.files]
 
 
-def _key_array(source) -> np.ndarray:
+def _pieces(dataset: "lance.LanceDataset") -> tuple[Piece, ...]:
+    pieces, start = [], 0
+    for fragment in dataset.get_fragments():
+        stop = start + fragment.count_rows()
+        try:
+            deletions = fragment.deletion_file()
+            files = (*data_files(fragment.metadata), *([] if deletions is None else [deletions]))
+        except Unreadable:
+            files = ("",)  # no file's name: what it holds is not read
+        pieces.append(Piece(fragment.fragment_id, files, start, stop))
+        start = stop
+    return tuple(pieces)
+
+
+def _read_keys(
+    dataset: "lance.LanceDataset", path: Path, pieces: tuple[Piece, ...]
+) -> tuple[np.ndarray, np.ndarray, tuple[Piece, ...]]:
+    """Keys and offsets of all rows of `pieces`, in their order, and the pieces that cannot be read."""
+    lost = {piece.fragment_id for piece in pieces if not all((path / name).is_file() for name in piece.files)}
+    whole = [piece for piece in pieces if piece.fragment_id not in lost]
+    try:
+        found = [(_key_array(dataset, whole), whole)]
+        if len(found[0][0]) != sum(piece.stop - piece.start for piece in whole):
+            raise Unreadable("there are more or fewer keys than rows")
+    except Unreadable:
+        found = []
+        for piece in whole:
+            try:
+                keys = _key_array(dataset, [piece])
+                if len(keys) != piece.stop - piece.start:
+                    raise Unreadable("there are more or fewer keys than rows")
+                found.append((keys, [piece]))
+            except Unreadable:
+                lost.add(piece.fragment_id)
+    keys = np.concatenate([np.empty(0, PACKED), *(keys for keys, _ in found)])
+    ranges = [np.arange(piece.start, piece.stop) for _, read in found for piece in read]
+    offsets = np.concatenate([np.empty(0, np.int64), *ranges])
+    return keys, offsets, tuple(piece for piece in pieces if piece.fragment_id in lost)
+
+
+def _key_array(dataset: "lance.LanceDataset", pieces: Sequence[Piece]) -> np.ndarray:
+    if not pieces:
+        return np.empty(0, PACKED)
     with reading():
-        # Millions of them, in every process that reads: at no time a Python object for each.
-        keys = source.to_table(columns=["key"])["key"].cast(pa.binary()).cast(pa.binary(KEY_LENGTH)).combine_chunks()
+        fragments = [dataset.get_fragment(piece.fragment_id) for piece in pieces]
+        keys = dataset.scanner(columns=["key"], fragments=fragments).to_table()["key"].combine_chunks()
+        if keys.null_count:
+            raise ValueError("keys are missing")
+        if keys.type == pa.binary(KEY_LENGTH // 2):
+            return np.frombuffer(keys.buffers()[1], PACKED, count=len(keys), offset=keys.offset * KEY_LENGTH // 2)
+        # Of format 1, as digits. Millions of them, in every process that reads: at no time a Python object for each.
+        keys = keys.cast(pa.binary()).cast(pa.binary(KEY_LENGTH))
         digits = keys.buffers()[1][keys.offset * KEY_LENGTH :].to_pybytes()[: len(keys) * KEY_LENGTH]
         return np.frombuffer(bytes.fromhex(digits.decode("ascii")), dtype=PACKED)
+
+
+def _merged(
+    keys: np.ndarray, offsets: np.ndarray, new_keys: np.ndarray, new_offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two sorted lists of keys as one; what is in both has its new offset."""
+    if not len(keys):
+        return new_keys, new_offsets
+    places = np.searchsorted(keys, new_keys)
+    known = keys[places.clip(max=len(keys) - 1)] == new_keys
+    offsets = offsets.copy()
+    offsets[places[known]] = new_offsets[known]
+    return (
+        np.insert(keys, places[~known], new_keys[~known]),
+        np.insert(offsets, places[~known], new_offsets[~known]),
+    )

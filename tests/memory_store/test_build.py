@@ -94,13 +94,13 @@ def test_an_interrupted_call_with_a_real_model_gives_the_memories_of_a_whole_one
     whole = store.get(store.add(documents, batch_size=4, show_progress=False))
 
     part = MemoryStore.open(path / "part", clara, dtype="float32")
-    compress, done = clara.compress, []
+    compress, done = clara.compress_encoded, []
 
-    def compress_until_interrupted(documents, **options):
-        done.append(documents)
-        return compress(documents, **options) if len(done) != 3 else raise_(KeyboardInterrupt())
+    def compress_until_interrupted(rows, **options):
+        done.append(rows)
+        return compress(rows, **options) if len(done) != 3 else raise_(KeyboardInterrupt())
 
-    clara.compress = compress_until_interrupted
+    clara.compress_encoded = compress_until_interrupted
     with pytest.raises(KeyboardInterrupt):
         part.add(documents, batch_size=4, show_progress=False)
     assert len(part) == 8
@@ -116,18 +116,9 @@ def test_documents_that_will_be_cut_are_counted_once_over_those_that_are_compres
         store.add([*TEXTS[:1], *TOO_LONG[:2]], batch_size=2, show_progress=False)
         store.add([*TEXTS[:4], *TOO_LONG, *TOO_LONG], batch_size=2, show_progress=False)
         store.add([*TEXTS, *TOO_LONG], batch_size=2, show_progress=False)
-    told = "documents to compress are longer than doc_max_length=32 tokens and are cut; "
+    told = "compressed documents are longer than doc_max_length=32 tokens and were cut; "
     way = "model.processor.find_cut_documents(documents) lists them."
     assert [record.message for record in caplog.records] == [f"2 of 3 {told}{way}", f"4 of 7 {told}{way}"]
-
-
-def test_cut_documents_are_reported_again_after_adding_failed(clara, path, caplog, monkeypatch):
-    monkeypatch.setattr(clara, "_encode_rows", lambda *arguments: raise_(RuntimeError("stop")))
-    with pytest.raises(RuntimeError, match="stop"):
-        MemoryStore.open(path, clara).add(TOO_LONG, show_progress=False)
-    assert len(caplog.records) == 1
-    clara.processor.encode_documents(TOO_LONG)
-    assert "6 of 6 documents are longer" in caplog.records[-1].message
 
 
 class Reports(logging.Handler):
@@ -153,13 +144,13 @@ def reports_of_adding_together(rank, base, path):
 def test_processes_that_add_together_report_cut_documents_once(base, path, tmp_path):
     MemoryStore.open(path, build_clara(base))
     first, second = in_processes(2, reports_of_adding_together, tmp_path, base, path)
-    assert len(first) == 1 and first[0].startswith("6 of 11 documents") and second == []
+    assert len(first) == 1 and first[0].startswith("6 of 11 ") and second == []
 
 
 def test_a_reserved_token_is_named_by_position_before_anything_is_compressed_or_written(clara, path):
     store = MemoryStore.open(path, clara)
     (key,) = store.add(TEXTS[:1], {"year": [1]}, show_progress=False)
-    clara.compress = lambda documents, **options: raise_(AssertionError("compressed"))
+    clara.compress_encoded = lambda rows, **options: raise_(AssertionError("compressed"))
     documents = [*TEXTS, *TEXTS, f"a {clara.processor.reserved_texts[0]} b"]
     with pytest.raises(ValueError, match=r"^documents\[10\] contains '<MEM0>', a token that the model reserves"):
         store.add(documents, {"year": list(range(11))}, batch_size=1, show_progress=False)

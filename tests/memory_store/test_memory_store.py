@@ -293,10 +293,10 @@ def test_an_empty_folder_and_a_creation_that_was_cut_off_are_taken(path):
 
 
 def test_a_store_of_another_format_is_refused(path, monkeypatch):
-    monkeypatch.setattr(table_module, "FORMAT", 2)
+    monkeypatch.setattr(table_module, "FORMAT", 3)
     MemoryStore.open(path, FakeModel())
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format 2; this version reads 1"):
+    with pytest.raises(ValueError, match="has format 3; this version reads 1"):
         MemoryStore.open(path)
 
 

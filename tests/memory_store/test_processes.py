@@ -172,7 +172,7 @@ def test_an_error_in_one_process_ends_the_others_and_keeps_what_was_written(path
 
 
 def add_fakes(rank, path):
-    return add_together(rank, path, FakeModel())
+    return add_together(rank, path, FakeModel(), verify="all")
 
 
 def test_damage_is_looked_for_by_all_processes_and_made_anew_once(path, tmp_path):
@@ -202,15 +202,15 @@ def questions() -> Dataset:
 def train_jointly(rank, base, folder, killed_rank):
     """Returns what this process compressed, its steps and its loss; one dies at its second batch of documents."""
     model = build_clara(base, lora_dropout=0.0)
-    compress, compressed = model.compress, []
+    compress, compressed = model.compress_encoded, []
 
-    def counting(documents, **options):
+    def counting(rows, **options):
         if rank == killed_rank and compressed:
             os.kill(os.getpid(), signal.SIGKILL)
-        compressed.extend(documents)
-        return compress(documents, **options)
+        compressed.extend(map(tuple, rows))
+        return compress(rows, **options)
 
-    model.compress = counting
+    model.compress_encoded = counting
     MemoryStore.write_bytes = 1
     batches = {"per_device_train_batch_size": 2, "memory_batch_size": 2, "dataloader_num_workers": 1}
     trainer = make_trainer("joint", base, folder, model, rows=questions(), max_steps=2, **batches)

@@ -1,0 +1,368 @@
+"""Stored forms of a memory: as it is, or in codes of 8 to 1 bits per value that can be searched without decoding.
+
+A form turns a memory's values into a *code space* by an orthonormal map and stores one of a few levels for each value
+there, with one least-squares scale per memory. A question turned into the same space has the same products with codes
+as with decoded memories, so that `turn` and `values` give exact scores of what is stored:
+`q · (basis · levels) = (q · basis) · levels`.
+
+| form | bits per value | needs | how |
+|---|---|---|---|
+| `none` | 16 or 32 | nothing | the model's values |
+| `rotated8`, `rotated4`, `rotated2` | 8, 4, 2 | nothing | random signs and Hadamard transform, Lloyd–Max levels |
+| `fitted2`, `fitted1.5`, `fitted1` | 2, 1.5, 1 on average | a sample | PCA per memory token, bits by variance |
+"""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+
+ROTATED = {"rotated8": 8, "rotated4": 4, "rotated2": 2}
+FITTED = {"fitted2": 2.0, "fitted1.5": 1.5, "fitted1": 1.0}
+FORMS = ("none", *ROTATED, *FITTED)
+# A value takes one of these numbers of bits, so that values do not straddle bytes; or none, and is then its mean.
+WIDTHS = (1, 2, 4, 8)
+SCALE_BYTES = 4  # a float32 before the codes
+FEWEST_DOCUMENTS = 1000
+DOCUMENTS_PER_DIMENSION = 4
+
+
+@cache
+def levels_of(bits: int) -> torch.Tensor:
+    """The Lloyd–Max levels of a standard normal value, float64 `[2**bits]`, ascending."""
+    half = 2 ** (bits - 1)
+    # From levels spaced as the best ones are where there are many, by Lloyd's iteration, on the negative half alone.
+    shares = (torch.arange(half, dtype=torch.float64) + 0.5) / (2 * half)
+    levels = torch.special.ndtri(shares) * 3**0.5
+    for _ in range(3000):
+        edges = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.zeros(1, dtype=torch.float64)])
+        density = torch.cat([torch.zeros(1, dtype=torch.float64), torch.exp(-(edges**2) / 2) / (2 * torch.pi) ** 0.5])
+        mass = torch.special.ndtr(edges).diff(prepend=torch.zeros(1, dtype=torch.float64))
+        levels = (density[:-1] - density[1:]) / mass
+    return torch.cat([levels, -levels.flip(0)])
+
+
+@cache
+def error_of(bits: int) -> float:
+    """Mean squared error of a standard normal value at its level."""
+    levels = levels_of(bits)
+    edges = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf], dtype=torch.float64)])
+    mass = torch.special.ndtr(edges).diff(prepend=torch.zeros(1, dtype=torch.float64))
+    return float(1 - (mass * levels**2).sum())
+
+
+def packed_size(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """The number of each value's level, uint8, of the shape of `values`, which are about standard normal."""
+    levels = levels_of(bits)
+    edges = ((levels[1:] + levels[:-1]) / 2).to(values)
+    return torch.bucketize(values.contiguous(), edges).to(torch.uint8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`[n, count]` codes in bytes, the first in the lowest bits: uint8 `[n, packed_size(count, bits)]`."""
+    per_byte = 8 // bits
+    codes = F.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    shifts = torch.arange(per_byte, device=codes.device, dtype=torch.uint8) * bits
+    return (codes << shifts).sum(-1, dtype=torch.uint8)
+
+
+@cache
+def _levels_by_byte(bits: int, device: torch.device) -> torch.Tensor:
+    numbers = torch.arange(256).unsqueeze(1) >> (torch.arange(8 // bits) * bits)
+    return levels_of(bits)[numbers & (2**bits - 1)].float().to(device)
+
+
+def unpack(stored: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The levels of packed codes: float32 `[n, count]`."""
+    levels = F.embedding(stored.int(), _levels_by_byte(bits, stored.device))
+    return levels.flatten(1)[:, :count]
+
+
+class Plain:
+    """Memories as they are, in a dtype: form `none`."""
+
+    name = "none"
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        self.size = self.width = width
+        self.dtype = dtype
+        # Arrow and NumPy have no bfloat16: its bits are kept as uint16.
+        self.numpy_type = np.dtype(np.uint16 if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
+
+    def encode(self, memories: torch.Tensor) -> torch.Tensor:
+        """Memories `[n, width]` as they are stored, `[n, size]`."""
+        memories = memories.to(self.dtype)
+        return memories.view(torch.uint16) if self.dtype == torch.bfloat16 else memories
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """Memories `[n, width]` from what is stored."""
+        return stored.view(self.dtype)
+
+    def turn(self, queries: torch.Tensor) -> torch.Tensor:
+        """Questions `[n, width]` in the space of `values`, float32."""
+        return queries.float()
+
+    def values(self, stored: torch.Tensor) -> torch.Tensor:
+        """Memories in code space, float32 `[n, any]`, whose products with turned questions are exact."""
+        return stored.view(self.dtype).float()
+
+
+class _Coded:
+    """What codes have in common: a scale, and bytes of levels."""
+
+    numpy_type = np.dtype(np.uint8)
+
+    def _store(self, turned: torch.Tensor, levels: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+        """A scale before the codes: the one with which `levels` are nearest to `turned`."""
+        length = (levels * levels).sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (turned * levels).sum(1, keepdim=True) / length
+        return torch.cat([scale.float().contiguous().view(torch.uint8), *packed], dim=1)
+
+    def _scale(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored[:, :SCALE_BYTES].contiguous().view(torch.float32)
+
+
+class Rotated(_Coded):
+    """Codes of one number of bits for every value, after a fixed rotation that makes values alike and near normal.
+
+    The rotation flips signs and applies the orthonormal Hadamard transform to the largest power of two of values; a
+    width that is no power of two takes both twice, first from its front and then from its end.
+    """
+
+    def __init__(self, name: str, width: int):
+        self.name = name
+        self.bits = ROTATED[name]
+        self.width = width
+        self.size = SCALE_BYTES + packed_size(width, self.bits)
+        span = 2 ** (width.bit_length() - 1)
+        self._rounds = [(slice(0, span), _signs(width, 0))]
+        if span < width:
+            self._rounds.append((slice(width - span, width), _signs(width, 1)))
+
+    def turn(self, queries: torch.Tensor) -> torch.Tensor:
+        values = queries.float()
+        for span, signs in self._rounds:
+            values = values * signs.to(values.device)
+            values[:, span] = hadamard(values[:, span])
+        return values
+
+    def _turn_back(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        for span, signs in reversed(self._rounds):
+            values[:, span] = hadamard(values[:, span])
+            values = values * signs.to(values.device)
+        return values
+
+    def encode(self, memories: torch.Tensor) -> torch.Tensor:
+        turned = self.turn(memories)
+        spread = turned.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        packed = pack(quantize(turned / spread, self.bits), self.bits)
+        return self._store(turned, unpack(packed, self.bits, self.width), packed)
+
+    def values(self, stored: torch.Tensor) -> torch.Tensor:
+        return unpack(stored[:, SCALE_BYTES:], self.bits, self.width) * self._scale(stored)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        return self._turn_back(self.values(stored))
+
+
+class Fitted(_Coded):
+    """Codes after a PCA per memory token that was fitted on a sample: more bits where memories vary more.
+
+    Args:
+        name: of the form.
+        tensors: what [`fit`] gives.
+    """
+
+    def __init__(self, name: str, tensors: dict[str, torch.Tensor]):
+        self.name = name
+        slots, hidden = (int(number) for number in tensors["shape"])
+        self._shape = (slots, hidden)
+        self.width = slots * hidden
+        self._tensors = tensors
+        slot = tensors["slot"].long()
+        # Bases lie slot by slot; codes lie by their number of bits.
+        self._order = torch.sort(tensors["bits"].long(), stable=True, descending=True).indices
+        self._back = torch.argsort(self._order)
+        self._counts = torch.bincount(slot, minlength=slots).tolist()
+        bits = tensors["bits"].long()[self._order]
+        self._groups = [(number, int((bits == number).sum())) for number in reversed(WIDTHS)]
+        self.size = SCALE_BYTES + sum(packed_size(count, number) for number, count in self._groups)
+
+    def _on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        if self._tensors["basis"].device != device:
+            self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+            self._order, self._back = self._order.to(device), self._back.to(device)
+        return self._tensors
+
+    def turn(self, queries: torch.Tensor) -> torch.Tensor:
+        basis = self._on(queries.device)["basis"]
+        queries = queries.float().unflatten(1, self._shape)
+        parts = [
+            queries[:, slot] @ rows.float().T for slot, rows in enumerate(basis.split(self._counts)) if rows.shape[0]
+        ]
+        return torch.cat(parts, dim=1)[:, self._order]
+
+    def encode(self, memories: torch.Tensor) -> torch.Tensor:
+        turned = self.turn(memories)
+        tensors = self._on(memories.device)
+        mean, spread = tensors["mean"][self._order], tensors["deviation"][self._order]
+        normal = (turned - mean) / spread
+        packed, start = [], 0
+        for bits, count in self._groups:
+            packed.append(pack(quantize(normal[:, start : start + count], bits), bits))
+            start += count
+        return self._store(turned, self._levels(torch.cat(packed, dim=1)), *packed)
+
+    def _levels(self, packed: torch.Tensor) -> torch.Tensor:
+        tensors = self._on(packed.device)
+        parts, start = [], 0
+        for bits, count in self._groups:
+            size = packed_size(count, bits)
+            parts.append(unpack(packed[:, start : start + size], bits, count))
+            start += size
+        levels = torch.cat(parts, dim=1)
+        return levels * tensors["deviation"][self._order] + tensors["mean"][self._order]
+
+    def values(self, stored: torch.Tensor) -> torch.Tensor:
+        return self._levels(stored[:, SCALE_BYTES:]) * self._scale(stored)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        values = self.values(stored)[:, self._back]
+        basis = self._on(stored.device)["basis"]
+        slots = zip(values.split(self._counts, dim=1), basis.split(self._counts), strict=True)
+        return torch.cat([part @ rows.float() for part, rows in slots], dim=1)
+
+
+Form = Plain | Rotated | Fitted
+
+
+class Moments:
+    """Sums of memories and of their products, from which [`fit`] makes a basis."""
+
+    def __init__(self, slots: int, hidden: int, device: torch.device | str = "cpu"):
+        dtype = torch.float64 if hidden <= 1024 else torch.float32
+        self.count = 0
+        self.first = torch.zeros(slots, hidden, dtype=dtype, device=device)
+        self.second = torch.zeros(slots, hidden, hidden, dtype=dtype, device=device)
+
+    def add(self, memories: torch.Tensor) -> None:
+        """Adds memories `[n, slots, hidden]`."""
+        memories = memories.to(self.second).transpose(0, 1)
+        self.count += memories.shape[1]
+        self.first += memories.sum(1)
+        self.second += memories.transpose(1, 2) @ memories
+
+
+def documents_needed(hidden: int) -> int:
+    """How many memories a fitted form must have seen: from too few, the smaller half of a basis is noise."""
+    return max(FEWEST_DOCUMENTS, DOCUMENTS_PER_DIMENSION * hidden)
+
+
+def fit(moments: Moments, bits: float) -> dict[str, torch.Tensor]:
+    """The tensors of a [`Fitted`] form with `bits` per value on average.
+
+    Uncentred PCA of each memory token's dimensions; bits go, one upgrade after the other, to where they take away the
+    most error, as Lloyd–Max levels of a normal value do.
+
+    Raises:
+        ValueError: `moments` are of too few memories.
+    """
+    slots, hidden = moments.first.shape
+    needed = documents_needed(hidden)
+    if moments.count < needed:
+        raise ValueError(
+            f"a fitted form needs at least {needed} documents at hidden size {hidden}, and there are {moments.count}: "
+            "add more, or use a rotated form, which needs none"
+        )
+    # Slot by slot: of a large model, one is a decomposition of minutes and of a hundred megabytes.
+    bases = torch.stack([torch.linalg.eigh(second / moments.count)[1].T.flip(0) for second in moments.second])
+    mean = torch.einsum("skh,sh->sk", bases, moments.first / moments.count)
+    power = torch.einsum("skh,shg,skg->sk", bases, moments.second / moments.count, bases)
+    variance = (power - mean**2).clamp(min=1e-12 * power.max()).flatten()
+    allotted = _allot(variance, bits)
+    kept = allotted > 0
+    slot = torch.arange(slots, device=kept.device).repeat_interleave(hidden)
+    tensors = {
+        "shape": torch.tensor([slots, hidden]),
+        "basis": bases.flatten(0, 1)[kept].to(torch.float16),
+        "slot": slot[kept].to(torch.int32),
+        "bits": allotted[kept].to(torch.uint8),
+        "mean": mean.flatten()[kept].float(),
+        "deviation": variance[kept].sqrt().float(),
+    }
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _allot(variance: torch.Tensor, bits: float) -> torch.Tensor:
+    """Bits of each value, of [`WIDTHS`] or 0, that average at most `bits`."""
+    errors = torch.tensor([1.0, *map(error_of, WIDTHS)], dtype=torch.float64)
+    costs = torch.tensor([0, *WIDTHS]).diff()
+    # Each further bit takes away less, so that the best upgrades are a prefix of each value's own.
+    gains = variance.double().cpu().unsqueeze(1) * (-errors.diff() / costs)
+    order = torch.argsort(gains.flatten(), descending=True, stable=True)
+    spent = costs.repeat(len(variance))[order].cumsum(0)
+    taken = order[spent <= int(bits * len(variance))]
+    allotted = torch.zeros(gains.numel(), dtype=torch.int64)
+    allotted[taken] = costs.repeat(len(variance))[taken]
+    return allotted.view(gains.shape).sum(1).to(variance.device)
+
+
+def hadamard(values: torch.Tensor) -> torch.Tensor:
+    """The orthonormal Walsh–Hadamard transform of the last dimension, a power of two wide."""
+    width = values.shape[-1]
+    rows = 2 ** ((width.bit_length() - 1) // 2)
+    # As the Kronecker product of two small ones: two matrix products in place of log2(width) passes over memory.
+    left, right = _hadamard_matrix(rows).to(values), _hadamard_matrix(width // rows).to(values)
+    return (left @ values.unflatten(-1, (rows, -1)) @ right).flatten(-2)
+
+
+@cache
+def _hadamard_matrix(width: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
+
+
+def _signs(width: int, number: int) -> torch.Tensor:
+    # From a hash, so that they stay the same whatever becomes of random generators.
+    digest = hashlib.shake_256(f"clara rotation {width} {number}".encode()).digest(packed_size(width, 1))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8))[:width]
+    return torch.from_numpy(bits * 2.0 - 1.0).float()
+
+
+def to_file(tensors: dict[str, torch.Tensor]) -> tuple[str, bytes]:
+    """The hash, 16 hexadecimal digits, and the content of a safetensors file."""
+    content = save(tensors)
+    return digest_of(content), content
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def from_file(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    """The tensors in the file whose hash is `digest`.
+
+    Raises:
+        OSError: the file is gone, damaged, or another one.
+    """
+    try:
+        content = path.read_bytes()
+        if digest_of(content) == digest:
+            return load(content)
+        reason = "its content is not what the store recorded: it is damaged, or another store's"
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    raise OSError(f"{path} cannot be used ({reason}): copy it from where the store came from")
