@@ -17,7 +17,7 @@ import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 from transformers import HfArgumentParser
 
-from clara_hf.program.training import run
+from clara_hf.program import run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
@@ -79,4 +79,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -18,7 +18,7 @@ import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
 from transformers import HfArgumentParser
 
-from clara_hf.program.training import run
+from clara_hf.program import run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
 
@@ -82,4 +82,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -22,7 +22,7 @@ from compress import compress_padded
 from datasets import Dataset, disable_progress_bars
 from transformers import HfArgumentParser
 
-from clara_hf.program.training import run
+from clara_hf.program import run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.joint import JointConfig, JointTrainer
 
@@ -111,4 +111,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

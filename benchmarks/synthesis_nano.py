@@ -29,8 +29,7 @@ from transformers import HfArgumentParser
 
 from clara_hf.data.schema import load_scp
 from clara_hf.evaluation.statistics import bootstrap_interval
-from clara_hf.program import stages
-from clara_hf.program.training import run, write_json
+from clara_hf.program import run_program, stages, write_json
 from clara_hf.synthesis import session, synthesize
 from clara_hf.synthesis.client import ChatReply, ChatRequest
 from clara_hf.synthesis.store import digest_of
@@ -217,4 +216,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -4,9 +4,9 @@ accelerate launch recipes/scp.py --config recipes/nano/scp.yaml
 accelerate launch recipes/scp.py --config recipes/nano/scp.yaml --learning_rate 5e-4 --output_dir runs/x
 """
 
+from clara_hf.program import run_program
 from clara_hf.program.stages import scp as main
-from clara_hf.program.training import run
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from clara_hf.program.recipe import answer_metrics, ranking_metrics
+from clara_hf.program.metrics import answer_metrics, ranking_metrics
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers import (
     ContrastiveConfig,

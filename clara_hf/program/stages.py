@@ -1,44 +1,176 @@
-"""The training programs, one function a stage: what `recipes/joint.py` and its sisters run."""
+"""The training stages as programs: what `clara joint`, `recipes/joint.py` and their sisters run."""
 
-from clara_hf.data.schema import iter_scp
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import set_seed
+
+from clara_hf.data.schema import QAExample, iter_examples, iter_scp
+from clara_hf.program import UsageError, parse
+from clara_hf.program.machine import keep_freed_memory
+from clara_hf.program.metrics import answer_metrics, ranking_metrics
+from clara_hf.program.models import CLaRaModelArguments, load_model
+from clara_hf.program.training import (
+    DataArguments,
+    begin,
+    check_arguments,
+    checkpoint_to_resume,
+    claimed,
+    is_finished,
+    quieten,
+    run_folder,
+    train_stage,
+)
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
 from trainers.instruction import InstructionConfig, InstructionTrainer
 from trainers.joint import JointConfig, JointTrainer
 from trainers.scp import SCPConfig, SCPTrainer
-from trainers.trainer import token_accuracy
+from trainers.trainer import CLaRaTrainer, CLaRaTrainingArguments, token_accuracy
 
-from .recipe import answer_metrics, ranking_metrics, read_labelled_questions, read_questions, train_recipe
+
+RECALLS = {"recall@1", "recall@3", "recall@5"}
+ANSWERS = {"f1", "em", "cover_em"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the stages.
+
+    Parameters:
+        trainer, config: the trainer and its arguments.
+        yaml: the recipe of the nano world, which is read where no other is given.
+        read: gives a file's rows.
+        metrics: makes `compute_metrics` from processor and validation rows.
+        scores: names that evaluation may give.
+    """
+
+    trainer: type[CLaRaTrainer]
+    config: type[CLaRaTrainingArguments]
+    yaml: str
+    read: Callable[[str], Iterable[dict]]
+    metrics: Callable
+    scores: frozenset[str] | set[str]
 
 
 def scp(arguments: list[str] | None = None) -> None:
     """Stage 1: compressor, generator and memory embeddings learn to compress."""
-    train_recipe(SCPTrainer, SCPConfig, "recipes/nano/scp.yaml", iter_scp, lambda *_: token_accuracy, arguments)
+    metrics = lambda *_: token_accuracy  # noqa: E731
+    train(Stage(SCPTrainer, SCPConfig, "scp", iter_scp, metrics, {"loss", "token_accuracy"}), arguments)
 
 
 def instruct(arguments: list[str] | None = None) -> None:
     """Stage 2: compressor and generator learn to answer from given documents."""
-    train_recipe(
-        InstructionTrainer,
-        InstructionConfig,
-        "recipes/nano/instruct.yaml",
-        read_questions,
-        answer_metrics,
-        arguments,
-    )
+    scores = {"loss", *ANSWERS}
+    train(Stage(InstructionTrainer, InstructionConfig, "instruct", read_questions, answer_metrics, scores), arguments)
 
 
 def joint(arguments: list[str] | None = None) -> None:
     """Stage 3: query reasoner and generator learn from the answer's loss, over candidates."""
-    train_recipe(JointTrainer, JointConfig, "recipes/nano/joint.yaml", read_questions, answer_metrics, arguments)
+    scores = {"loss", *ANSWERS, *RECALLS}
+    train(Stage(JointTrainer, JointConfig, "joint", read_questions, answer_metrics, scores), arguments)
 
 
 def contrastive(arguments: list[str] | None = None) -> None:
     """Instead of stage 3: the query reasoner learns from relevance labels."""
-    train_recipe(
+    stage = Stage(
         ContrastiveTrainer,
         ContrastiveConfig,
-        "recipes/nano/contrastive.yaml",
+        "contrastive",
         read_labelled_questions,
         ranking_metrics,
-        arguments,
+        {"loss", *RECALLS},
     )
+    train(stage, arguments)
+
+
+def train(stage: Stage, arguments: list[str] | None) -> None:
+    """Carry out one stage as the YAML and command line say; a finished run is reused.
+
+    Raises:
+        UsageError, DataError, ValueError, OSError: one sentence that says what to mend.
+    """
+    types = (DataArguments, stage.config, CLaRaModelArguments)
+    data_args, training_args, model_args = parse(types, arguments, nano_recipe(stage.yaml), stage.trainer.__doc__)
+    quieten(training_args)
+    keep_freed_memory()
+    check_arguments(data_args, training_args, stage.scores)
+    folder = run_folder(data_args, model_args, training_args)
+    with claimed(folder, training_args):
+        if not data_args.overwrite and is_finished(training_args.output_dir):
+            return
+        checkpoint = checkpoint_to_resume(data_args, training_args)
+        # The first process may write what all read.
+        with training_args.main_process_first(desc="loading data"):
+            train_rows, validation = load_split(data_args, stage.read)
+        # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
+        set_seed(training_args.seed)
+        model = load_model(model_args)
+        check_user_texts(model.processor, {data_args.train_file: train_rows, data_args.validation_file: validation})
+        # What an overwritten run left: the memories are used again if this model's compressor made them.
+        options = {"replace_memories": data_args.overwrite} if hasattr(training_args, "memory_store") else {}
+        begin(folder, training_args)
+        trainer = stage.trainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_rows,
+            eval_dataset=validation,
+            compute_metrics=stage.metrics(model.processor, validation) if validation is not None else None,
+            **options,
+        )
+        train_stage(trainer, checkpoint)
+
+
+def nano_recipe(stage: str) -> str | None:
+    """The stage's recipe for the nano world, where the program runs in the repository."""
+    path = Path("recipes", "nano", f"{stage}.yaml")
+    return str(path) if path.is_file() else None
+
+
+def read_questions(path: str) -> Iterator[dict]:
+    """Rows of the question-answering schema, checked line by line."""
+    return map(qa_row, iter_examples(path))
+
+
+def read_labelled_questions(path: str) -> Iterator[dict]:
+    """The same for training a retriever from labels: rows need no answers."""
+    return map(qa_row, iter_examples(path, needs_answers=False))
+
+
+def qa_row(example: QAExample) -> dict:
+    return {
+        "id": example.id,
+        "question": example.question,
+        "answers": example.answers,
+        "docs": example.docs,
+        "pos_index": example.pos_index or [],
+    }
+
+
+def load_split(data: DataArguments, read: Callable[[str], Iterable[dict]]) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data, up to their limits."""
+    train_rows = Dataset.from_list(list(islice(read(data.train_file), data.train_limit)))
+    if data.validation_file is None:
+        return train_rows, None
+    return train_rows, Dataset.from_list(list(islice(read(data.validation_file), data.validation_limit)))
+
+
+def check_user_texts(processor, files: dict[str | None, Dataset | None]) -> None:
+    """Raise where a text holds a token that the model reserves.
+
+    Raises:
+        UsageError: names file, row (from 1) and token.
+    """
+    for file, rows in files.items():
+        seen: set[str] = set()
+        for name in ("question", "answers", "docs") if rows is not None else ():
+            for number, given in enumerate(rows[name][:], start=1):
+                texts = [text for text in ([given] if isinstance(given, str) else given) if text not in seen]
+                try:
+                    if texts:
+                        processor.check_user_texts(texts, name)
+                except ValueError as error:
+                    raise UsageError(f"{file}, row {number}: {error}") from error
+                seen.update(texts)

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from clara_hf.program.recipe import load_split, read_questions
+from clara_hf.program import parse
+from clara_hf.program.machine import keep_freed_memory
+from clara_hf.program.stages import load_split, nano_recipe, read_questions
 from clara_hf.program.training import (
     DataArguments,
-    check_folder,
+    begin,
+    check_arguments,
     checkpoint_to_resume,
-    claimed_folder,
+    claimed,
     is_finished,
-    parse,
+    run_folder,
     train_stage,
 )
 from modeling_clara import CLaRaProcessor
@@ -44,14 +47,17 @@ def as_conversations(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
-    data_args, training_args, model_args = parse(types, "recipes/nano/text_lora.yaml", arguments)
-    check_folder(data_args, model_args, training_args)
-    if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
-        return
-    checkpoint = checkpoint_to_resume(data_args, training_args)
-    processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
-    train, validation = load_split(data_args, read_questions)
-    with claimed_folder(data_args, model_args, training_args):
+    data_args, training_args, model_args = parse(types, arguments, nano_recipe("text_lora"), __doc__.split("\n")[0])
+    keep_freed_memory()
+    check_arguments(data_args, training_args)
+    folder = run_folder(data_args, model_args, training_args)
+    with claimed(folder, training_args):
+        if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
+            return
+        checkpoint = checkpoint_to_resume(data_args, training_args)
+        processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
+        train, validation = load_split(data_args, read_questions)
+        begin(folder, training_args)
         trainer = SFTTrainer(
             model=model_args.model_name_or_path,
             args=training_args,

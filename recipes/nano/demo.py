@@ -15,15 +15,13 @@ from pathlib import Path
 import matplotlib
 import world
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 from transformers.trainer import TRAINER_STATE_NAME
 
 from clara_hf.evaluation.files import RUN, UNFINISHED, read_results
 from clara_hf.evaluation.report import format_tables
 from clara_hf.evaluation.run import run as evaluate
 from clara_hf.evaluation.settings import EvalSettings
-from clara_hf.program import stages, text_lora
-from clara_hf.program.training import UsageError, read_json, run, write_json
+from clara_hf.program import UsageError, parse, read_json, run_program, stages, text_lora, write_json
 
 
 matplotlib.use("Agg")
@@ -189,7 +187,7 @@ def report(out: Path, results: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(arguments)
+    args = parse(DemoArguments, arguments, description=__doc__)
     out = Path(args.output_dir)
     if out.exists() and not (out / "demo.json").exists() and {path.name for path in out.iterdir()} - {"data"}:
         raise UsageError(f"output_dir {out} holds something else than this demo: choose another.")
@@ -217,4 +215,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, again="the same command")
+    run_program(main)

@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from clara_hf.program.training import read_json, run, write_json
+from clara_hf.program import read_json, run_program, write_json
 from modeling_clara import CLaRaForRetrievalGeneration
 
 
@@ -41,4 +41,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Ship an SCP checkpoint as pretrained/scp.")
     parser.add_argument("source", nargs="?", default=str(ROOT / "runs" / "nano-scp-full"), help="its folder")
     source = parser.parse_args().source
-    run(lambda _: ship(source))
+    run_program(lambda: ship(source))

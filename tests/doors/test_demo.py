@@ -6,7 +6,7 @@ import warnings
 import pytest
 from transformers import Trainer
 
-from clara_hf.program.training import UsageError
+from clara_hf.program import UsageError
 from recipes.nano import demo, world
 
 

@@ -13,7 +13,8 @@ from conftest import TEXTS, build_base, build_clara
 from test_trainers import make_trainer, part_of, snapshot
 from transformers import AutoModel, BitsAndBytesConfig, EetqConfig, QuantoConfig, TorchAoConfig
 
-from clara_hf.program.training import CLaRaModelArguments, UsageError, load_model
+from clara_hf.program import UsageError
+from clara_hf.program.models import CLaRaModelArguments, load_model
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import lora_layers
 from modeling_clara.quantization_clara import base_only, quantize_base

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from test_trainers import make_trainer
 
 from benchmarks.training_cost import BASES, checkpoint_bytes, meta_model, recipe_cost, report
-from clara_hf.program.training import CLaRaModelArguments, DataArguments, parse
+from clara_hf.program import parse
+from clara_hf.program.models import CLaRaModelArguments
+from clara_hf.program.training import DataArguments
 from modeling_clara import CLaRaConfig
 from trainers import InstructionConfig, JointConfig, SCPConfig
 
@@ -28,7 +30,7 @@ def test_recipe_parses_and_has_the_paper_s_settings(model, stage):
     path = ROOT / "recipes" / model / f"{stage}.yaml"
     types = (DataArguments, config_class, CLaRaModelArguments)
     # What needs a GPU is refused where there is none.
-    data, training, own = parse(types, path, ["--config", str(path), "--use_cpu", "true"])
+    data, training, own = parse(types, ["--config", str(path), "--use_cpu", "true"])
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == batch
     assert (training.learning_rate, training.num_train_epochs) == (learning_rate, 1)
     assert (training.lr_scheduler_type, training.warmup_steps, training.max_grad_norm) == ("cosine", 0.03, 1.0)

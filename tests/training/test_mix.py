@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_trainers import SCP_ROWS, make_trainer
 
-from clara_hf.program.training import DataArguments, parse
+from clara_hf.program import parse
+from clara_hf.program.training import DataArguments
 from trainers import SCPConfig
 from trainers.mix import MixSampler, exact_shares
 
@@ -84,9 +85,9 @@ def test_a_mix_is_read_from_yaml_and_from_the_command_line(tmp_path):
         "train_file: a.jsonl\noutput_dir: runs/x\ndata_mix: {qa: 0.25, paraphrase: 0.75}\n", encoding="utf-8"
     )
     types = (DataArguments, SCPConfig)
-    _, args = parse(types, path, [])
+    _, args = parse(types, [], path)
     assert args.data_mix == {"qa": 0.25, "paraphrase": 0.75}
-    _, args = parse(types, path, ["--data_mix", "{qa: 1}"])
+    _, args = parse(types, ["--data_mix", "{qa: 1}"], path)
     assert args.data_mix == {"qa": 1}
 
 

@@ -1,6 +1,8 @@
 """The recipes as programs: arguments, folders, and one sentence for what the user can mend."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -15,8 +17,12 @@ from processes import in_process
 from transformers import Trainer
 
 from clara_hf.memory_store.store import MemoryStore
-from clara_hf.program import recipe as common
-from clara_hf.program import training as cli
+from clara_hf.program import UsageError, run_program, write_json
+from clara_hf.program.errors import one_sentence
+from clara_hf.program.folders import RunFolder
+from clara_hf.program.models import CLaRaModelArguments, load_model
+from clara_hf.program.stages import load_split, read_questions
+from clara_hf.program.training import DataArguments, difference
 from modeling_clara import CLaRaForRetrievalGeneration
 from recipes import instruct, joint, scp
 
@@ -61,15 +67,14 @@ def config(tmp_path, base, scp_file):
     return write
 
 
-def program(monkeypatch, capsys, main, *arguments: str) -> tuple[int | str | None, str]:
+def program(monkeypatch, capsys, main, *arguments: str) -> tuple[int, str]:
     """Exit code and error text of a recipe called as a program."""
     monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
     try:
-        cli.run(main)
-        code = 0
+        run_program(main)
     except SystemExit as stop:
         code = stop.code
-    return code, capsys.readouterr().err + (code if isinstance(code, str) else "")
+    return code, capsys.readouterr().err
 
 
 def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
@@ -92,16 +97,23 @@ def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
         ({"use_cpu": "perhaps"}, "use_cpu: 'perhaps' has the wrong type"),
         ({"train_file": 3}, "train_file: 3 has the wrong type"),
         ({"train_file": {"a": 1}}, "train_file: {'a': 1} has the wrong type"),
-        ({"dtype": "float33"}, "dtype is 'float33'"),
+        ({"dtype": "float33"}, "'float33': did you mean float32?"),
+        ({"dtype": "float8_e4m3fn"}, "must be one of auto, float32, bfloat16, float16, but is 'float8_e4m3fn'"),
+        ({"learning_rate": None}, "learning_rate is empty: give a number"),
+        ({"log_level_replica": "."}, "log_level_replica must be one of"),
+        ({"metric_for_best_model": "f2"}, "metric_for_best_model is 'f2': it must be one of loss, token_accuracy"),
         ({"learning_rate": -1.0}, "Invalid learning rate"),
         ({"clara_config": {"doc_max_length": 30, "compression_rate": 8}}, "compression_rate must divide"),
-        ({"clara_config": {"lora_rank": 4}}, "lora_rank"),
+        ({"clara_config": {"lora_rank": 4}}, "line 1: clara_config has no field 'lora_rank': did you mean lora_r"),
         ({"clara_config": "[1"}, "clara_config"),
+        ({"clara_config": {"memory_token_ids": True}}, "clara_config.memory_token_ids: True has the wrong type"),
+        ({"clara_config": {"decoder_config": 1e23}}, "clara_config.decoder_config: 1e+23 has the wrong type"),
+        ({"model_name_or_path": "${NO_SUCH}/x"}, "model_name_or_path: the environment has no variable NO_SUCH"),
         ({"model_name_or_path": "no/such/folder"}, "no/such/folder"),
         ({"train_file": "no-such.jsonl"}, "no-such.jsonl"),
         ({"prompts_file": "no-such.json"}, "no-such.json"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"resume_from_checkpoint": "some"}, "resume_from_checkpoint is 'some', which recipes do not take: --resume"),
+        ({"resume_from_checkpoint": "some"}, "resume_from_checkpoint is 'some', which recipes do not take"),
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps' without a validation_file"),
         ({"report_to": "paper"}, "report_to names 'paper', which is not installed"),
     ],
@@ -118,12 +130,12 @@ def test_a_file_of_prompts_that_is_no_json_is_named(config, tmp_path, monkeypatc
     assert code != 0 and "prompts.json is no valid JSON" in text
 
 
-@pytest.mark.parametrize(("config_option", "code"), [(["--config="], 0), (["--config"], 1)])
+@pytest.mark.parametrize(("config_option", "code"), [(["--config="], 0), (["--config"], 2)])
 def test_config_is_given_in_either_form_and_has_a_value(config_option, code, config, monkeypatch, capsys):
     *_, last = config_option
     given = [last + config()] if last.endswith("=") else [last]
     found, text = program(monkeypatch, capsys, scp.main, *given)
-    assert bool(found) == bool(code) and ("--config needs the name" in text) == bool(code)
+    assert found == code and ("--config needs the name" in text) == bool(code)
 
 
 def test_broken_yaml_and_missing_yaml(config, tmp_path, monkeypatch, capsys):
@@ -173,10 +185,10 @@ def test_a_run_that_fails_before_it_trains_leaves_its_folder_free(config, scp_fi
 def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypatch, capsys, caplog):
     scp.main(["--config", config()])
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
-    code, text = program(monkeypatch, capsys, scp.main, "--config", config())
-    assert code != 0 and "--resume true" in text and "--overwrite true" in text
-    code, text = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5), "--resume", "true")
-    assert code != 0 and "learning_rate" in text
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(), "--resume", "false")
+    assert code == 2 and "--resume true" in text and "--overwrite true" in text
+    code, text = program(monkeypatch, capsys, scp.main, "--config", config(learning_rate=0.5))
+    assert code == 2 and "learning_rate" in text and "--overwrite true" in text
     free = {"dataloader_num_workers": 1, "save_total_limit": 1, "per_device_eval_batch_size": 1, "report_to": "none"}
     code, text = program(monkeypatch, capsys, scp.main, "--config", config(**free), "--resume", "true")
     assert code == 0 and "reused" in caplog.text
@@ -187,18 +199,21 @@ def test_folder_of_another_run_is_refused_until_told(config, tmp_path, monkeypat
 
 def test_a_run_of_another_number_of_processes_is_refused_with_its_global_batch(tmp_path):
     now = {"num_processes": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
-    data = cli.DataArguments("train.jsonl", resume=True)
-    cli.write_json(tmp_path / "run.json", {**now, "num_processes": 2})
+
+    def check(settings):
+        RunFolder(tmp_path, settings, kept=("memories",), described=difference).check()
+
+    write_json(tmp_path / "run.json", {**now, "num_processes": 2})
     (tmp_path / "log.jsonl").touch()
-    with pytest.raises(cli.UsageError, match=r"\(2 there, 4 now\): start 2 again .* global batch.* at 12\."):
-        cli.check_same_run(tmp_path, now, data)
+    with pytest.raises(UsageError, match=r"\(2 there, 4 now\): start 2 again .* global batch.* at 12\."):
+        check(now)
     # A run of before the number was recorded, and one of which nothing was trained.
-    cli.write_json(tmp_path / "run.json", {name: now[name] for name in now if name != "num_processes"})
-    cli.check_same_run(tmp_path, now, data)
-    with pytest.raises(cli.UsageError, match="max_steps: 1 there, 5 now"):
-        cli.check_same_run(tmp_path, {**now, "max_steps": 5}, data)
+    write_json(tmp_path / "run.json", {name: now[name] for name in now if name != "num_processes"})
+    check(now)
+    with pytest.raises(UsageError, match="max_steps: 1 there, 5 now"):
+        check({**now, "max_steps": 5})
     (tmp_path / "log.jsonl").rename(tmp_path / "memories")
-    cli.check_same_run(tmp_path, {**now, "max_steps": 5}, data)
+    check({**now, "max_steps": 5})
 
 
 def damage_silently(path: Path) -> None:
@@ -231,7 +246,7 @@ def test_memories_outlive_failed_and_overwritten_runs_and_are_mended_on_demand(
         return code, text, len(compressed) - before
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda *_, **__: cli.load_model(cli.CLaRaModelArguments("none")))
+        patch.setattr(Trainer, "train", lambda *_, **__: load_model(CLaRaModelArguments("none")))
         code, text, count = joint_run()
     assert code != 0 and count == len(TEXTS)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["memories"]
@@ -250,7 +265,7 @@ def test_memories_outlive_failed_and_overwritten_runs_and_are_mended_on_demand(
 def test_an_error_in_a_data_loader_worker_is_its_last_line():
     stack = 'Original Traceback (most recent call last):\n  File "x.py", line 1\n'
     error = OSError(f"Caught SomeError in DataLoader worker process 0.\n{stack}some.place.SomeError: it is: so\n")
-    assert cli.one_sentence(error, "") == "it is: so"
+    assert one_sentence(error) == "it is: so"
 
 
 def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, capsys):
@@ -261,29 +276,25 @@ def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, ca
         assert code != 0 and "holds no run" in text and (tmp_path / "run" / "thesis.tex").exists()
 
 
-def raise_while_interrupted(_):
+def raise_while_interrupted():
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise TimeoutError("a pool did not end")  # noqa: B904 (as libraries do)
 
 
-def raise_as_torch_on_a_full_disk(_):
+def raise_as_torch_on_a_full_disk():
     raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
 
 @pytest.mark.parametrize(
-    ("main", "words"),
-    [
-        (raise_while_interrupted, "interrupted; the same command again goes on"),
-        (raise_as_torch_on_a_full_disk, "the disk is full"),
-    ],
+    ("main", "code", "words"),
+    [(raise_while_interrupted, 130, "interrupted"), (raise_as_torch_on_a_full_disk, 1, "the disk is full")],
 )
-def test_interruptions_and_full_disks_are_known_in_every_disguise(main, words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["demo.py"])
+def test_interruptions_and_full_disks_are_known_in_every_disguise(main, code, words, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit, match=words):
-        cli.run(main, again="the same command again")
+    found, text = program(monkeypatch, capsys, main)
+    assert found == code and words in text and "the same command" in text
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -291,7 +302,7 @@ def interrupt_a_run_and_its_child():
     """Ctrl-C reaches every process of a program; returns how the child ended and what the program said."""
     ended = []
 
-    def main(_):
+    def main():
         heard, told = os.pipe()
         child = os.fork()
         if not child:
@@ -303,15 +314,17 @@ def interrupt_a_run_and_its_child():
         ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         os.kill(os.getpid(), signal.SIGINT)
 
-    try:
-        cli.run(main)
-    except SystemExit as stop:
-        return ended, stop.code
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            run_program(main)
+        except SystemExit as stop:
+            return ended, stop.code, said.getvalue()
 
 
 def test_only_the_program_itself_speaks_when_it_is_interrupted(tmp_path):
-    ended, said = in_process(interrupt_a_run_and_its_child, tmp_path)
-    assert ended == [128 + signal.SIGINT] and "interrupted; the same command with --resume true" in said
+    ended, code, said = in_process(interrupt_a_run_and_its_child, tmp_path)
+    assert ended == [128 + signal.SIGINT] and code == 130 and said.count("\n") == 1 and "interrupted" in said
 
 
 def test_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch, capsys):
@@ -329,11 +342,11 @@ def test_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(config, 
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
     code, text = program(monkeypatch, capsys, scp.main, *options)
-    assert code != 0 and "--resume true" in text and not (tmp_path / "run" / "config.json").exists()
+    assert code == 130 and "resume" in text and not (tmp_path / "run" / "config.json").exists()
     # A later checkpoint that was cut off while it was written is passed over.
     (tmp_path / "run" / "checkpoint-3").mkdir()
     (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
-    code, _ = program(monkeypatch, capsys, scp.main, *options, "--resume", "true")
+    code, _ = program(monkeypatch, capsys, scp.main, *options)
     assert code == 0 and len(calls) == 6
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all((expected[key] == found[key]).all() for key in expected)
@@ -370,8 +383,8 @@ def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
 
 
 def test_limits_take_rows_from_the_start_of_the_files(qa_file, monkeypatch, capsys, config):
-    data = cli.DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
-    train, validation = common.load_split(data, common.read_questions)
+    data = DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
+    train, validation = load_split(data, read_questions)
     assert (len(train), len(validation)) == (3, 2)
     code, error = program(monkeypatch, capsys, scp.main, "--config", config(), "--train_limit", "0")
-    assert code != 0 and "train_limit is 0; it must be at least 1" in f"{code}{error}"
+    assert code == 2 and "train_limit is 0; it must be at least 1" in error

@@ -17,7 +17,8 @@ from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from clara_hf.program.training import UsageError, is_finished, last_complete_checkpoint, save_stage
+from clara_hf.program import UsageError
+from clara_hf.program.training import is_finished, last_complete_checkpoint, save_stage
 from recipes import joint, scp
 from trainers import checkpoints
 

@@ -8,7 +8,7 @@ from conftest import TEXTS, build_clara
 from datasets import Dataset
 
 from clara_hf.memory_store.store import MemoryStore
-from clara_hf.program.recipe import answer_metrics, ranking_metrics
+from clara_hf.program.metrics import answer_metrics, ranking_metrics
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers import (
     ContrastiveConfig,

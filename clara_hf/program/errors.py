@@ -1,0 +1,110 @@
+"""How every program ends: one sentence for what the user can mend, and an exit code."""
+
+import codecs
+import io
+import os
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+# Errors whose message is written for users. Those of libraries that need not be installed are known by name.
+EXPECTED = (ValueError, OSError, ImportError)
+EXPECTED_NAMES = ("SafetensorError", "OperationalError", "DatabaseError", "DataLoaderWorkerError")
+READABLE = {"–": "-", "—": "-", "−": "-", "±": "+/-", "…": "...", "×": "x", "→": "->", "≥": ">=", "≤": "<="}
+READABLE.update({"‘": "'", "’": "'", "“": '"', "”": '"'})
+
+
+class UsageError(ValueError):
+    """The program cannot do what it was asked for; the message names argument, value and remedy."""
+
+
+def run_program(main: Callable[[], int | None], again: str = "the same command") -> None:
+    """Call `main` as a program, and leave with its exit code.
+
+    An error that the user can mend is one sentence on stderr. Exit codes: 0, or what `main` returns; 2 for a
+    [`UsageError`]; 1 for another error; 130 after Ctrl-C. Other errors are faults of ours and keep their traceback.
+
+    Args:
+        again: the command that resumes an interrupted run.
+
+    Raises:
+        SystemExit: always.
+    """
+    print_what_can_be_printed()
+    name = Path(sys.argv[0]).name
+    before = signal.signal(signal.SIGINT, stop_quietly_unless(os.getpid()))
+    try:
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if was_interrupted(error):
+            print(f"{name}: interrupted; run {again} again to resume.", file=sys.stderr)
+            code = INTERRUPTED
+        elif isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES or is_full_disk(error):
+            print(f"{name}: error: {one_sentence(error, again)}", file=sys.stderr)
+            code = USAGE if isinstance(error, UsageError) else FAILED
+        else:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if "torch" in sys.modules:
+            distributed = sys.modules["torch"].distributed
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()
+    sys.exit(code or 0)
+
+
+def stop_quietly_unless(process: int) -> Callable:
+    """A handler of Ctrl-C: `process` is interrupted; others that it forked, which get it too, just end."""
+
+    def handle(number, frame):
+        if os.getpid() != process:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    return handle
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether `error` is, or came while handling, Ctrl-C: libraries that are stopped may raise errors of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write found no space; `torch.save` and SQLite say so in ways of their own."""
+    return any(words in str(error) for words in ("No space left", "inline_container.cc", "disk is full"))
+
+
+def one_sentence(error: BaseException, again: str = "the same command") -> str:
+    """An error's message in one line, with what to do where the disk is full."""
+    text = str(error)
+    if text.startswith("Caught ") and "Traceback" in text:  # in a data-loader worker, whose stack is in the message
+        text = text.strip().splitlines()[-1].partition(": ")[2] or text
+    text = " ".join(text.split()) or type(error).__name__
+    if is_full_disk(error):
+        return f"the disk is full ({text}): free some space and run {again} again."
+    return text
+
+
+def print_what_can_be_printed() -> None:
+    """Let stdout and stderr replace what their encoding lacks, instead of raising in the middle of a table."""
+    codecs.register_error("readable", readable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="readable")
+
+
+def readable(error: UnicodeError) -> tuple[str, int]:
+    """For the codecs: signs, and letters without their accents; a question mark for what has none."""
+    plain = []
+    for letter in error.object[error.start : error.end]:
+        found = unicodedata.normalize("NFKD", READABLE.get(letter, letter)).encode("ascii", "ignore").decode()
+        plain.append(found or "?")
+    return "".join(plain), error.end

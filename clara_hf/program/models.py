@@ -1,0 +1,170 @@
+"""A model as an argument names it: in a folder or on the Hub, CLaRa checkpoint or plain base, and how it is loaded."""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.quantization_config import GgufConfig
+
+from clara_hf.program import UsageError, read_json
+from clara_hf.program.arguments import checked_mapping
+from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
+from trainers.quantization import quantize_base
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelSource:
+    """A model, and how it is loaded. As a text: a folder, or a Hub id with or without `@revision`.
+
+    Parameters:
+        model_name_or_path (`str`): folder or Hub id.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        subfolder (`str`): where the model lies in the folder or repository.
+        dtype (`str`): of the weights, or `auto`.
+        attn_implementation (`str`, *optional*): attention kernel, as in `from_pretrained`.
+        device_map (`str` or `dict`, *optional*): where layers go, as in `from_pretrained`.
+        load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see [`~trainers.quantization.quantize_base`].
+        gguf_file (`str`, *optional*): name of the base's GGUF file, whose weights are dequantized.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "A CLaRa checkpoint or a causal language model."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model on the Hub.", "aliases": "--model_revision"}
+    )
+    subfolder: str = field(default="", metadata={"help": "Folder of the model within its folder or repository."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights.", "choices": DTYPES})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel."})
+    device_map: dict | str | None = field(default=None, metadata={"help": "Where layers go, such as auto."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits."})
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file of the base, dequantized on load."})
+
+    def __post_init__(self):
+        name, _, revision = self.model_name_or_path.rpartition("@")
+        if name and self.revision is None and not Path(self.model_name_or_path).exists():
+            self.model_name_or_path, self.revision = name, revision
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UsageError("load_in_4bit and load_in_8bit are both set: choose one.")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where it lies, as arguments of every `from_pretrained`."""
+        places = {"revision": self.revision, "subfolder": self.subfolder}
+        return {name: value for name, value in places.items() if value}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of a model's `from_pretrained`."""
+        own = {"attn_implementation": self.attn_implementation, "device_map": self.device_map}
+        return {"dtype": self.dtype, **self.place, **{name: value for name, value in own.items() if value}}
+
+    @property
+    def is_clara(self) -> bool:
+        """Whether its configuration, on disk or on the Hub, is that of a CLaRa checkpoint.
+
+        Raises:
+            UsageError: there is no model.
+        """
+        folder = Path(self.model_name_or_path, self.subfolder)
+        if self.gguf_file is not None:
+            return False
+        if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+            raise UsageError(f"{folder} holds no model: finish the stage that writes it, or name another folder.")
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(self.model_name_or_path, **self.place)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"there is no model {self.model_name_or_path}: {reason}") from error
+        return config.get("model_type") == CLaRaConfig.model_type
+
+
+@dataclass
+class CLaRaModelArguments(ModelSource):
+    """Where a stage's model comes from: a [`ModelSource`], and what is set in its configuration.
+
+    Parameters:
+        clara_config (`dict`): fields of [`CLaRaConfig`]; they make a new model and override those of a checkpoint.
+        prompts_file (`str`, *optional*): JSON file with the `prompts` of the configuration.
+    """
+
+    clara_config: dict | None = field(
+        default=None, metadata={"help": "Fields of CLaRaConfig, YAML or JSON.", "fields_of": CLaRaConfig}
+    )
+    prompts_file: str | None = field(default=None, metadata={"help": "JSON file with prompts."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.clara_config = checked_mapping(self.clara_config or {}, CLaRaConfig, "clara_config")
+
+    def fields(self) -> dict[str, Any]:
+        """What is set in the configuration, prompts included."""
+        prompts = {"prompts": read_json(self.prompts_file)} if self.prompts_file else {}
+        return {**self.clara_config, **prompts}
+
+
+def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
+    """A CLaRa checkpoint, or a new CLaRa model over a causal language model.
+
+    Args:
+        settings: fields of [`CLaRaConfig`].
+
+    Raises:
+        UsageError: there is no model.
+        ImportError, ValueError: the base cannot be quantized, see [`~trainers.quantization.quantize_base`].
+    """
+    name = source.model_name_or_path
+    if source.is_clara:
+        model = CLaRaForRetrievalGeneration.from_pretrained(name, **source.options, **settings)
+    elif source.gguf_file is not None:
+        model = from_gguf(source, settings)
+    else:
+        model = CLaRaForRetrievalGeneration.from_base(name, **source.options, **settings)
+    if source.load_in_4bit or source.load_in_8bit:
+        quantize_base(model, 4 if source.load_in_4bit else 8)
+    return model
+
+
+def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
+    """The model of a stage, see [`load_clara`]."""
+    return load_clara(args, **args.fields())
+
+
+def load_causal(source: ModelSource) -> PreTrainedModel:
+    """A plain causal language model; weights of a GGUF file are dequantized."""
+    options = source.options
+    if source.gguf_file is not None:
+        dtype = torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype)
+        options.update(gguf_file=source.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+        logger.warning(f"{source.gguf_file} is dequantized to {dtype}: its weights stay as coarse as they are.")
+    return AutoModelForCausalLM.from_pretrained(source.model_name_or_path, **options)
+
+
+def from_gguf(source: ModelSource, settings: dict[str, Any]) -> CLaRaForRetrievalGeneration:
+    """A new CLaRa model over a GGUF file, saved with its base: adapters alone could not find it again.
+
+    Raises:
+        UsageError: `checkpoint_format` is "adapter".
+    """
+    if settings.setdefault("checkpoint_format", "full") != "full":
+        raise UsageError(
+            "gguf_file needs checkpoint_format 'full' (in clara_config): adapters alone name no GGUF base."
+        )
+    options = {name: value for name, value in source.options.items() if name not in source.place}
+    with tempfile.TemporaryDirectory() as folder:
+        load_causal(source).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.model_name_or_path, gguf_file=source.gguf_file, **source.place)
+        tokenizer.save_pretrained(folder)
+        model = CLaRaForRetrievalGeneration.from_base(folder, **options, **settings)
+    model.config.base_model_name_or_path = source.model_name_or_path
+    return model
