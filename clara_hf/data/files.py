@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -104,6 +105,33 @@ class damage_told:
             raise DataError(f"{self.path}, after {self.after}: not UTF-8 text ({error.reason}).") from error
         if isinstance(error, OSError):
             raise DataError(f"{self.path}: the file cannot be read ({error.strerror or error}).") from error
+
+
+def content_digest(root: Path, paths: Iterable[Path], algorithm: str = "xxh3") -> str:
+    """Changes with names, sizes or contents of files; with a bar from 1 GiB on.
+
+    Args:
+        root: folder that the names are relative to.
+        algorithm: `"xxh3"` (128 bits), or `"sha256"`, which earlier versions recorded.
+
+    Returns:
+        `"xxh3:"` and 32 hexadecimal digits, or 64 of SHA-256 alone.
+    """
+    import xxhash
+    from tqdm.auto import tqdm
+
+    files = sorted((path.relative_to(root).as_posix(), path, path.stat().st_size) for path in paths)
+    total = sum(size for _, _, size in files)
+    digest = xxhash.xxh3_128() if algorithm == "xxh3" else hashlib.sha256()
+    bar = tqdm(total=total, desc="Hashing", unit="B", unit_scale=True, disable=total < 2**30, leave=False)
+    with bar:
+        for name, path, size in files:
+            digest.update(f"{name}\0{size}\0".encode())
+            with open(path, "rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                    bar.update(len(block))
+    return f"xxh3:{digest.hexdigest()}" if algorithm == "xxh3" else digest.hexdigest()
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -3,23 +3,23 @@
 A pool whose positives differ from its negatives in source, style or place lets a ranker score well for a wrong reason.
 """
 
-import re
-import zlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from clara_hf.data.schema import QAExample
-from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
-from clara_hf.metrics.retrieval_recall.retrieval_recall import KS, score_ranking
 
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+
+KS = (1, 3, 5)
 CLOSED_ANSWERS = ("", "yes", "no", "noanswer")
 MAX_QUESTIONS = 2000  # of the question-blind baseline; more would only narrow its error
-BUCKETS = 2**16
-EPOCHS = 4
-BATCH = 128
+REGULARIZATION = 0.01  # scikit-learn's C
+LENGTHS = 32  # classes of a document's length, each half as long again as the one before
 
 
 class AnswerFinder:
@@ -30,6 +30,10 @@ class AnswerFinder:
     """
 
     def __init__(self, answers: Iterable[str]):
+        # Imported here, as below: the metrics come with `evaluate`, which imports torch.
+        from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
+
+        self.normalize = normalize_answer
         normalized = dict.fromkeys(map(normalize_answer, answers))
         self.needles = [f" {answer} " for answer in normalized if answer not in CLOSED_ANSWERS]
 
@@ -37,7 +41,7 @@ class AnswerFinder:
         """Whether the text contains any of the answers."""
         if not self.needles:
             return False
-        text = f" {normalize_answer(text)} "
+        text = f" {self.normalize(text)} "
         return any(needle in text for needle in self.needles)
 
 
@@ -116,20 +120,37 @@ def blind_rankings(examples: Sequence[QAExample], seed: int = 0) -> list[list[in
     for example in examples:
         for position, document in enumerate(example.docs):
             gold[document] = gold.get(document, False) or position in example.pos_index
-    documents = list(gold)
-    features = [_features(document) for document in documents]
-    labels = torch.tensor(list(gold.values()), dtype=torch.float32)
+    from sklearn.linear_model import LogisticRegression
+
+    documents, labels = list(gold), np.fromiter(gold.values(), dtype=bool)
+    features, values = _features(documents), np.zeros(len(documents))
     folds = np.random.default_rng(seed).permutation(len(documents)) % 2
-    values = torch.zeros(len(documents))
     for fold in (0, 1):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        scores = _scores(_train([features[row] for row in train], labels[train], seed), [features[row] for row in test])
-        # Two classifiers' scores stand beside each other in a pool.
-        values[test] = (scores - scores.mean()) / (scores.std() + 1e-6)
+        if len(test) and len(set(labels[train])) == 2:
+            classifier = LogisticRegression(C=REGULARIZATION, solver="liblinear", random_state=seed)
+            scores = classifier.fit(features[train], labels[train]).decision_function(features[test])
+            # Two classifiers' scores stand beside each other in a pool.
+            values[test] = (scores - scores.mean()) / (scores.std() + 1e-6)
     score_of = dict(zip(documents, values.tolist(), strict=True))
     return [
         sorted(range(len(example.docs)), key=lambda position: -score_of[example.docs[position]]) for example in examples
     ]
+
+
+def _features(documents: Sequence[str]) -> "csr_matrix":
+    """Which words and signs each document has, and a class of its length."""
+    from scipy.sparse import csr_matrix, hstack
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    pattern = r"\w+|[^\w\s]"
+    words = HashingVectorizer(
+        n_features=2**16, binary=True, norm=None, alternate_sign=False, lowercase=False, token_pattern=pattern
+    )
+    sizes = [len(words.build_tokenizer()(document)) for document in documents]
+    classes = np.minimum(2 * np.log2(np.add(sizes, 1)), LENGTHS - 1).astype(int)
+    lengths = csr_matrix((np.ones(len(sizes)), (range(len(sizes)), classes)), (len(sizes), LENGTHS))
+    return hstack([words.transform(documents), lengths], format="csr")
 
 
 def _answer_counts(example: QAExample) -> tuple[int, int, int]:
@@ -140,41 +161,10 @@ def _answer_counts(example: QAExample) -> tuple[int, int, int]:
 
 
 def _recalls(examples, rankings):
+    from clara_hf.metrics.retrieval_recall.retrieval_recall import score_ranking
+
     scores = [score_ranking(ranking, example.pos_index) for ranking, example in zip(rankings, examples, strict=True)]
     return {f"recall@{k}": _mean(score[f"recall@{k}"] for score in scores) for k in KS}
-
-
-def _features(document: str) -> np.ndarray:
-    words = re.findall(r"\w+|[^\w\s]", document)
-    length = f"length {int(2 * np.log2(len(words) + 1))}"
-    return np.fromiter({zlib.crc32(word.encode()) % BUCKETS for word in (*words, length)}, dtype=np.int64)
-
-
-def _train(features, labels, seed):
-    # One weight per word; a document's score is the sum of its words' weights.
-    classifier = torch.nn.EmbeddingBag(BUCKETS, 1, mode="sum")
-    torch.nn.init.zeros_(classifier.weight)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=0.01, weight_decay=1.0)
-    chance = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
-        order = chance.permutation(len(features))
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
-            scores = _bag(classifier, [features[row] for row in batch])
-            optimizer.zero_grad()
-            torch.nn.functional.binary_cross_entropy_with_logits(scores, labels[batch]).backward()
-            optimizer.step()
-    return classifier
-
-
-@torch.no_grad()
-def _scores(classifier, features):
-    return _bag(classifier, features) if features else torch.zeros(0)
-
-
-def _bag(classifier, features):
-    offsets = np.cumsum([0, *(len(words) for words in features[:-1])])
-    return classifier(torch.from_numpy(np.concatenate(features)), torch.from_numpy(offsets))[:, 0]
 
 
 def _mean(values) -> float | None:

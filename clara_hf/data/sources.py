@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from clara_hf.data.files import DataError, damage_told, open_unpacked, shown, unpacked_name
-from clara_hf.data.tables import HUB, SAVED, folder_files, read_hub, read_saved, read_table
+from clara_hf.data.files import DataError, content_digest, damage_told, open_unpacked, shown, unpacked_name
+from clara_hf.data.tables import HUB, SAVED, folder_files, hub_commit, read_hub, read_saved, read_table
 
 
 LISTS = ("answers", "docs", "pos_index", "positives")
@@ -109,6 +109,28 @@ def source_name(source: str | Path) -> str:
     name = Path(place).name.split("@")[0] if str(source).startswith(HUB) else unpacked_name(place)
     ending = Path(name).suffix
     return "-".join(filter(None, [name.removesuffix(ending) if ending.lower() in ENDINGS else name, config, split]))
+
+
+def digest_of(source: str | Path, algorithm: str = "xxh3") -> str:
+    """Changes with what a source holds; of a data set on the Hub, with the commit that its name stands for.
+
+    Raises:
+        DataError: the source cannot be read, or the Hub does not tell.
+    """
+    place, _, _ = _place(source)
+    if str(source).startswith(HUB):
+        return hub_commit(str(source), place)
+    try:
+        if Path(place).is_dir():
+            return content_digest(Path(place), [path for path in Path(place).rglob("*") if path.is_file()], algorithm)
+        return content_digest(Path(place).parent, [Path(place)], algorithm)
+    except OSError as error:
+        raise DataError(f"{source}: the file cannot be read ({error.strerror or error}).") from error
+
+
+def is_digest_of(recorded: str, source: str | Path) -> bool:
+    """Whether a recorded digest, of this or of an earlier version (SHA-256), is that of the source as it is now."""
+    return recorded == digest_of(source, "xxh3" if ":" in recorded else "sha256")
 
 
 def split_sources(given: str) -> list[str]:

@@ -88,6 +88,15 @@ def read_hub(source: str, place: str, config: str | None, split: str | None) -> 
     yield from _rows(source, _chosen(source, found, split))
 
 
+def hub_commit(source: str, place: str) -> str:
+    """`"commit:"` and the commit of a data set on the Hub."""
+    from huggingface_hub import dataset_info
+
+    name, _, revision = place.removeprefix(HUB).partition("@")
+    with told(source):
+        return f"commit:{dataset_info(name, revision=revision or None).sha}"
+
+
 @contextmanager
 def folder_files(source: str, place: str, config: str | None, split: str | None) -> Iterator[tuple[str, list[str]]]:
     """The data files of a split in a folder laid out like a repository of the Hub, with the folder they are in."""
