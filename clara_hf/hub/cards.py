@@ -92,8 +92,9 @@ def make_card(
     run, state = _read(folder / "run.json") or {}, _read(folder / "trainer_state.json") or {}
     base = _base(config)
     tables = [] if results is None else [_table(name, part) for name, part in _datasets(results).items()]
+    title = title or (repo_id or folder.resolve().name).rpartition("/")[2]
     data = {
-        "title": title or (repo_id or folder.resolve().name).rpartition("/")[2],
+        "title": title,
         "repo_id": repo_id,
         "config": config,
         "stage": {"summary": STAGES[_stage(run, config)]},
@@ -110,7 +111,7 @@ def make_card(
         "unmeasured": [] if results is None else _unmeasured(results),
         "training": _training(run, state),
         "versions": ", ".join(f"{name} {installed}" for name in PACKAGES if (installed := _installed(name))),
-        "metadata": _metadata(config, base, base_licence, results, repo_id or folder.resolve().name),
+        "metadata": _metadata(config, base, base_licence, results, title),
     }
     return ModelCard(_template().render(data))
 

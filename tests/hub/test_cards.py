@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import build_base, build_clara
@@ -123,3 +124,19 @@ def test_a_card_that_a_person_wrote_is_kept(folder):
     write_card(folder / "ours", repo_id="me/again")
     assert "me/again" in path.read_text()
     path.unlink()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["joint", "scp"])
+def test_committed_cards_of_the_nano_checkpoints_are_what_is_generated(name):
+    folder = ROOT / "recipes" / "nano" / "pretrained" / name
+    card = str(make_card(folder, title=f"clara-nano-{name}", base_licence="apache-2.0"))
+    for path in (ROOT / "model_cards" / f"clara-nano-{name}.md", folder / "README.md"):
+        committed = path.read_text(encoding="utf-8")
+        assert without_versions(committed).strip() == without_versions(card).strip()
+
+
+def without_versions(card: str) -> str:
+    return re.sub(r"## Framework versions\n\n.*\n", "", card)
