@@ -1,0 +1,183 @@
+"""`clara ask`: one's own files, asked in the terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from clara_hf.serving.decoding import TextStream
+from clara_hf.serving.documents import Skipped, SourceFile, Unreadable, find_files, read_file
+from clara_hf.serving.library import Hit, Library
+from clara_hf.serving.serve import load_model
+from modeling_clara import CLaRaForRetrievalGeneration
+
+
+MODEL = "model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="FOLDER|FILE", help="Text, Markdown, HTML and PDF files, and folders of them.")
+    add("--model", help="Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known.")
+    add("--store", help="Folder of the collection (default: beside the first path, its name with .clara).")
+    add("--top-k", type=int, help="Passages that an answer is made from (default: the model's).")
+    add("--max-tokens", type=int, default=64, help="Maximum number of tokens per answer (default: 64).")
+    add("--once", metavar="QUESTION", help="Answer this question and end.")
+    add("--json", action="store_true", help="With --once: one JSON object on stdout.")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Runs `clara ask` with parsed options.
+
+    Raises:
+        OSError, ValueError: a path, model or store is not what it must be.
+    """
+    if options.json and options.once is None:
+        raise ValueError("--json is for --once QUESTION: give both")
+    first = Path(options.paths[0])
+    store = Path(options.store) if options.store else first.resolve().with_name(first.resolve().name + ".clara")
+    files, skipped = find_files(options.paths, leave_out=store)
+    library = open_library(store, options.model)
+    try:
+        skipped += take_in(library, files, show_progress=sys.stderr.isatty())
+        tell_skipped(skipped)
+        if len(library) == 0:
+            raise ValueError(f"nothing in {' '.join(options.paths)} can be asked: all of it was skipped")
+        if options.once is not None:
+            answer_once(library, options, skipped)
+        else:
+            converse(library, options)
+    finally:
+        library.close()
+
+
+def open_library(store: Path, name: str | None) -> Library:
+    """The collection at `store` with its model, whose name it remembers.
+
+    Raises:
+        ValueError: no model is named, and none is remembered.
+    """
+    name = name or Library.remembered(store, MODEL)
+    if name is None:
+        raise ValueError(f"--model is needed to build {store}: give a checkpoint's folder, or its name on the Hub")
+    library = Library.open(store, load_model(name))
+    library.remember(MODEL, str(Path(name).resolve()) if Path(name).exists() else name)
+    return library
+
+
+def take_in(library: Library, files: list[SourceFile], show_progress: bool) -> list[Skipped]:
+    """Brings the collection up to the files on disk: new and changed ones are read, those that are gone are removed.
+
+    Returns:
+        What cannot be taken in.
+    """
+    known = {file.name: file for file in library.files() if file.changed is not None}
+    for name in known.keys() - {file.name for file in files}:
+        library.remove(known[name].id)
+    skipped: list[Skipped] = []
+    with tqdm(total=sum(file.bytes for file in files), unit="B", unit_scale=True, disable=not show_progress) as bar:
+        for file in files:
+            old = known.get(file.name)
+            bar.set_description(file.name[-40:])
+            if old is None or (old.bytes, old.changed) != (file.bytes, file.changed):
+                try:
+                    rows, unusable = library.split(read_file(file))
+                    skipped += [Skipped(file.name, reason) for reason in unusable]
+                    done = 0
+                    for count in library.compress(rows):
+                        bar.update(file.bytes * (count - done) // len(rows))
+                        done = count
+                    about = {"bytes_": file.bytes, "changed": file.changed, "replaces": old and old.id}
+                    library.record(file.name, rows, **about)
+                except Unreadable as error:
+                    skipped.append(Skipped(file.name, str(error)))
+                    if old:
+                        library.remove(old.id)
+                    bar.update(file.bytes)
+            else:
+                bar.update(file.bytes)
+    return skipped
+
+
+def tell_skipped(skipped: list[Skipped]) -> None:
+    if skipped:
+        print(f"Skipped {len(skipped)}:", file=sys.stderr)
+        for one in skipped:
+            print(f"  {one.name}: {one.reason}", file=sys.stderr)
+
+
+class Terminal:
+    """Prints an answer's tokens as `generate` makes them; a transformers streamer."""
+
+    def __init__(self, model: CLaRaForRetrievalGeneration, out):
+        tokenizer = model.processor.tokenizer
+        self.ids: list[int] = []
+        self.text = TextStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        self.out = out
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        print(self.text.piece(self.ids), end="", file=self.out, flush=True)
+
+    def end(self) -> None:
+        print(self.text.piece(self.ids, last=True), file=self.out, flush=True)
+
+
+def answer(library: Library, question: str, options: argparse.Namespace, out=None) -> tuple[str, list[Hit]]:
+    """The answer, printed to `out` as it is made, and the passages that it is made from.
+
+    Raises:
+        ValueError: the question is empty or holds a token that the model reserves.
+    """
+    model = library.model
+    model.processor.check_user_texts([question], "questions")
+    hits = library.search([question], options.top_k or model.config.top_k)[0]
+    memories = library.memories([hit.key for hit in hits])
+    streamer = None if out is None else Terminal(model, out)
+    made = model.generate(
+        [question], memories=memories, rerank=False, max_new_tokens=options.max_tokens, streamer=streamer
+    )
+    return made.texts[0], hits
+
+
+def answer_once(library: Library, options: argparse.Namespace, skipped: list[Skipped]) -> None:
+    text, hits = answer(library, options.once, options, None if options.json else sys.stdout)
+    if options.json:
+        found = {"question": options.once, "answer": text, "documents": [asdict(hit) for hit in hits]}
+        print(json.dumps({**found, "skipped": [asdict(one) for one in skipped]}, ensure_ascii=False))
+    else:
+        tell_sources(hits)
+
+
+def converse(library: Library, options: argparse.Namespace) -> None:
+    if sys.stdin.isatty():
+        print(f"{len(library.files())} files, {len(library)} passages. Ask a question; an empty line ends.")
+    for question in _questions():
+        try:
+            _, hits = answer(library, question, options, sys.stdout)
+            tell_sources(hits)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+
+
+def _questions() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    try:
+        while question := input("\n> ").strip():
+            yield question
+    except EOFError:
+        pass
+
+
+def tell_sources(hits: list[Hit]) -> None:
+    for number, hit in enumerate(hits, start=1):
+        place = ", ".join(filter(None, (hit.place, f"passage {hit.number}")))
+        text = " ".join(hit.text.split())
+        print(f"  [{number}] {hit.score:.3f}  {hit.filename} ({place}): {text[:90]}{'…' if len(text) > 90 else ''}")
