@@ -53,6 +53,12 @@ def serving(model, store, **options):
 
 
 @pytest.fixture(scope="session")
+def serve():
+    """[`serving`], for tests that start services of their own."""
+    return serving
+
+
+@pytest.fixture(scope="session")
 def served_model(base):
     return build_clara(base)
 
