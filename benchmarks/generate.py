@@ -50,7 +50,7 @@ def from_text(
     for start in range(0, len(questions), batch_size):
         pairs = zip(questions[start : start + batch_size], documents[start : start + batch_size], strict=True)
         prompts = [processor.answer_prompt(question, documents=docs) for question, docs in pairs]
-        rows = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = processor.tokenize(prompts)
         batch = processor.pad_prompts(rows).to(model.device)
         with torch.no_grad(), use_adapter(model.decoder, GENERATOR):
             model.decoder.generate(**batch, pad_token_id=model.config.pad_token_id, **options)

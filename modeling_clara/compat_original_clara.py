@@ -60,7 +60,7 @@ class OriginalMethods:
         ]
         memories = self.compress([text for row in documents for text in row])
         with self._inference():
-            batch = self.processor.pad_prompts(self.processor.tokenizer(prompts, add_special_tokens=False)["input_ids"])
+            batch = self.processor.pad_prompts(self.processor.tokenize(prompts))
             sequences, _ = self._continue_prompts(batch, memories, {"max_new_tokens": max_new_tokens})
         return self._decoded(sequences)
 

@@ -10,7 +10,14 @@ from .topk_clara import TAKEN_MASKS
 
 CHECKPOINT_FORMATS = ("full", "adapter")
 EMBEDDING_ROWS = ("added", "all")
-SWITCHES = ("distinct_memory_tokens", "query_reasoner", "keep_end_token", "separated_slots", "exact_prompt_end")
+SWITCHES = (
+    "distinct_memory_tokens",
+    "query_reasoner",
+    "keep_end_token",
+    "separated_slots",
+    "exact_prompt_end",
+    "split_control_tokens",
+)
 ORIGINAL_MODEL_TYPE = "CLaRa"
 PROMPT_KINDS = ("answer", "qa", "paraphrase")
 DEFAULT_PROMPTS = {
@@ -64,6 +71,8 @@ class CLaRaConfig(PreTrainedConfig):
             does with `sep: false`.
         exact_prompt_end (`bool`): whether labels start exactly where the prompt ends, even if a token would span its
             end. `False` leaves out as many tokens as the prompt has on its own, as the published model does.
+        split_control_tokens (`bool`): whether control tokens of the tokenizer (`</s>`, chat markup) that stand in
+            documents, questions and answers are split as text. `False` lets them act, as the published model does.
         prompts (`dict`): chat templates by kind (`answer`, `qa`, `paraphrase`), each with `system` (`str` or `None`),
             `user` (`str`, or a list to draw from) and `assistant`. `{docs}` stands for the documents; `{question}`,
             `{answer}` and `{paraphrase}` for their text.
@@ -102,6 +111,7 @@ class CLaRaConfig(PreTrainedConfig):
     document_start: str | None = None
     separated_slots: bool = True
     exact_prompt_end: bool = True
+    split_control_tokens: bool = True
     prompts: dict | None = None
     checkpoint_format: str = "full"
     saved_embedding_rows: str = "added"

@@ -320,6 +320,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         config = self.config
         geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
+        geometry += ("split_control_tokens",) if config.split_control_tokens else ()
         digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
         for key, value in self.decoder.state_dict().items():
             if ".lora_" not in key:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from .configuration_clara import CLaRaConfig
+from .control_tokens_clara import ControlTokens
 
 
 logger = logging.get_logger(__name__)
@@ -78,6 +79,7 @@ class CLaRaProcessor(ProcessorMixin):
         start = config.document_start if config.document_start is not None else tokenizer.bos_token or ""
         self._before = ENC_TOKEN + start
         self._after = tokenizer.eos_token or ""
+        self._control = ControlTokens(tokenizer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokenizer={type(self.tokenizer).__name__}, config={self.config!r})"
@@ -167,8 +169,7 @@ class CLaRaProcessor(ProcessorMixin):
             self.check_user_texts(row, f"documents[{position}]")
 
     def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
-        framed = [f"{self._before}{text}{self._after}" for text in texts]
-        rows = self.tokenizer(framed, add_special_tokens=False)["input_ids"]
+        rows = self.tokenize([f"{self._before}{self._hide(text)}{self._after}" for text in texts])
         limit = max_length + ENCODER_MARKERS
         cut = [position for position, row in enumerate(rows) if len(row) > limit]
         for position in cut:
@@ -180,6 +181,13 @@ class CLaRaProcessor(ProcessorMixin):
         """[`encode_documents`] without a warning, and the positions of the documents that were cut."""
         self.check_user_texts(documents, "documents")
         return self._encode(documents, self.config.doc_max_length)
+
+    def _hide(self, text: str) -> str:
+        return self._control.hide(text) if self.config.split_control_tokens else text
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of prompts from [`CLaRaProcessor.prompt`]: control tokens in the user's parts are split as text."""
+        return self._control.encode(texts)
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Token ids of each document with its markers, without memory tokens, at most `doc_max_length` + 3 long.
@@ -237,7 +245,9 @@ class CLaRaProcessor(ProcessorMixin):
         return self.slot_text * num_documents
 
     def prompt(self, kind: str, docs: str, question: str = "", variant: int = 0) -> str:
-        """The chat prompt of a `kind` of prompt, up to where the assistant answers.
+        """The chat prompt of a `kind` of prompt, up to where the assistant answers; for [`CLaRaProcessor.tokenize`].
+
+        Where the texts hold control tokens, marks stand in their place, which `tokenize` reads as text.
 
         Args:
             kind (`str`): `answer`, `qa` or `paraphrase`.
@@ -245,10 +255,14 @@ class CLaRaProcessor(ProcessorMixin):
             question (`str`): text in place of `{question}`.
             variant (`int`): which of several user templates, modulo their number.
         """
-        return self._render(self.messages(kind, docs, question, variant), add_generation_prompt=True)
+        return self._render(self._hidden_messages(kind, docs, question, variant), add_generation_prompt=True)
+
+    def _hidden_messages(self, kind: str, docs: str, question: str, variant: int) -> list[dict[str, str]]:
+        are_slots = not docs.replace(self.slot_text, "")
+        return self.messages(kind, docs if are_slots else self._hide(docs), self._hide(question), variant)
 
     def messages(self, kind: str, docs: str, question: str = "", variant: int = 0) -> list[dict[str, str]]:
-        """The chat messages that [`CLaRaProcessor.prompt`] renders, as `role` and `content`."""
+        """The chat messages of a prompt, as `role` and `content`, with the texts as they are."""
         template = self.config.prompts[kind]
         users = [template["user"]] if isinstance(template["user"], str) else template["user"]
         user = fill_template(users[variant % len(users)], docs=docs, question=question)
@@ -313,10 +327,11 @@ class CLaRaProcessor(ProcessorMixin):
             ValueError: `max_length` leaves no token of the target, or the chat template writes the prompt otherwise
                 once an answer follows it.
         """
-        messages = self.messages(kind, docs, question, variant)
+        messages = self._hidden_messages(kind, docs, question, variant)
         prompt = self._render(messages, add_generation_prompt=True)
-        full = self._render([*messages, {"role": "assistant", "content": target}], add_generation_prompt=False)
-        ids, prompt_ids = self.tokenizer([full, prompt], add_special_tokens=False)["input_ids"]
+        answered = [*messages, {"role": "assistant", "content": self._hide(target)}]
+        full = self._render(answered, add_generation_prompt=False)
+        ids, prompt_ids = self.tokenize([full, prompt])
         if self.config.exact_prompt_end and ids[: len(prompt_ids)] != prompt_ids:
             if not full.startswith(prompt):
                 raise ValueError(
@@ -324,7 +339,7 @@ class CLaRaProcessor(ProcessorMixin):
                     "label can be told from the prompt: use a chat template that keeps it."
                 )
             # A token spans the end of the prompt, which generation would never see.
-            ids = prompt_ids + self.tokenizer(full[len(prompt) :], add_special_tokens=False)["input_ids"]
+            ids = prompt_ids + self.tokenize([full[len(prompt) :]])[0]
         if max_length is not None:
             if len(prompt_ids) >= max_length:
                 raise ValueError(
@@ -348,7 +363,7 @@ class CLaRaProcessor(ProcessorMixin):
         """Padded answer prompts, one per question, with slots for `num_documents[i]` documents."""
         pairs = zip(questions, num_documents, strict=True)
         texts = [self.answer_prompt(question, count) for question, count in pairs]
-        return self.pad_prompts(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return self.pad_prompts(self.tokenize(texts))
 
     def __call__(
         self,

@@ -211,6 +211,7 @@ def _make_config(original: OriginalCheckpoint, base: Base, templates: dict) -> C
             keep_end_token=False,
             separated_slots=bool(config["sep"]),
             exact_prompt_end=False,
+            split_control_tokens=False,
             prompts=templates,
             eos_token_id=base.eos_token_id,
             pad_token_id=pad,

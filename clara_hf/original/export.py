@@ -38,7 +38,13 @@ _NEW_CONFIG = {
     "training_form": "both_separately",
 }
 # Settings that the published code has fixed; other values are lost on the way, and the model then computes otherwise.
-_FIXED = {"keep_end_token": False, "exact_prompt_end": False, "topk_taken_mask": "published", "temperature": 0.02}
+_FIXED = {
+    "keep_end_token": False,
+    "exact_prompt_end": False,
+    "split_control_tokens": False,
+    "topk_taken_mask": "published",
+    "temperature": 0.02,
+}
 
 
 def to_original(source: str, out: str, subfolder: str = "", base: str | None = None) -> str:

@@ -34,13 +34,12 @@ class TextArguments(DataArguments):
     clara_checkpoint: str = field(default="", metadata={"help": "CLaRa checkpoint whose prompts are used."})
 
 
-def as_conversations(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
-    """Rows as TRL's conversational prompt and completion."""
+def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
+    """Rows as token ids and labels: TRL would read control tokens in a document as such."""
 
     def convert(row: dict) -> dict:
-        messages = processor.messages("answer", "\n".join(row["docs"]), row["question"])
         answer = processor.target("answer", row["answers"])
-        return {"prompt": messages, "completion": [{"role": "assistant", "content": answer}]}
+        return processor.training_example("answer", "\n".join(row["docs"]), answer, row["question"])
 
     return rows.map(convert, remove_columns=rows.column_names, desc="Writing prompts")
 
@@ -61,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         trainer = SFTTrainer(
             model=model_args.model_name_or_path,
             args=training_args,
-            train_dataset=as_conversations(train, processor),
-            eval_dataset=None if validation is None else as_conversations(validation, processor),
+            train_dataset=as_examples(train, processor),
+            eval_dataset=None if validation is None else as_examples(validation, processor),
             peft_config=get_peft_config(model_args),
         )
         train_stage(trainer, checkpoint, "adapter_config.json")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from clara_hf.synthesis.client import ChatReply, ChatRequest
 from clara_hf.synthesis.errors import RequestFailed, UsageError
 from clara_hf.synthesis.text import clean_text
+from modeling_clara.control_tokens_clara import ControlTokens
 
 
 class LocalModel:
@@ -37,6 +38,7 @@ class LocalModel:
             raise UsageError(f"--model {self.path} has no chat template: take a model that was tuned for chat.")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.control = ControlTokens(self.tokenizer)
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         ends = self.model.generation_config.eos_token_id
@@ -94,16 +96,17 @@ class LocalModel:
         return [ids if isinstance(ids, RequestFailed) else next(replies) for ids in encoded]
 
     def _encode(self, request: ChatRequest) -> list[int] | RequestFailed:
-        messages = request.messages
+        messages = [{**message, "content": self.control.hide(message["content"])} for message in request.messages]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates raise what they like
             if messages[0]["role"] != "system":
                 return RequestFailed(f"the chat template refuses the prompt ({error})")
             # Templates without a system turn: its text goes in front of the first user's.
-            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return self._encode(replace(request, messages=[first, *messages[2:]]))
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            system, user, *rest = request.messages
+            first = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+            return self._encode(replace(request, messages=[first, *rest]))
+        (ids,) = self.control.encode([text])
         if len(ids) >= self.room:
             return RequestFailed(f"a prompt of {len(ids)} tokens, where the model reads {self.room}")
         return ids

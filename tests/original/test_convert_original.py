@@ -140,7 +140,13 @@ def test_query_reasoner_that_was_trained_since_goes_back(home, tmp_path):
 
 def test_model_made_here_survives_the_published_layout(bases, tmp_path):
     settings = {"doc_max_length": 32, "compression_rate": 8, "lora_r": 4, "lora_alpha": 8, "top_k": 2}
-    fixed = {"keep_end_token": False, "exact_prompt_end": False, "topk_taken_mask": "published", "query_reasoner": True}
+    fixed = {
+        "keep_end_token": False,
+        "exact_prompt_end": False,
+        "split_control_tokens": False,
+        "topk_taken_mask": "published",
+        "query_reasoner": True,
+    }
     model = CLaRaForRetrievalGeneration.from_base(bases["mistral"], **settings, **fixed)
     for name in ("compressor", "query_reasoner", "generator"):
         for parameter in model.part_parameters(name):

@@ -1,11 +1,13 @@
 """Ranking by a causal language model that is shown the whole list and asked to order it (RankGPT, arXiv 2304.09542)."""
 
 import re
+from functools import cached_property
 
 import torch
 
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.systems.base import Ranking
+from modeling_clara.control_tokens_clara import ControlTokens
 from modeling_clara.processing_clara import left_pad
 
 
@@ -40,6 +42,10 @@ class ListwiseRanker:
         self.passage_tokens = passage_tokens
         self.window = window
 
+    @cached_property
+    def control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer)
+
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         return 0
 
@@ -71,7 +77,8 @@ class ListwiseRanker:
             MARK.format(number=number, passage=" ".join(cut(passage, self.tokenizer, self.passage_tokens).split()))
             for number, passage in enumerate(passages, start=1)
         ]
-        text = INSTRUCTION.format(count=len(passages), question=question, passages="\n".join(shown))
+        shown, question = self.control.hide("\n".join(shown)), self.control.hide(question)
+        text = INSTRUCTION.format(count=len(passages), question=question, passages=shown)
         if not self.tokenizer.chat_template:
             return f"{text}\n"
         messages = [{"role": "user", "content": text}]
@@ -82,7 +89,7 @@ class ListwiseRanker:
     @torch.no_grad()
     def _generate(self, prompts: list[str]) -> list[str]:
         # A chat template writes the beginning token itself.
-        rows = self.tokenizer(prompts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        rows = self.control.encode(prompts, add_special_tokens=not self.tokenizer.chat_template)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         inputs = left_pad(rows, pad).to(self.model.device)
         sequences = self.model.generate(

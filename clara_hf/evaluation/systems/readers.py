@@ -155,7 +155,7 @@ class TextReader:
             self.processor.answer_prompt(question, documents=[self.texts[document] for document in given])
             for question, given in zip(questions, documents, strict=True)
         ]
-        rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = self.processor.tokenize(prompts)
         inputs = self.processor.pad_prompts(rows).to(self.model.device)
         # A decoder that carried CLaRa's adapters can write their tokens, which its base does not know.
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
