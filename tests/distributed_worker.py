@@ -15,7 +15,6 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from clara_hf.program.metrics import answer_metrics, ranking_metrics
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers import (
     ContrastiveConfig,
@@ -27,7 +26,6 @@ from trainers import (
     SCPConfig,
     SCPTrainer,
 )
-from trainers.trainer import token_accuracy
 
 
 STAGES = {
@@ -94,17 +92,12 @@ def run(job: dict, out: Path) -> None:
     eval_rows = rows.select(range(11))  # an odd number, for two processes
     args = config_class(output_dir=str(out / job["name"]), **job["arguments"])
     model = CLaRaForRetrievalGeneration.from_pretrained(job["model"])
-    metrics = {
-        "scp": token_accuracy,
-        "contrastive": ranking_metrics(model.processor, eval_rows),
-    }.get(job["stage"], answer_metrics(model.processor, eval_rows))
     recorder = RecordGradients()
     trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        compute_metrics=metrics,
         callbacks=[KillAt(job.get("kill_at")), *([recorder] if job.get("gradients") else [])],
     )
     recorder.trainer = trainer

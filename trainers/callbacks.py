@@ -1,10 +1,10 @@
 """What is measured and watched while a stage trains: loss parts, retrieval, speed, memory, gradients, divergence."""
 
 import json
+import math
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+
+from .batches import rows_at
 
 
 LOG_FILE = "log.jsonl"
@@ -55,76 +57,83 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-class TrainingWatch(TrainerCallback):
-    """Gathers what a stage logs beside its loss, and stops a run that diverges.
+def count(counters: dict[str, list], name: str, total: torch.Tensor | float, number: torch.Tensor | float) -> None:
+    """Count into the mean `name`. Every process counts the same names, with a number of 0 where it has nothing."""
+    sums = counters.setdefault(name, [0.0, 0.0])
+    sums[0], sums[1] = sums[0] + total, sums[1] + number
 
-    Logged, over the steps since the last log and over all processes: the means that the trainer `add`s; gradient norms
-    of the parts that train, before clipping (under DeepSpeed, which gathers gradients for that, those of the logged
-    step alone, and none with fp16, where they are scaled); tokens and documents per second, without evaluation and
-    saving; the peak memory of the fullest process in GiB.
+
+def count_batch(counters: dict[str, list], batch: dict[str, torch.Tensor]) -> None:
+    """Count a batch's tokens, and its distinct documents, per second."""
+    tokens = sum(value.sum() for name, value in batch.items() if name.endswith("attention_mask"))
+    documents = next((batch[name] for name in ("memories", "document_input_ids") if name in batch), ())
+    count(counters, "tokens_per_second", tokens, 0.0)
+    count(counters, "documents_per_second", len(documents), 0.0)
+
+
+def take_means(counters: dict[str, list], seconds: float, accelerator) -> dict[str, float]:
+    """What was counted since the last call, over all processes, which must call together: means, what is `per_second`
+    of the `seconds` of training, and the peak memory of the fullest process in GiB."""
+    names = sorted(counters)
+    values = [float(value) for name in names for value in counters[name]]
+    vector = torch.tensor([*values, seconds, peak_memory(accelerator.device)], device=accelerator.device)
+    table = accelerator.gather(vector.unsqueeze(0)).cpu().double()
+    totals = table.sum(dim=0).tolist()
+    seconds, memory = totals[-2] / len(table), table[:, -1].max().item()
+    found = {}
+    for name, total, number in zip(names, totals[0:-2:2], totals[1:-2:2], strict=True):
+        number = seconds if name.endswith("_per_second") else number
+        if number > 0:
+            found[name] = total / number
+    counters.clear()
+    return {**found, "peak_memory_gib": memory / 2**30}
+
+
+class TrainingClock(TrainerCallback):
+    """Seconds of training, without evaluation and saving."""
+
+    def __init__(self):
+        self.seconds, self._mark = 0.0, time.perf_counter()
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def restart(self, args, state, control, **kwargs):
+        self._mark = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = restart
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self._mark = self.seconds + now - self._mark, now
+
+
+class GradientNorms(TrainerCallback):
+    """Gradient norms of the parts that train, before clipping: in `norms` those of the step, counted for the log.
+
+    Under DeepSpeed, which gathers gradients for that, those of logged steps alone, and none with fp16, where they are
+    scaled.
 
     Args:
-        trainer ([`~trainers.trainer.CLaRaTrainer`]): whose steps are watched.
+        trainer ([`~trainers.trainer.CLaRaTrainer`]): whose steps are measured, and into whose counters.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0.0])
-        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._norms: dict[str, torch.Tensor] = {}
-        self._clipping: torch.Tensor | float = 1.0
-        self._seconds, self._mark = 0.0, time.perf_counter()
-
-    def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
-        """Count into the mean `name`. Every process adds the same names, with a count of 0 where it has nothing."""
-        sums = self._sums[name]
-        sums[0], sums[1] = sums[0] + total, sums[1] + count
-
-    def add_batch(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Count a batch's tokens, and its distinct documents."""
-        tokens = sum(value.sum() for name, value in inputs.items() if name.endswith("attention_mask"))
-        documents = next((inputs[name] for name in ("memories", "document_input_ids") if name in inputs), ())
-        self.add("tokens_per_second", tokens, 0.0)
-        self.add("documents_per_second", len(documents), 0.0)
-
-    def note_step(self, loss: torch.Tensor, rows: torch.Tensor) -> None:
-        """Remember a micro-batch's loss and rows until its optimizer step has been checked."""
-        self._batches.append((loss, rows))
-
-    def note_clipping(self, norm: torch.Tensor | float | None) -> None:
-        """Remember by what a step's gradients were multiplied, whose `norm` before that is given."""
-        if norm is not None:
-            self._clipping = clipping_factor(norm, self.trainer.args.max_grad_norm)
-
-    def take(self) -> dict[str, float]:
-        """The means since the last call, over all processes, which must call together."""
-        accelerator = self.trainer.accelerator
-        values = [float(value) for name in sorted(self._sums) for value in self._sums[name]]
-        vector = torch.tensor([*values, self._seconds, peak_memory(accelerator.device)], device=accelerator.device)
-        table = accelerator.gather(vector.unsqueeze(0)).cpu().double()
-        totals = table.sum(dim=0).tolist()
-        seconds, memory = totals[-2] / len(table), table[:, -1].max().item()
-        found = {}
-        for place, name in enumerate(sorted(self._sums)):
-            total, count = totals[2 * place : 2 * place + 2]
-            count = seconds if name.endswith("_per_second") else count
-            if count > 0:
-                found[name] = total / count
-        self._sums.clear()
-        self._seconds = 0.0
-        return {**found, "peak_memory_gib": memory / 2**30}
+        self.norms: dict[str, torch.Tensor] = {}
+        # What the step's gradients were multiplied with already.
+        self.clipping: torch.Tensor | float = 1.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            Path(args.output_dir, DIVERGED_FILE).unlink(missing_ok=True)
         model = self.trainer.model
         parts = [*model.adapter_names, MEMORY_EMBEDDINGS]
         self._parts = {part: [p for p in model.part_parameters(part) if p.requires_grad] for part in parts}
         if self.trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and not args.fp16:
-            self._measure_before_steps(args, state)
-        self._mark = time.perf_counter()
+            self._measure_before_steps(state)
 
-    def _measure_before_steps(self, args, state) -> None:
+    def _measure_before_steps(self, state) -> None:
         """Have DeepSpeed's engine, which frees gradients in its step, read their norms before a step that is logged."""
         from deepspeed.utils import safe_get_full_grad
 
@@ -132,65 +141,73 @@ class TrainingWatch(TrainerCallback):
 
         def measured_step(*arguments, **options):
             if (state.global_step + 1) % state.logging_steps == 0:
-                norms = {
-                    part: torch.stack([safe_get_full_grad(parameter).float().norm() for parameter in parameters]).norm()
-                    for part, parameters in self._parts.items()
-                    if parameters
-                }
-                for part, norm in norms.items():
-                    self._note_norm(part, norm)
+                for part, parameters in self._parts.items():
+                    norms = [safe_get_full_grad(parameter).float().norm() for parameter in parameters]
+                    if norms:
+                        self._note(part, torch.stack(norms).norm())
             return step(*arguments, **options)
 
         engine.step = measured_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.norms, self.clipping = {}, 1.0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         for part, parameters in self._parts.items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             if gradients:
-                norm = torch.nn.utils.get_total_norm(gradients)
-                self._note_norm(part, whole(norm) / self._clipping)
+                self._note(part, whole(torch.nn.utils.get_total_norm(gradients)) / self.clipping)
 
-    def _note_norm(self, part: str, norm: torch.Tensor) -> None:
-        self._norms[part] = norm
-        self.add(f"grad_norm_{part}", norm, 1.0)
+    def _note(self, part: str, norm: torch.Tensor) -> None:
+        self.norms[part] = norm
+        count(self.trainer.counters, f"grad_norm_{part}", norm, 1.0)
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops a run, in all processes alike and before anything is saved, whose loss or gradients are not finite.
+
+    Trainer hides such losses from its log.
+
+    Args:
+        trainer ([`~trainers.trainer.CLaRaTrainer`]): whose steps are watched.
+        gradients ([`GradientNorms`]): of the same trainer.
+    """
+
+    def __init__(self, trainer, gradients: GradientNorms):
+        self.trainer, self.gradients = trainer, gradients
+        # Loss and rows of the step's micro-batches.
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir, DIVERGED_FILE).unlink(missing_ok=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.batches = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
-        self._seconds, self._mark = self._seconds + now - self._mark, now
-        try:
-            self._check_step(args, state)
-        finally:
-            self._batches, self._norms, self._clipping = [], {}, 1.0
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._mark = time.perf_counter()
-
-    def on_save(self, args, state, control, **kwargs):
-        self._mark = time.perf_counter()
-
-    def _check_step(self, args, state) -> None:
-        """Raise, in all processes alike and before anything is saved, if the step's loss or gradients are not finite.
-
-        Trainer hides such losses from its log.
-        """
         accelerator = self.trainer.accelerator
-        watched = [loss.detach().float() for loss, _ in self._batches]
+        watched = [loss.detach().float() for loss, _ in self.batches]
         if not args.fp16:  # whose scaler meets overflowing gradients as a matter of course
-            watched += [norm.float() for norm in self._norms.values()]
+            watched += [norm.float() for norm in self.gradients.norms.values()]
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 norm = self.trainer.model_wrapped.get_global_grad_norm()
                 watched.append(torch.as_tensor(0.0 if norm is None else norm, device=accelerator.device).float())
         is_bad = ~torch.stack([value.to(accelerator.device) for value in watched]).isfinite().all()
-        if accelerator.reduce(is_bad.float(), reduction="sum").item() == 0:
-            return
+        if accelerator.reduce(is_bad.float(), reduction="sum").item() > 0:
+            self._stop(args, state)
+
+    def _stop(self, args, state) -> None:
+        """Write down the step's batches, of all processes, and raise."""
+        accelerator = self.trainer.accelerator
         batches = gather_object(
             [
                 {"process": accelerator.process_index, "loss": float(loss), "rows": rows.tolist()}
-                for loss, rows in self._batches
+                for loss, rows in self.batches
             ]
         )
         path = Path(args.output_dir, DIVERGED_FILE)
-        bad = [batch for batch in batches if not torch.tensor(batch["loss"]).isfinite()]
+        bad = [batch for batch in batches if not math.isfinite(batch["loss"])]
         if state.is_world_process_zero:
             self._write(path, state, batches, bad or batches)
         accelerator.wait_for_everyone()
@@ -204,14 +221,14 @@ class TrainingWatch(TrainerCallback):
     def _write(self, path: Path, state, batches: list[dict], bad: list[dict]) -> None:
         """Loss values go in as text: JSON knows no NaN."""
         rows = [row for batch in bad for row in batch["rows"]]
-        data = self.trainer.train_rows
+        chosen = rows_at(self.trainer.train_dataset, rows)
         found = {
             "step": state.global_step,
             "epoch": state.epoch,
             "loss": str(bad[0]["loss"]),
             "rows": rows,
-            "ids": data[rows]["id"] if "id" in data.column_names else None,
-            "grad_norms": {part: str(norm.item()) for part, norm in self._norms.items()},
+            "ids": chosen.get("id"),
+            "grad_norms": {part: str(norm.item()) for part, norm in self.gradients.norms.items()},
             "batches": [{**batch, "loss": str(batch["loss"])} for batch in batches],
         }
         beside = path.with_name(path.name + ".partial")

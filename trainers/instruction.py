@@ -5,13 +5,14 @@ Rows: `{"question": str, "answers": [...], "docs": [...]}`; the target is the fi
 
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
 
-from modeling_clara.processing_clara import distinct_texts
+from clara_hf.data.copies import distinct_docs
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 
-from .scp import CompressionTrainer, CompressionTrainingArguments
-from .trainer import EXAMPLE_INDEX, with_columns
+from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents
+from .scp import CompressionTrainingArguments, prepare_compressor
+from .trainer import CLaRaTrainer, load_model
 
 
 @dataclass
@@ -19,30 +20,45 @@ class InstructionConfig(CompressionTrainingArguments):
     """Arguments of [`InstructionTrainer`]."""
 
 
-class InstructionTrainer(CompressionTrainer):
-    """Instruction tuning of the compressor on questions with their documents."""
+@dataclass
+class InstructionRows:
+    """Questions as examples: a prompt over all documents of the row, with its first answer."""
 
-    def prepare_dataset(self, dataset: Dataset, model, args: InstructionConfig, options: dict) -> Dataset:
-        processor, max_length = self.processor, args.max_length
+    processor: CLaRaProcessor
+    max_length: int | None
 
-        def tokenize(row: dict, position: int) -> dict:
-            processor.check_user_texts([row["question"]], f"question of row {position}")
-            slots = processor.slots(len(row["docs"]))
-            target = processor.target("answer", row["answers"])
-            example = processor.training_example("answer", slots, target, row["question"], max_length=max_length)
-            return {**example, EXAMPLE_INDEX: position}
+    def __call__(self, row: dict, number: int) -> dict:
+        processor, question = self.processor, row["question"]
+        processor.check_user_texts([question], f"question of row {number}")
+        docs, _ = distinct_docs(row["docs"])
+        target, slots = processor.target("answer", row["answers"]), processor.slots(len(docs))
+        example = processor.training_example("answer", slots, target, question, max_length=self.max_length)
+        told = {"copies": len(row["docs"]) - len(docs), "answers": row["answers"], EXAMPLE_INDEX: number}
+        return {**example, **encoded_documents(processor, docs), **told}
 
-        tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
-        return with_columns(tokenized, {"document_ids": self.with_documents(dataset)})
 
-    def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
-        batch = self.eval_rows[rows]
-        distinct, index = distinct_texts(batch["docs"])
-        memories = self.compress_together(distinct)
-        answers = self.model.generate(
-            questions=batch["question"],
-            memories=[memories[row[row >= 0].to(memories.device)] for row in index],
-            rerank=False,
-            **self.generation_options,
-        )
-        return (self.generated_ids(answers.sequences),)
+class InstructionTrainer(CLaRaTrainer):
+    """Instruction tuning of the compressor on questions with their documents.
+
+    Args:
+        model ([`CLaRaForRetrievalGeneration`] or `str`): or the name of a checkpoint, or of a base to begin with.
+        args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
+    """
+
+    def __init__(
+        self,
+        model: CLaRaForRetrievalGeneration | str,
+        args: InstructionConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        # What trains.
+        model = load_model(model, args)
+        prepare_compressor(model, args)
+        # How rows become examples, and how these are batched: documents are compressed in the step.
+        encode = InstructionRows(model.processor, args.max_length)
+        collator = CompressionCollator(model.processor)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model, args, encode, collator, False, args.predict_with_generate, **datasets, **kwargs)
+        self.prepare_datasets()

@@ -12,13 +12,15 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from clara_hf.memory_store.store import MemoryStore
-from modeling_clara import CLaRaOutput
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
-from modeling_clara.topk_clara import slot_softmax
 
-from .retrieval import CandidateCollator, RetrievalTrainer, RetrievalTrainingArguments, batch_recall, positive_mask
-from .trainer import EXAMPLE_INDEX, IS_POSITIVE, pad_examples
+from .batches import EXAMPLE_INDEX, IS_POSITIVE, JointCollator
+from .callbacks import count
+from .losses import batch_recall, chosen_mass
+from .retrieval import RetrievalTrainer, RetrievalTrainingArguments, candidate_columns, open_memories
+from .trainer import configure, load_model, train_parts
 
 
 TEMPERATURE_SCHEDULES = ("linear", "cosine")
@@ -97,16 +99,6 @@ class JointConfig(RetrievalTrainingArguments):
             raise ValueError("query_learning_rate has no use with freeze_query_reasoner: leave one of them out.")
 
 
-class JointCollator(CandidateCollator):
-    """Batches of questions with their candidates, and the prompts that the selected ones go into. Gold positions, where
-    known, are for the log only."""
-
-    def __call__(self, features: list[dict]) -> dict:
-        batch = self.candidates(features)
-        batch[IS_POSITIVE] = positive_mask([row["pos_index"] for row in features], batch["document_index"])
-        return {**batch, **pad_examples(features, self.processor)}
-
-
 def scheduled_temperature(start: float, end: float, progress: float, schedule: str) -> float:
     """The temperature at `progress`, from 0 at the first step to 1 at the last, on a `linear` or `cosine` way."""
     share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
@@ -131,42 +123,72 @@ class TemperatureSchedule(TrainerCallback):
         self.config.temperature = scheduled_temperature(self.start, self.end, progress, self.schedule)
 
 
-def chosen_mass(scores: torch.Tensor, indices: torch.Tensor, temperature: float, taken_mask: str) -> torch.Tensor:
-    """Soft weight of the document in each filled slot `[slots]`.
+def parts_to_train(args: JointConfig) -> list[str]:
+    """The model's parts that [`JointConfig`] lets train."""
+    trains = {
+        QUERY_REASONER: not args.freeze_query_reasoner,
+        GENERATOR: not args.freeze_generator,
+        COMPRESSOR: args.train_compressor,
+        MEMORY_EMBEDDINGS: args.train_compressor,
+    }
+    return [part for part, does in trains.items() if does]
 
-    Args:
-        scores (`[B, N]`), indices (`[B, k]`): as in [`~modeling_clara.CLaRaOutput`].
-        temperature, taken_mask: as in [`~modeling_clara.straight_through_topk`].
-    """
-    is_filled = indices >= 0
-    hard = torch.nn.functional.one_hot(indices.clamp(min=0), scores.shape[1])
-    soft = slot_softmax(scores.float() / temperature, hard, is_filled, taken_mask)
-    return (soft * hard).sum(dim=-1)[is_filled]
+
+@dataclass
+class JointRows:
+    """Questions as examples: a prompt with slots for the best candidates, the first answer, and all candidates."""
+
+    processor: CLaRaProcessor
+    store: MemoryStore | None
+    top_k: int
+    max_length: int | None
+
+    def __call__(self, row: dict, number: int) -> dict:
+        processor, question = self.processor, row["question"]
+        candidates = candidate_columns(row, number, processor, self.store)
+        count_of = len(candidates["keys" if self.store is not None else "document_ids"])
+        slots = processor.slots(min(self.top_k, count_of))
+        target = processor.target("answer", row["answers"])
+        example = processor.training_example("answer", slots, target, question, max_length=self.max_length)
+        return {**example, **candidates, "answers": row["answers"], EXAMPLE_INDEX: number}
 
 
 class JointTrainer(RetrievalTrainer):
-    """End-to-end training of retrieval and generation through the straight-through top-k."""
+    """End-to-end training of retrieval and generation through the straight-through top-k.
 
-    def __init__(self, model, args: JointConfig, train_dataset=None, eval_dataset=None, **kwargs):
-        for name in ("top_k", "temperature", "topk_taken_mask", "mse_weight"):
-            if getattr(args, name) is not None:
-                setattr(model.config, name, getattr(args, name))
-        model.config.validate_ranges()
-        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+    Args:
+        model ([`CLaRaForRetrievalGeneration`] or `str`): or the name of a checkpoint, or of a base to begin with.
+        replace_memories (`bool`): whether memories that another compressor left in `output_dir` are deleted; else they
+            are an error.
+        args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
+    """
+
+    def __init__(
+        self,
+        model: CLaRaForRetrievalGeneration | str,
+        args: JointConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        replace_memories: bool = False,
+        **kwargs,
+    ):
+        # What trains, under which settings.
+        model = load_model(model, args)
+        configure(model, args, "top_k", "temperature", "topk_taken_mask", "mse_weight")
+        model.add_query_reasoner()
+        train_parts(model, args, *parts_to_train(args))
+        # Where memories are: in a store, or made in every step.
+        self.store = None if args.online else open_memories(model, args, replace_memories)
+        # How rows become examples, and how these are batched.
+        encode = JointRows(model.processor, self.store, model.config.top_k, args.max_length)
+        collator = JointCollator(model.processor, self.store)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model, args, encode, collator, True, args.predict_with_generate, **datasets, **kwargs)
+        if args.query_learning_rate is not None and self.optimizer is not None:
+            raise ValueError("query_learning_rate has no effect on optimizers that are given: leave one of them out.")
         if args.temperature_end is not None:
             self.add_callback(TemperatureSchedule(model, args.temperature_end, args.temperature_schedule))
-
-    def open_store(self, model, args: JointConfig) -> MemoryStore | None:
-        return None if args.online else super().open_store(model, args)
-
-    def parts_to_train(self, model, args: JointConfig) -> tuple[str, ...]:
-        trains = {
-            QUERY_REASONER: not args.freeze_query_reasoner,
-            GENERATOR: not args.freeze_generator,
-            COMPRESSOR: args.train_compressor,
-            MEMORY_EMBEDDINGS: args.train_compressor,
-        }
-        return tuple(part for part, does in trains.items() if does)
+        self.prepare_datasets()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.query_learning_rate is not None:
@@ -181,43 +203,17 @@ class JointTrainer(RetrievalTrainer):
             self.optimizer_cls_and_kwargs = optimizer_class, options
         return super().create_optimizer(model)
 
-    def make_collator(self, model, args) -> JointCollator:
-        return JointCollator(model.processor, self.store)
-
-    def prepare_dataset(self, dataset: Dataset, model, args: JointConfig, options: dict) -> Dataset:
-        processor, max_length, top_k = self.processor, args.max_length, model.config.top_k
-
-        def tokenize(row: dict, position: int) -> dict:
-            slots = processor.slots(min(top_k, len(row["docs"])))
-            target = processor.target("answer", row["answers"])
-            example = processor.training_example("answer", slots, target, row["question"], max_length=max_length)
-            return {**example, "query_ids": processor.encode_questions([row["question"]])[0], EXAMPLE_INDEX: position}
-
-        tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
-        return self.add_candidates(tokenized, dataset, args)
-
-    def watch_retrieval(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> None:
-        """Recall of the batch where gold documents are known, and how surely slots choose: the mean soft weight of the
-        chosen document (`chosen_mass`) and the share of slots where it is more than half (`chosen_share`)."""
-        config, indices = self.model.config, outputs.topk_indices
-        for k in dict.fromkeys((1, config.top_k)):
-            self.watch.add(f"recall@{k}", *batch_recall(indices[:, :k], inputs[IS_POSITIVE]))
-        with torch.no_grad():
-            mass = chosen_mass(outputs.scores, indices, config.temperature, config.topk_taken_mask)
-        self.watch.add("chosen_mass", mass.sum(), len(mass))
-        self.watch.add("chosen_share", (mass > 0.5).sum(), len(mass))
-
-    def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
-        memories, ranking = self.rank(rows)
-        top_k = self.model.config.top_k
-        chosen = [
-            candidates[order[order >= 0][:top_k].to(candidates.device)]
-            for candidates, order in zip(memories, ranking, strict=True)
-        ]
-        answers = self.model.generate(
-            questions=self.eval_rows[rows]["question"],
-            memories=chosen,
-            rerank=False,
-            **self.generation_options,
-        )
-        return self.generated_ids(answers.sequences), ranking
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """The base's. Of training batches, recall is counted where gold documents are known, and how surely slots
+        choose: the mean soft weight of the chosen document (`chosen_mass`) and the share of slots where it is more than
+        half (`chosen_share`)."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.model.training:
+            config, indices = self.model.config, outputs.topk_indices
+            for k in dict.fromkeys((1, config.top_k)):
+                count(self.counters, f"recall@{k}", *batch_recall(indices[:, :k], inputs[IS_POSITIVE]))
+            with torch.no_grad():
+                mass = chosen_mass(outputs.scores, indices, config.temperature, config.topk_taken_mask)
+            count(self.counters, "chosen_mass", mass.sum(), len(mass))
+            count(self.counters, "chosen_share", (mass > 0.5).sum(), len(mass))
+        return (loss, outputs) if return_outputs else loss

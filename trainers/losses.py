@@ -1,6 +1,16 @@
-"""Losses as pure functions of tensors."""
+"""Losses, and what training measures of outputs, as pure functions of tensors and arrays."""
 
+import numpy as np
 import torch
+
+from clara_hf.metrics.answer_f1.answer_f1 import score_answer
+from clara_hf.metrics.retrieval_recall.retrieval_recall import score_ranking
+from modeling_clara.processing_clara import IGNORE_INDEX
+from modeling_clara.topk_clara import slot_softmax
+
+
+# Cut-offs of Recall@k in evaluation during training; as many candidates are ranked, even where fewer are selected.
+RECALL_KS = (1, 3, 5)
 
 
 def contrastive_loss(
@@ -27,3 +37,65 @@ def contrastive_loss(
     logits = logits.masked_fill(~is_candidate, float("-inf"))
     positives = logits.masked_fill(~is_positive, float("-inf"))
     return (logits.logsumexp(dim=-1) - positives.logsumexp(dim=-1)).mean()
+
+
+def ranking_of(scores: torch.Tensor, depth: int) -> torch.Tensor:
+    """The best candidates `[B, min(depth, N)]` by `scores` `[B, N]`, the first of equals first; -1 where a question has
+    fewer, which its scores of -inf tell."""
+    best = scores.detach().sort(dim=-1, descending=True, stable=True)
+    return best.indices.masked_fill(best.values.isneginf(), -1)[:, :depth]
+
+
+def batch_recall(indices: torch.Tensor, is_positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recall of a batch: gold candidates found among all gold ones.
+
+    Args:
+        indices (`[B, k]` int64): ranked candidates, -1 where there are fewer.
+        is_positive (`[B, N]` bool): gold candidates; a question without any does not count.
+
+    Returns:
+        the sum over questions, and their number.
+    """
+    found = is_positive.gather(1, indices.clamp(min=0)) & (indices >= 0)
+    gold = is_positive.sum(dim=1)
+    return (found.sum(dim=1) / gold.clamp(min=1)).sum(), (gold > 0).sum()
+
+
+def chosen_mass(scores: torch.Tensor, indices: torch.Tensor, temperature: float, taken_mask: str) -> torch.Tensor:
+    """Soft weight of the document in each filled slot `[slots]`.
+
+    Args:
+        scores (`[B, N]`), indices (`[B, k]`): as in [`~modeling_clara.CLaRaOutput`].
+        temperature, taken_mask: as in [`~modeling_clara.straight_through_topk`].
+    """
+    is_filled = indices >= 0
+    hard = torch.nn.functional.one_hot(indices.clamp(min=0), scores.shape[1])
+    soft = slot_softmax(scores.float() / temperature, hard, is_filled, taken_mask)
+    return (soft * hard).sum(dim=-1)[is_filled]
+
+
+def token_accuracy(prediction) -> dict[str, float]:
+    """Share of supervised tokens that are the most likely one given those before."""
+    labels = prediction.label_ids
+    return {"token_accuracy": float((prediction.predictions == labels)[labels != IGNORE_INDEX].mean())}
+
+
+def answer_scores(texts: list[str], answers: list[list[str]]) -> list[dict[str, float]]:
+    """F1, EM and cover-EM of every answer against the accepted ones."""
+    return [score_answer(text.strip(), accepted) for text, accepted in zip(texts, answers, strict=True)]
+
+
+def recall_scores(rankings: np.ndarray, golds: list[list[int]]) -> list[dict[str, float]]:
+    """Recall@k of every question, for the cut-offs that `rankings` `[B, k]` allow; none where no gold is known."""
+    ks = [k for k in RECALL_KS if k <= rankings.shape[1]]
+    scores = []
+    for ranking, gold in zip(rankings, golds, strict=True):
+        found = score_ranking([int(index) for index in ranking if index >= 0], gold, ks) if gold else {}
+        scores.append({name: value for name, value in found.items() if name.startswith("recall")})
+    return scores
+
+
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every score over the questions that have it."""
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}

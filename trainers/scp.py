@@ -11,18 +11,19 @@ import yaml
 from datasets import Dataset
 from transformers.utils import logging
 
+from clara_hf.data.copies import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
-from .mix import MixSampler, check_weights
+from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents
+from .sampling import MixSampler, check_weights
 from .trainer import (
-    EXAMPLE_INDEX,
     CLaRaTrainer,
     CLaRaTrainingArguments,
-    pad_documents,
-    pad_examples,
-    with_columns,
+    configure,
+    load_model,
+    train_parts,
 )
 
 
@@ -54,7 +55,8 @@ class SCPConfig(CompressionTrainingArguments):
 
         data_mix (`dict[str, float]`, *optional*):
             Weight of each `data_type` among the rows that are drawn, such as `{qa: 0.5, paraphrase: 0.5}`, see
-            [`~trainers.mix.MixSampler`]; a kind that is not named is left out. By default all rows are drawn alike.
+            [`~trainers.sampling.MixSampler`]; a kind that is not named is left out. By default all rows are drawn
+            alike.
     """
 
     data_mix: dict | str | None = field(default=None, metadata={"help": "Weight of each data_type, YAML or JSON."})
@@ -78,84 +80,79 @@ class SCPConfig(CompressionTrainingArguments):
             )
 
 
-class CompressionCollator:
-    """Batches of rows whose documents are compressed in the step and all given to the generator.
+@dataclass
+class SCPRows:
+    """SCP rows as examples: a prompt over the row's documents, with its target."""
 
-    Args:
-        processor ([`CLaRaProcessor`]): pads and knows the memory tokens.
-    """
+    processor: CLaRaProcessor
+    seed: int
+    max_length: int | None
 
-    def __init__(self, processor: CLaRaProcessor):
-        self.processor = processor
+    def __call__(self, row: dict, number: int) -> dict:
+        processor, kind = self.processor, row["data_type"]
+        docs, _ = distinct_docs(row["docs"])
+        # Which of several instructions a row gets depends on its number only, so that a resumed run draws alike.
+        variant = random.Random(f"{self.seed}-{number}").randrange(2**16)
+        target = processor.target(kind, row["answers"], row["question"])
+        slots = processor.slots(len(docs))
+        example = processor.training_example(kind, slots, target, variant=variant, max_length=self.max_length)
+        copies = len(row["docs"]) - len(docs)
+        return {**example, **encoded_documents(processor, docs), "copies": copies, EXAMPLE_INDEX: number}
 
-    def __call__(self, features: list[dict]) -> dict:
-        return {**pad_documents(features, self.processor), **pad_examples(features, self.processor)}
 
-
-class CompressionTrainer(CLaRaTrainer):
-    """Trains compressor, generator and memory embeddings on documents that are all given, without retrieval.
+def prepare_compressor(model: CLaRaForRetrievalGeneration, args: CompressionTrainingArguments) -> None:
+    """Let compressor, generator and memory embeddings of `model` train.
 
     A query reasoner that the model brings is taken off: it belongs to the memories of the compressor as it was. Until
     joint training starts a new one, the compressor reads questions.
     """
+    if model.config.query_reasoner:
+        logger.warning("The query reasoner is taken off: it would not follow the compressor, which trains.")
+        model.remove_query_reasoner()
+    configure(model, args, "mse_weight")
+    train_parts(model, args, COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
 
-    trainable_parts = (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+
+class SCPTrainer(CLaRaTrainer):
+    """Salient compressor pretraining: loss = cross entropy + `mse_weight` x MSE of document and memory means.
+
+    Args:
+        model ([`CLaRaForRetrievalGeneration`] or `str`): or the name of a checkpoint, or of a base to begin with.
+        args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
+    """
 
     def __init__(
         self,
-        model: CLaRaForRetrievalGeneration,
-        args: CompressionTrainingArguments,
+        model: CLaRaForRetrievalGeneration | str,
+        args: SCPConfig,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         **kwargs,
     ):
-        if model.config.query_reasoner:
-            logger.warning("The query reasoner is taken off: it would not follow the compressor, which trains.")
-            model.remove_query_reasoner()
-        if args.mse_weight is not None:
-            model.config.mse_weight = args.mse_weight
-            model.config.validate_ranges()
-        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
-
-    def make_collator(self, model, args) -> CompressionCollator:
-        return CompressionCollator(model.processor)
-
-    def with_documents(self, dataset: Dataset) -> list[list[list[int]]]:
-        """Token ids of every row's documents; each distinct document is tokenized once, cut ones reported once."""
-        given = dataset["docs"][:]  # at once, not row by row
-        distinct = list(dict.fromkeys(text for docs in given for text in docs))
-        ids = dict(zip(distinct, self.processor.encode_documents(distinct), strict=True))
-        return [[ids[text] for text in docs] for docs in given]
-
-
-class SCPTrainer(CompressionTrainer):
-    """Salient compressor pretraining: loss = cross entropy + `mse_weight` x MSE of document and memory means."""
-
-    supports_generation = False
-
-    def __init__(self, model, args: SCPConfig, train_dataset=None, eval_dataset=None, **kwargs):
+        # What trains.
+        model = load_model(model, args)
+        prepare_compressor(model, args)
+        # Which rows are drawn.
         self.mix_sampler = None
         if args.data_mix is not None and train_dataset is not None:
-            kinds = list(train_dataset["data_type"])
-            self.mix_sampler = MixSampler(kinds, args.data_mix, args.order_seed, self.current_epoch)
-        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+            self.mix_sampler = MixSampler(
+                train_dataset["data_type"][:], args.data_mix, args.order_seed, self.current_epoch
+            )
+        # How they become examples, and how these are batched: documents are compressed in the step.
+        encode = SCPRows(model.processor, args.order_seed, args.max_length)
+        collator = CompressionCollator(model.processor)
+        super().__init__(
+            model,
+            args,
+            encode,
+            collator,
+            False,
+            False,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.prepare_datasets()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        if self.args.data_mix is None:
-            return super()._get_train_sampler(train_dataset)
-        return self.mix_sampler
-
-    def prepare_dataset(self, dataset: Dataset, model, args: SCPConfig, options: dict) -> Dataset:
-        processor, seed, max_length = self.processor, args.order_seed, args.max_length
-
-        def tokenize(row: dict, position: int) -> dict:
-            kind = row["data_type"]
-            # Which of several instructions a row gets depends on its position only, so that a resumed run draws alike.
-            variant = random.Random(f"{seed}-{position}").randrange(2**16)
-            slots = processor.slots(len(row["docs"]))
-            target = processor.target(kind, row["answers"], row["question"])
-            example = processor.training_example(kind, slots, target, variant=variant, max_length=max_length)
-            return {**example, EXAMPLE_INDEX: position}
-
-        tokenized = dataset.map(tokenize, with_indices=True, remove_columns=dataset.column_names, **options)
-        return with_columns(tokenized, {"document_ids": self.with_documents(dataset)})
+        return self.mix_sampler or super()._get_train_sampler(train_dataset)

@@ -1,32 +1,51 @@
-"""What the stages share: arguments, the loss with its parts, and evaluation by generation."""
+"""What the stages share: arguments, rows as examples, the loss and its log, and evaluation."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
+from pyarrow.compute import list_value_length
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainingArguments
+from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
-from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
-from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
+from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
+from modeling_clara.processing_clara import IGNORE_INDEX
 
-from .callbacks import LocalLog, TrainingWatch
+from .batches import EXAMPLE_INDEX, encode_rows, model_inputs, prompts_of, rows_at
+from .callbacks import (
+    DivergenceGuard,
+    GradientNorms,
+    LocalLog,
+    TrainingClock,
+    clipping_factor,
+    count,
+    count_batch,
+    take_means,
+)
 from .checkpoints import CheckpointTrainer
+from .losses import RECALL_KS, answer_scores, means, ranking_of, recall_scores, token_accuracy
 from .sampling import LengthSampler
 
 
 logger = logging.get_logger(__name__)
 
-EXAMPLE_INDEX = "example_index"
-IS_POSITIVE = "is_positive"
 # In a run's folder, where the memory store is unless another place is given.
 MEMORIES_FOLDER = "memories"
 # Trackers whose package transformers does not look for.
 UNKNOWN_TRACKERS = ("azure_ml", "flyte")
+# Arguments of the Trainer that would change nothing here, with the value that asks for nothing.
+PASSED_OVER = {
+    "label_smoothing_factor": 0.0,
+    "use_liger_kernel": False,
+    "label_names": None,
+    "length_column_name": "length",
+}
 
 
 @dataclass
@@ -49,6 +68,11 @@ class CLaRaTrainingArguments(TrainingArguments):
             Whether evaluation generates answers, for metrics that need them.
         generation_max_new_tokens (`int`, *optional*, defaults to `32`):
             Tokens to generate per answer in evaluation.
+
+        > Parameters under their former or later name in transformers
+
+        activation_checkpointing, activation_checkpointing_kwargs:
+            The same as `gradient_checkpointing` and `gradient_checkpointing_kwargs`, in every version.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -62,6 +86,12 @@ class CLaRaTrainingArguments(TrainingArguments):
     )
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: collators need every column."})
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in backward; also gradient_checkpointing."}
+    )
+    activation_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of activation checkpointing."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt with its target; longer targets are cut."}
     )
@@ -75,6 +105,7 @@ class CLaRaTrainingArguments(TrainingArguments):
         uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or self.deepspeed
         if uses_deepspeed and (self.use_cpu or not torch.accelerator.is_available()):
             leave_out_shared_memory_kernel()
+        self._name_checkpointing()
         super().__post_init__()
         for tracker in self.report_to:
             if tracker not in (*get_available_reporting_integrations(), *UNKNOWN_TRACKERS):
@@ -82,12 +113,46 @@ class CLaRaTrainingArguments(TrainingArguments):
                     f"report_to names {tracker!r}, which is not installed here or not known: install it, or choose "
                     "'none', whose log is log.jsonl in output_dir."
                 )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay false: the collators need every column.")
+        self._refuse()
         if self.bf16 and self.device.type == "cpu" and not cpu_computes_bfloat16():
             logger.warning(
                 "bf16 is on, but this CPU has no instructions for bfloat16: its matrix products take many times longer "
                 "than in float32. Turn bf16 off."
+            )
+
+    def _name_checkpointing(self) -> None:
+        """Set activation checkpointing by the name that this version of transformers reads without a warning."""
+        own = {known.name for known in dataclasses.fields(TrainingArguments)}
+        old, new = "gradient_checkpointing", "activation_checkpointing"
+        old, new = (old, new) if new in own else (new, old)
+        for end in ("", "_kwargs"):
+            if getattr(self, old + end) is not None and not getattr(self, new + end):
+                setattr(self, new + end, getattr(self, old + end))
+            setattr(self, old + end, None)
+
+    def _refuse(self) -> None:
+        """Raise a `ValueError` for what would have no effect here, or a silently wrong one."""
+        for name, neutral in PASSED_OVER.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but has no effect on this training: leave it out."
+                )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must stay false: the collators need every column.")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy is 'batch_rebalance', whose order a resumed run would not repeat: choose "
+                "'group_by_length', 'random' or 'sequential'."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches is true, but a batch here cannot be cut into shares, as questions have documents in "
+                "common: leave it out of accelerator_config."
+            )
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process would each get a share of a batch whose questions have documents in "
+                "common: start one process for each with accelerate launch, or choose one by CUDA_VISIBLE_DEVICES."
             )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.device.type == "cpu":
             raise ValueError(
@@ -116,66 +181,133 @@ def leave_out_shared_memory_kernel() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def load_model(model: CLaRaForRetrievalGeneration | str, args: CLaRaTrainingArguments) -> CLaRaForRetrievalGeneration:
+    """`model`, or the one of this name: a CLaRa checkpoint, or a new CLaRa model over a causal language model, in a
+    folder or on the Hub.
+
+    Raises:
+        TypeError: neither a model nor a name.
+        OSError, ValueError: see `from_pretrained` and `from_base`.
+    """
+    if isinstance(model, CLaRaForRetrievalGeneration):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            "model must be a CLaRaForRetrievalGeneration, or the name of a checkpoint or of a causal language model, "
+            f"got {type(model).__name__}."
+        )
+    # Fresh adapters are drawn at random: alike in every process.
+    set_seed(args.seed)
+    is_clara = PreTrainedConfig.get_config_dict(model)[0].get("model_type") == CLaRaConfig.model_type
+    load = CLaRaForRetrievalGeneration.from_pretrained if is_clara else CLaRaForRetrievalGeneration.from_base
+    return load(model)
+
+
+def configure(model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments, *names: str) -> None:
+    """Put those of a stage's arguments that are given into the model's configuration, which is saved with it."""
+    for name in names:
+        if getattr(args, name) is not None:
+            setattr(model.config, name, getattr(args, name))
+    model.config.validate_ranges()
+
+
+def train_parts(model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments, *parts: str) -> None:
+    """Let the named parts of `model` train, in float32, and nothing else."""
+    model.train_only(*parts)
+    if args.deepspeed_plugin is None:
+        # In bfloat16, steps of a learning rate of 1e-5 vanish. DeepSpeed keeps float32 copies of its own.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
 class CLaRaTrainer(CheckpointTrainer):
-    """Base of the stages. A subclass says which parts train and how a row becomes a training example.
+    """Base of the stages. What differs between them is given to it; it calls nothing of theirs while it is made.
 
     Args:
-        model ([`CLaRaForRetrievalGeneration`]): loaded from a base or an earlier stage; its processor is used.
+        model ([`CLaRaForRetrievalGeneration`]): with the parts that train; its processor is used.
         args: the stage's configuration.
-        train_dataset, eval_dataset (`datasets.Dataset`): rows of the stage's schema, in text.
+        encode: makes the columns of a training example from a row and its number. A dataclass, whose fields but
+            `processor` say, with the rows, what the result depends on.
+        data_collator: makes batches of such examples.
+        retrieves, generates (`bool`): whether the stage ranks candidates, and whether its evaluation generates answers.
+        train_dataset, eval_dataset (`datasets.Dataset`): rows of the stage's schema, in text, or examples that the
+            trainer's `prepare` made. `eval_dataset` may be a dictionary of several.
+        compute_metrics: by default F1, EM, cover-EM and Recall@k as far as the stage has them, else the accuracy of
+            tokens; `None` for the loss alone. `label_ids` are the numbers of the rows, where answers are generated or
+            candidates ranked.
         kwargs: further arguments of [`~transformers.Trainer`].
     """
-
-    trainable_parts: tuple[str, ...] = ()
 
     def __init__(
         self,
         model: CLaRaForRetrievalGeneration,
         args: CLaRaTrainingArguments,
+        encode: Callable[[dict, int], dict],
+        data_collator: Callable[[list[dict]], dict],
+        retrieves: bool,
+        generates: bool,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs,
     ):
-        if not isinstance(model, CLaRaForRetrievalGeneration):
-            raise TypeError(f"model must be a CLaRaForRetrievalGeneration, got {type(model).__name__}.")
-        model.train_only(*self.parts_to_train(model, args))
-        if args.deepspeed_plugin is None:
-            # In bfloat16, steps of a learning rate of 1e-5 vanish. DeepSpeed keeps float32 copies of its own.
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        self.has_mse_term = model.compressor_trains
-        self.documents_in_batch: torch.Tensor | None = None
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func has no effect on this training: override compute_loss in a subclass.")
         self.processor: CLaRaProcessor = model.processor
-        self.train_rows, self.eval_rows = train_dataset, eval_dataset
-        self.watch = TrainingWatch(self)
-        # Before the data are prepared, which may take hours: it refuses arguments that do not go together.
+        self.encode, self.retrieves, self.generates = encode, retrieves, generates
+        self.counters: dict[str, list] = {}
+        self.documents_in_batch: torch.Tensor | None = None
+        self.examples_evaluated: Dataset | None = None
+        if "compute_metrics" not in kwargs:
+            check_metric_arguments(args)
+            kwargs["compute_metrics"] = self.default_metrics
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.processor,
-            data_collator=kwargs.pop("data_collator", None) or self.make_collator(model, args),
+            data_collator=kwargs.pop("data_collator", None) or data_collator,
             **kwargs,
         )
-        options = {"num_proc": args.dataset_num_proc, "desc": "Tokenizing"}
-        if train_dataset is not None:
-            self.train_dataset = self.prepare_dataset(train_dataset, model, args, options)
-        if eval_dataset is not None:
-            self.eval_dataset = self.prepare_dataset(eval_dataset, model, args, options)
-        self.add_callback(self.watch)
-        self.add_callback(LocalLog)
+        self.clock, self.gradients = TrainingClock(), GradientNorms(self)
+        self.guard = DivergenceGuard(self, self.gradients)
+        for callback in (self.clock, self.gradients, self.guard, LocalLog()):
+            self.add_callback(callback)
 
-    def parts_to_train(self, model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments) -> tuple[str, ...]:
-        return self.trainable_parts
+    # Rows as examples
 
-    def prepare_dataset(self, dataset: Dataset, model, args, options: dict) -> Dataset:
-        """Tokenized rows in the order of `dataset`, with an `example_index` column."""
-        raise NotImplementedError
+    def prepare_datasets(self) -> None:
+        """Turn the rows that the trainer was given into examples. The last thing that a stage does as it is made: the
+        Trainer has then refused arguments that do not go together."""
+        if self.eval_dataset is not None:
+            self._check_best_metric()
+        if self.train_dataset is not None:
+            self.train_dataset = self.prepare(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self.prepare(rows) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self.prepare(self.eval_dataset)
 
-    def make_collator(self, model, args):
-        raise NotImplementedError
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Examples of `rows`, in their order; `rows` themselves if they are examples.
+
+        Rows that are memory-mapped give examples that are so too, tokenized once for all processes of a machine.
+
+        Raises:
+            TypeError: no `datasets.Dataset`.
+            ValueError: a row that breaks the stage's schema.
+        """
+        return encode_rows(rows, self.encode, self.args, self.args.dataset_num_proc)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # Not by way of the Trainer, which would keep the loader for its own data set with persistent workers.
+        return self.get_test_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self.prepare(test_dataset))
 
     def _get_dataloader(self, *arguments, **options) -> DataLoader:
         loader = super()._get_dataloader(*arguments, **options)
@@ -188,150 +320,145 @@ class CLaRaTrainer(CheckpointTrainer):
         return int(self.state.epoch or 0)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        # Its own order follows dropout's generator, and its groups the batch of a process.
-        batch_size = sampler.batch_size * self.args.world_size
-        return LengthSampler(sampler.lengths, batch_size, self.args.order_seed, self.current_epoch)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # The Trainer's own order follows dropout's generator, and its groups the batch of a process.
+        rows = self.train_dataset.with_format("arrow")[:]
+        ids = rows["input_ids" if "input_ids" in rows.column_names else "query_ids"]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = list_value_length(ids).to_pylist()
+        return LengthSampler(lengths, batch_size, self.args.order_seed, self.current_epoch)
+
+    # The loss and its log
 
     def compute_loss(
         self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ):
-        outputs: CLaRaOutput = model(**model_inputs(inputs), num_items_in_batch=num_items_in_batch)
-        is_training = self.model.training
-        loss = outputs.ce_loss
+        """The model's loss; over a global batch, whose tokens and documents are counted, its share in that."""
+        whole = {"num_items_in_batch": num_items_in_batch, "num_documents_in_batch": self.documents_in_batch}
+        outputs: CLaRaOutput = model(**model_inputs(inputs), **({} if num_items_in_batch is None else whole))
+        scale = 1
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The sum over this process's tokens was divided by the tokens of all of them, and gradients are averaged.
-            loss = loss * self.accelerator.num_processes
-        parts = {"ce_loss": loss.detach()}
-        if outputs.mse_loss is not None:
-            mse_loss = outputs.mse_loss
-            if num_items_in_batch is not None:
-                mse_loss = mse_loss * self.share_of_documents(inputs["document_index"])
-            loss = loss + self.model.config.mse_weight * mse_loss
-            parts["mse_loss"] = mse_loss.detach()
-        if is_training:
-            for name, part in parts.items():
-                self.watch.add(name, part, 1 / self.current_gradient_accumulation_steps)
-            self.watch_retrieval(inputs, outputs)
+            # The sums over this process's share were divided by the whole, and gradients are averaged.
+            scale = self.accelerator.num_processes
+        if self.model.training:
+            for name in ("ce_loss", "mse_loss"):
+                if (part := getattr(outputs, name)) is not None:
+                    count(self.counters, name, part.detach() * scale, 1 / self.current_gradient_accumulation_steps)
+        loss = outputs.loss * scale
         return (loss, outputs) if return_outputs else loss
-
-    def watch_retrieval(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> None:
-        """Add what a stage that retrieves tells of a training batch to `self.watch`."""
-
-    def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.watch.add_batch(inputs)
-        self.watch.note_step(loss, inputs[EXAMPLE_INDEX])
-        return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.has_mse_term and samples:
-            count = sum(count_documents(batch["document_index"]) for batch in samples).to(device)
+        if samples and self.model.compressor_trains:
+            number = sum((batch["document_index"] >= 0).sum() for batch in samples).to(device)
             across = self.args.average_tokens_across_devices
-            self.documents_in_batch = self.accelerator.reduce(count, reduction="sum") if across else count
+            self.documents_in_batch = self.accelerator.reduce(number, reduction="sum") if across else number
         return samples, num_items_in_batch
 
-    def share_of_documents(self, document_index: torch.Tensor) -> torch.Tensor:
-        """Weight of a micro-batch's mean over documents in that of the global batch.
-
-        As with tokens, gradients and losses of processes are averaged afterwards, so that it is multiplied by their
-        number.
-        """
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return count_documents(document_index) * processes / self.documents_in_batch
+    def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        count_batch(self.counters, inputs)
+        self.guard.batches.append((loss, inputs[EXAMPLE_INDEX]))
+        return loss
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
-        self.watch.note_clipping(norm)
+        if norm is not None:
+            self.gradients.clipping = clipping_factor(norm, self.args.max_grad_norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self.watch.take())
+            logs.update(take_means(self.counters, self.clock.take(), self.accelerator))
         super().log(logs, start_time)
 
-    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
-        """Loss, predictions and the rows' positions in the evaluation data.
+    # Evaluation
 
-        Predictions are a tuple: the generated ids `[B, new tokens]` (or, without generation, the most likely token at
-        each supervised position), then, where the stage retrieves, the ranked candidates `[B, k]`.
+    def evaluation_loop(self, dataloader: DataLoader, *arguments, **options):
+        self.examples_evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *arguments, **options)
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
+        """Loss, predictions and labels of a batch.
+
+        Predictions are generated ids `[B, new tokens]` where answers are generated, the ranked candidates `[B, k]`
+        where the stage retrieves, a tuple of both in this order where it does both; labels are then the rows' numbers.
+        Else they are the most likely token at each supervised position, and labels the tokens that stand there.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        if self.args.predict_with_generate and self.supports_generation:
-            predictions = self.generate_predictions(inputs[EXAMPLE_INDEX].tolist())
-            return loss.detach(), predictions, inputs[EXAMPLE_INDEX]
-        width = outputs.logits.shape[1] - 1
-        labels = inputs["labels"][:, -width:]
-        guesses = outputs.logits[:, :-1].argmax(dim=-1).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
-        return loss.detach(), guesses, labels
+        if not (self.generates or self.retrieves):
+            labels = inputs["labels"][:, 1 - outputs.logits.shape[1] :]
+            guesses = outputs.logits[:, :-1].argmax(dim=-1)
+            return loss.detach(), guesses.masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX), labels
+        found = [self.generate_answers(inputs, outputs)] if self.generates else []
+        if self.retrieves:
+            found.append(ranking_of(outputs.scores, max(self.model.config.top_k, *RECALL_KS)))
+        return loss.detach(), tuple(found) if len(found) > 1 else found[0], inputs[EXAMPLE_INDEX]
 
-    supports_generation = True
+    def generate_answers(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor:
+        """Ids generated after the batch's prompts, from the memories that the step read, -100 after their end."""
+        slots, chosen = inputs["document_index"], outputs.topk_indices
+        if chosen is not None:
+            slots = slots.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, -1)
+        found = self.model.answer(
+            **prompts_of(inputs, self.processor),
+            memories=outputs.memories,
+            document_index=slots,
+            max_new_tokens=self.args.generation_max_new_tokens,
+            # Under FSDP, unknown to the decoder, all processes make as many steps.
+            **({"synced_gpus": True} if self.is_fsdp_enabled else {}),
+        )
+        return found.sequences.masked_fill(found.sequences == self.model.config.pad_token_id, IGNORE_INDEX)
 
-    def generate_predictions(self, rows: list[int]) -> tuple[torch.Tensor, ...]:
-        """Generated ids, and more, for the rows of the evaluation data at the given positions."""
-        raise NotImplementedError
+    def default_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`compute_metrics` where the user gives none, over the rows that are evaluated."""
+        if not (self.generates or self.retrieves):
+            return token_accuracy(prediction)
+        rows = rows_at(self.examples_evaluated, prediction.label_ids.tolist())
+        found = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+        scores = [{} for _ in prediction.label_ids]
+        if self.generates:
+            ids = np.where(found[0] < 0, self.model.config.pad_token_id, found[0])
+            texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            scores = answer_scores(texts, rows["answers"])
+        if self.retrieves:
+            pairs = zip(scores, recall_scores(found[-1], rows["pos_index"]), strict=True)
+            scores = [{**own, **recalls} for own, recalls in pairs]
+        return means(scores)
 
-    def compress_together(self, documents: list[str]) -> torch.Tensor:
-        """Memories `[N, l, H]` of a process's own documents, compressed in as many forward passes as the others make
-        with theirs: where weights are spread over processes, each pass needs them all."""
-        count = torch.tensor([len(documents)], device=self.args.device)
-        longest = int(self.accelerator.gather(count).max())
-        padded = documents + documents[:1] * (longest - len(documents))
-        return self.model.compress(padded)[: len(documents)]
-
-    @property
-    def generation_options(self) -> dict[str, int | bool]:
-        """How evaluation generates. Under FSDP, unknown to the decoder, all processes make as many steps."""
-        options = {"max_new_tokens": self.args.generation_max_new_tokens}
-        return {**options, "synced_gpus": True} if self.is_fsdp_enabled else options
-
-    def generated_ids(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Generated ids with the tokens after the end replaced by -100, as evaluation gathers them."""
-        return sequences.masked_fill(sequences == self.model.config.pad_token_id, IGNORE_INDEX)
-
-
-def with_columns(dataset: Dataset, columns: dict[str, list]) -> Dataset:
-    """`dataset` with further columns. `Dataset.add_column` would pickle every value for a fingerprint."""
-    return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
-
-
-def model_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch without what only the trainer reads."""
-    return {name: value for name, value in inputs.items() if name not in (EXAMPLE_INDEX, IS_POSITIVE)}
-
-
-def count_documents(document_index: torch.Tensor) -> torch.Tensor:
-    """Documents of a batch, as often as they are in a row; -1 stands for none."""
-    return (document_index >= 0).sum()
+    def _check_best_metric(self) -> None:
+        """Raise a `ValueError` unless evaluation gives `metric_for_best_model`, if that is known."""
+        wanted = self.args.metric_for_best_model
+        if wanted is None or self.compute_metrics not in (None, self.default_metrics):
+            return
+        names = ["loss"]
+        if self.compute_metrics is not None and not self.args.prediction_loss_only:
+            names += list(answer_scores(["a"], [["a"]])[0]) if self.generates else []
+            names += [f"recall@{k}" for k in RECALL_KS] if self.retrieves else []
+            names += [] if self.generates or self.retrieves else ["token_accuracy"]
+        if isinstance(self.eval_dataset, dict):
+            names = [f"{data}_{name}" for data in self.eval_dataset for name in names]
+        if wanted.removeprefix("eval_") not in names:
+            raise ValueError(
+                f"metric_for_best_model is {wanted!r}, but evaluation gives {', '.join(names)}: choose one."
+            )
 
 
-def pad_examples(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
-    """The decoder side of a batch, which all stages share: prompts, labels and positions in the data."""
-    prompts = processor.pad_prompts([row["input_ids"] for row in features], [row["labels"] for row in features])
-    return {**prompts, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
-
-
-def pad_documents(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
-    """Token ids of the batch's documents, every distinct one once, and which belong to which row."""
-    position: dict[tuple[int, ...], int] = {}
-    index = [[position.setdefault(tuple(ids), len(position)) for ids in row["document_ids"]] for row in features]
-    encoded = processor.pad_encodings([list(ids) for ids in position])
-    return {
-        "document_input_ids": encoded["input_ids"],
-        "document_attention_mask": encoded["attention_mask"],
-        "document_index": index_matrix(index),
+def check_metric_arguments(args: CLaRaTrainingArguments) -> None:
+    """Raise a `ValueError` for arguments that need a `compute_metrics` made for them."""
+    given = {
+        "batch_eval_metrics": args.batch_eval_metrics,
+        "eval_do_concat_batches": not args.eval_do_concat_batches,
+        "include_for_metrics": bool(args.include_for_metrics),
     }
-
-
-def token_accuracy(prediction) -> dict[str, float]:
-    """Share of supervised tokens that are the most likely one given those before: `compute_metrics` of SCP."""
-    labels = prediction.label_ids
-    is_target = labels != IGNORE_INDEX
-    return {"token_accuracy": float((prediction.predictions == labels)[is_target].mean())}
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}, which the trainer's own metrics do not go with: leave it out, or "
+                "give compute_metrics."
+            )

@@ -1,17 +1,17 @@
 """The training stages as programs: what `clara joint`, `recipes/joint.py` and their sisters run."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import set_seed
+from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample, iter_examples, iter_scp
 from clara_hf.program import UsageError, parse
 from clara_hf.program.machine import keep_freed_memory
-from clara_hf.program.metrics import answer_metrics, ranking_metrics
 from clara_hf.program.models import CLaRaModelArguments, load_model
 from clara_hf.program.training import (
     DataArguments,
@@ -28,8 +28,10 @@ from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
 from trainers.instruction import InstructionConfig, InstructionTrainer
 from trainers.joint import JointConfig, JointTrainer
 from trainers.scp import SCPConfig, SCPTrainer
-from trainers.trainer import CLaRaTrainer, CLaRaTrainingArguments, token_accuracy
+from trainers.trainer import CLaRaTrainer, CLaRaTrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 RECALLS = {"recall@1", "recall@3", "recall@5"}
 ANSWERS = {"f1", "em", "cover_em"}
@@ -43,7 +45,6 @@ class Stage:
         trainer, config: the trainer and its arguments.
         yaml: the recipe of the nano world, which is read where no other is given.
         read: gives a file's rows.
-        metrics: makes `compute_metrics` from processor and validation rows.
         scores: names that evaluation may give.
     """
 
@@ -51,26 +52,24 @@ class Stage:
     config: type[CLaRaTrainingArguments]
     yaml: str
     read: Callable[[str], Iterable[dict]]
-    metrics: Callable
     scores: frozenset[str] | set[str]
 
 
 def scp(arguments: list[str] | None = None) -> None:
     """Stage 1: compressor, generator and memory embeddings learn to compress."""
-    metrics = lambda *_: token_accuracy  # noqa: E731
-    train(Stage(SCPTrainer, SCPConfig, "scp", iter_scp, metrics, {"loss", "token_accuracy"}), arguments)
+    train(Stage(SCPTrainer, SCPConfig, "scp", iter_scp, {"loss", "token_accuracy"}), arguments)
 
 
 def instruct(arguments: list[str] | None = None) -> None:
     """Stage 2: compressor and generator learn to answer from given documents."""
     scores = {"loss", *ANSWERS}
-    train(Stage(InstructionTrainer, InstructionConfig, "instruct", read_questions, answer_metrics, scores), arguments)
+    train(Stage(InstructionTrainer, InstructionConfig, "instruct", read_questions, scores), arguments)
 
 
 def joint(arguments: list[str] | None = None) -> None:
     """Stage 3: query reasoner and generator learn from the answer's loss, over candidates."""
     scores = {"loss", *ANSWERS, *RECALLS}
-    train(Stage(JointTrainer, JointConfig, "joint", read_questions, answer_metrics, scores), arguments)
+    train(Stage(JointTrainer, JointConfig, "joint", read_questions, scores), arguments)
 
 
 def contrastive(arguments: list[str] | None = None) -> None:
@@ -80,7 +79,6 @@ def contrastive(arguments: list[str] | None = None) -> None:
         ContrastiveConfig,
         "contrastive",
         read_labelled_questions,
-        ranking_metrics,
         {"loss", *RECALLS},
     )
     train(stage, arguments)
@@ -95,6 +93,7 @@ def train(stage: Stage, arguments: list[str] | None) -> None:
     types = (DataArguments, stage.config, CLaRaModelArguments)
     data_args, training_args, model_args = parse(types, arguments, nano_recipe(stage.yaml), stage.trainer.__doc__)
     quieten(training_args)
+    move_settings(model_args, training_args)
     keep_freed_memory()
     check_arguments(data_args, training_args, stage.scores)
     folder = run_folder(data_args, model_args, training_args)
@@ -117,10 +116,24 @@ def train(stage: Stage, arguments: list[str] | None) -> None:
             args=training_args,
             train_dataset=train_rows,
             eval_dataset=validation,
-            compute_metrics=stage.metrics(model.processor, validation) if validation is not None else None,
             **options,
         )
         train_stage(trainer, checkpoint)
+
+
+def move_settings(model: CLaRaModelArguments, training: CLaRaTrainingArguments) -> None:
+    """Move what `clara_config` says of a setting that the stage has an argument for, its former place, to the argument.
+
+    Raises:
+        UsageError: both say it.
+    """
+    own = {known.name for known in fields(training) if known.default is None}
+    for name in own & {"top_k", "temperature", "topk_taken_mask", "mse_weight"} & set(model.clara_config):
+        value = model.clara_config.pop(name)
+        if getattr(training, name) is not None:
+            raise UsageError(f"{name} is given twice: leave it out of clara_config.")
+        logger.warning(f"{name} belongs beside the stage's other arguments, no longer in clara_config.")
+        setattr(training, name, value)
 
 
 def nano_recipe(stage: str) -> str | None:

@@ -11,9 +11,8 @@ from processes import in_processes
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
 
 from modeling_clara import CLaRaForRetrievalGeneration
-from trainers.callbacks import DivergedError
-from trainers.joint import chosen_mass
-from trainers.retrieval import batch_recall
+from trainers.callbacks import DivergedError, TrainingClock, count_batch, take_means
+from trainers.losses import batch_recall, chosen_mass
 
 
 def rows_of(trainer) -> list[dict]:
@@ -21,14 +20,14 @@ def rows_of(trainer) -> list[dict]:
 
 
 def poison_loss(trainer, call: int, value: float = math.nan) -> None:
-    """Make the cross entropy of the model's `call`-th forward pass, from 1, a number that is not finite."""
+    """Make the loss of the model's `call`-th forward pass, from 1, a number that is not finite."""
     calls, original = [], trainer.model.forward
 
     def forward(*args, **kwargs):
         outputs = original(*args, **kwargs)
         calls.append(1)
         if len(calls) == call:
-            outputs.ce_loss = outputs.ce_loss * value
+            outputs.loss = outputs.loss * value
         return outputs
 
     trainer.model.forward = forward
@@ -120,22 +119,25 @@ def test_gradient_norms_of_the_parts_make_up_the_whole_before_clipping(stage, pa
 def test_tokens_and_documents_are_counted_once_each(stage, documents, base, tmp_path):
     trainer = make_trainer(stage, base, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    trainer.watch.add_batch(batch)
-    trainer.watch._seconds = 0.5
-    found = trainer.watch.take()
+    counters = {}
+    count_batch(counters, batch)
+    found = take_means(counters, 0.5, trainer.accelerator)
+    assert not counters
     masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
     assert len(masks) == 2 and found["tokens_per_second"] == 2 * sum(int(mask.sum()) for mask in masks)
     assert found["documents_per_second"] == 2 * documents
     assert 0.01 < found["peak_memory_gib"] < 1000
 
 
-def test_evaluation_and_saving_do_not_count_as_training_time(base, tmp_path):
-    watch = make_trainer("scp", base, tmp_path).watch
-    for event in (watch.on_evaluate, watch.on_save):
+def test_evaluation_and_saving_do_not_count_as_training_time():
+    clock = TrainingClock()
+    clock.on_train_begin(None, None, None)
+    for event in (clock.on_evaluate, clock.on_save):
         time.sleep(0.2)
         event(None, None, None)
-    watch._seconds += time.perf_counter() - watch._mark
-    assert watch._seconds < 0.1
+    time.sleep(0.05)
+    clock.on_step_end(None, None, None)
+    assert 0.05 <= clock.take() < 0.15 and clock.take() == 0.0
 
 
 def test_local_log_holds_every_row_once_also_after_a_resume(base, tmp_path):

@@ -8,7 +8,6 @@ from conftest import TEXTS, build_clara
 from datasets import Dataset
 
 from clara_hf.memory_store.store import MemoryStore
-from clara_hf.program.metrics import answer_metrics, ranking_metrics
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers import (
     ContrastiveConfig,
@@ -20,7 +19,6 @@ from trainers import (
     SCPConfig,
     SCPTrainer,
 )
-from trainers.trainer import token_accuracy
 
 
 QA = [("Who keeps bees?", "Mara Brandel"), ("What is sold?", "copper lanterns"), ("When is the market?", "Thursdays")]
@@ -64,12 +62,7 @@ def make_trainer(stage: str, base: str, folder, model=None, rows=None, eval_rows
     }
     args = config_class(output_dir=str(folder), **{**settings, **arguments})
     model = model or build_clara(base, lora_dropout=0.1)
-    options = {"compute_metrics": None}
-    if eval_rows is not None:
-        make_metrics = ranking_metrics if stage == "contrastive" else answer_metrics
-        metrics = token_accuracy if stage == "scp" else make_metrics(model.processor, eval_rows)
-        options = {"eval_dataset": eval_rows, "compute_metrics": metrics}
-    return trainer_class(model=model, args=args, train_dataset=rows or stage_rows, **options)
+    return trainer_class(model=model, args=args, train_dataset=rows or stage_rows, eval_dataset=eval_rows)
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:
@@ -166,22 +159,22 @@ def test_online_joint_training_can_train_the_compressor(base, tmp_path):
 def test_joint_training_compresses_every_distinct_document_once(base, tmp_path, monkeypatch):
     model = build_clara(base)
     compressed = []
-    original = type(model).compress
+    original = type(model).compress_encoded
 
-    def counting(self, documents, **options):
-        compressed.extend(documents)
-        return original(self, documents, **options)
+    def counting(self, rows, **options):
+        compressed.extend(rows)
+        return original(self, rows, **options)
 
-    monkeypatch.setattr(type(model), "compress", counting)
+    monkeypatch.setattr(type(model), "compress_encoded", counting)
     trainer = make_trainer("joint", base, tmp_path, model, max_steps=2)
     trainer.train()
-    assert sorted(compressed) == sorted(TEXTS[:4])
+    assert sorted(compressed) == sorted(model.processor.encode_documents(TEXTS[:4]))
     again = make_trainer("joint", base, tmp_path, copy.deepcopy(model), max_steps=1)
     assert len(compressed) == 4 and len(again.store) == 4
 
 
 def test_what_the_trainer_refuses_is_refused_before_documents_are_compressed(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress_encoded", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="metric_for_best_model"):
         make_trainer("joint", base, tmp_path, save_strategy="best")
     with pytest.raises(ValueError, match="verify_memories is 'some'"):

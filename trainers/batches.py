@@ -1,0 +1,208 @@
+"""From rows to examples, and from examples to batches: one collator for each way in which a stage takes documents."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import BatchFeature, TrainingArguments
+from transformers.utils import logging
+
+from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
+from modeling_clara import CLaRaProcessor
+from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
+
+
+logger = logging.get_logger(__name__)
+
+# What batches hold for the trainer alone: the rows' numbers in their data set, and which candidates are relevant.
+EXAMPLE_INDEX = "example_index"
+IS_POSITIVE = "is_positive"
+# What an example tells of its row beside what is trained on: said once for all rows, and left out.
+TOLD = {
+    "cut": "{} documents are longer than doc_max_length={} tokens and are cut; "
+    "processor.find_cut_documents(documents) lists them.",
+    "copies": "{} candidates have the text of an earlier one of their row: equal texts are one candidate.",
+}
+
+
+def encode_rows(
+    rows: Dataset, encode: Callable[[dict, int], dict], args: TrainingArguments, num_proc: int | None
+) -> Dataset:
+    """Examples of `rows`, in their order; `rows` themselves if they are examples.
+
+    Rows that are memory-mapped give examples that are so too, tokenized once for all processes of a machine.
+
+    Args:
+        encode: makes the columns of an example from a row and its number: a dataclass, whose fields say, with the rows,
+            what the result depends on.
+
+    Raises:
+        TypeError: no `datasets.Dataset`.
+        ValueError: a row that breaks the stage's schema.
+    """
+    if not isinstance(rows, Dataset):
+        raise TypeError(f"a data set must be a datasets.Dataset, got {type(rows).__name__}.")
+    if EXAMPLE_INDEX in rows.column_names:
+        return rows
+    tokenizer, config = encode.processor.tokenizer, encode.processor.config
+    settings = {field.name: getattr(encode, field.name) for field in dataclasses.fields(encode)}
+    if settings.get("store") is not None:
+        settings["store"] = str(settings["store"].maker)
+    settings["processor"] = [config.to_json_string(), tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    with args.main_process_first(local=True, desc="tokenizing"):
+        examples = rows.map(
+            encode,
+            with_indices=True,
+            remove_columns=[name for name in rows.column_names if name != "id"],
+            num_proc=num_proc,
+            new_fingerprint=Hasher.hash([rows._fingerprint, type(encode).__name__, settings]),
+            desc="Tokenizing",
+        )
+    told = [name for name in TOLD if name in examples.column_names]
+    for name in told:
+        if number := sum(examples[name]):
+            logger.warning(TOLD[name].format(number, config.doc_max_length))
+    return examples.remove_columns(told)
+
+
+def encoded_documents(processor: CLaRaProcessor, docs: list[str]) -> dict:
+    """Columns of an example whose documents are compressed in the step: their ids, and how many of them are cut."""
+    ids, cut = processor.encode_and_cut(docs)
+    return {"document_ids": ids, "cut": len(cut)}
+
+
+def rows_at(examples: Dataset, numbers: list[int]) -> dict[str, list]:
+    """What examples keep of the rows with these numbers, whichever of a data set's rows are in `examples`.
+
+    Raises:
+        ValueError: `examples` come from several data sets.
+    """
+    place = {number: place for place, number in enumerate(examples[EXAMPLE_INDEX])}
+    if len(place) < len(examples):
+        raise ValueError("a data set holds examples of several others: join rows before they are prepared.")
+    kept = [name for name in ("id", "answers", "pos_index") if name in examples.column_names]
+    return examples.select_columns(kept)[[place[number] for number in numbers]] if kept else {}
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch without what only the trainer reads."""
+    return {name: value for name, value in batch.items() if name not in (EXAMPLE_INDEX, IS_POSITIVE)}
+
+
+def prompts_of(batch: dict[str, torch.Tensor], processor: CLaRaProcessor) -> BatchFeature:
+    """The prompts of a batch, `input_ids` and `attention_mask`, without the targets that follow them."""
+    is_prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORE_INDEX)
+    rows = zip(batch["input_ids"], is_prompt, strict=True)
+    return processor.pad_prompts([ids[own].tolist() for ids, own in rows])
+
+
+def pad_examples(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
+    """Prompts with their targets, and the rows' numbers."""
+    prompts = processor.pad_prompts([row["input_ids"] for row in features], [row["labels"] for row in features])
+    return {**prompts, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
+
+
+def pad_documents(features: list[dict], processor: CLaRaProcessor) -> dict[str, torch.Tensor]:
+    """Token ids of the batch's documents, every distinct one once, and which belong to which row."""
+    position: dict[tuple[int, ...], int] = {}
+    index = [[position.setdefault(tuple(ids), len(position)) for ids in row["document_ids"]] for row in features]
+    encoded = processor.pad_encodings([list(ids) for ids in position])
+    return {
+        "document_input_ids": encoded["input_ids"],
+        "document_attention_mask": encoded["attention_mask"],
+        "document_index": index_matrix(index),
+    }
+
+
+def pad_candidates(
+    features: list[dict], processor: CLaRaProcessor, store: MemoryStore | None
+) -> dict[str, torch.Tensor]:
+    """What `forward` needs to score candidates: questions, and memories of the rows' `keys` in `store`, every distinct
+    one once; without a store, token ids of their documents."""
+    query = processor.pad_encodings([row["query_ids"] for row in features])
+    batch = {"query_input_ids": query["input_ids"], "query_attention_mask": query["attention_mask"]}
+    if store is None:
+        return {**batch, **pad_documents(features, processor)}
+    position = {key: row for row, key in enumerate(dict.fromkeys(key for row in features for key in row["keys"]))}
+    return {
+        **batch,
+        "memories": read_memories(store, list(position)),
+        "document_index": index_matrix([[position[key] for key in row["keys"]] for row in features]),
+    }
+
+
+def read_memories(store: MemoryStore, keys: list[str]) -> torch.Tensor:
+    """[`MemoryStore.get`], with what to do about a damaged store.
+
+    Raises:
+        CorruptMemoryError: a memory is damaged on disk.
+    """
+    try:
+        return store.get(keys)
+    except CorruptMemoryError as error:
+        raise CorruptMemoryError(
+            f"a memory in {store.path} is damaged on disk: the same command with --resume true --verify_memories all "
+            "makes it, and any other that is damaged, anew."
+        ) from error
+
+
+def positive_mask(golds: list[list[int]], document_index: torch.Tensor) -> torch.Tensor:
+    """`True` `[B, N]` at each question's gold positions, in the shape of `document_index`."""
+    is_positive = torch.zeros_like(document_index, dtype=torch.bool)
+    for row, gold in enumerate(golds):
+        is_positive[row, gold] = True
+    return is_positive
+
+
+class CompressionCollator:
+    """Rows whose documents are compressed in the step and all given to the generator."""
+
+    def __init__(self, processor: CLaRaProcessor):
+        self.processor = processor
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        return {**pad_documents(features, self.processor), **pad_examples(features, self.processor)}
+
+
+class JointCollator:
+    """Questions with their candidates, and the prompts that the selected ones go into. Gold positions, where known, are
+    for the log only.
+
+    Args:
+        processor, store: see [`pad_candidates`].
+    """
+
+    def __init__(self, processor: CLaRaProcessor, store: MemoryStore | None):
+        self.processor, self.store = processor, store
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        batch = pad_candidates(features, self.processor, self.store)
+        batch[IS_POSITIVE] = positive_mask([row["pos_index"] for row in features], batch["document_index"])
+        return {**batch, **pad_examples(features, self.processor)}
+
+
+class ContrastiveCollator:
+    """Questions with their candidates, and which of those are relevant.
+
+    Args:
+        processor, store: see [`pad_candidates`].
+        in_batch_negatives (`bool`): whether every question gets the candidates of all; a document that is relevant for
+            it in its own list is so in the others' too.
+    """
+
+    def __init__(self, processor: CLaRaProcessor, store: MemoryStore, in_batch_negatives: bool = False):
+        self.processor, self.store, self.in_batch_negatives = processor, store, in_batch_negatives
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        golds, rows = [row["pos_index"] for row in features], features
+        if self.in_batch_negatives:
+            place = {
+                key: number for number, key in enumerate(dict.fromkeys(k for row in features for k in row["keys"]))
+            }
+            golds = [[place[row["keys"][index]] for index in row["pos_index"]] for row in features]
+            rows = [{**row, "keys": list(place)} for row in features]
+        batch = pad_candidates(rows, self.processor, self.store)
+        batch[IS_POSITIVE] = positive_mask(golds, batch["document_index"])
+        return {**batch, EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features])}
