@@ -129,7 +129,7 @@ class _Coded:
         return torch.cat([scale.float().contiguous().view(torch.uint8), *packed], dim=1)
 
     def _scale(self, stored: torch.Tensor) -> torch.Tensor:
-        return stored[:, :SCALE_BYTES].contiguous().view(torch.float32)
+        return stored[:, :SCALE_BYTES].flatten().clone().view(torch.float32).unsqueeze(1)
 
 
 class Rotated(_Coded):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import lance
@@ -49,6 +50,11 @@ def unpacked(keys: np.ndarray) -> list[str]:
     return [digits[start : start + KEY_LENGTH] for start in range(0, len(digits), KEY_LENGTH)]
 
 
+def numbers_of(keys: np.ndarray) -> np.ndarray:
+    """The first 63 bits of packed keys, int64, in the keys' order: two of 33 million share them once in 10^4 stores."""
+    return (np.ascontiguousarray(keys).view(">u8")[::2] >> np.uint64(1)).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A Lance fragment: its files, relative to the table's folder, and its rows, from offset `start` to `stop`."""
@@ -69,6 +75,10 @@ class Snapshot:
     offsets: np.ndarray
     pieces: tuple[Piece, ...]
     unreadable: tuple[Piece, ...]  # those whose keys cannot be read
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        return numbers_of(self.keys)
 
     @classmethod
     def load(cls, path: Path, before: "Snapshot | None" = None, version: int | None = None) -> "Snapshot":

@@ -31,6 +31,7 @@ from .processes import Processes
 from .search import Found, Searcher
 from .snapshot import Unreadable, unpacked
 from .table import READ_ROWS, TORCH_TYPES, CorruptMemoryError, MemoryTable, code_column, is_blank, pick
+from .upkeep import Report, export, fit_store, stats_of, verify_store
 
 
 logger = logging.get_logger(__name__)
@@ -204,21 +205,13 @@ class MemoryStore:
 
     def _read(self, keys: list[str], offsets: np.ndarray, order: np.ndarray | None = None) -> torch.Tensor:
         """Verified memories `[n, width]` in the store's dtype; of damaged ones, that first in `order` is named."""
-        form, column = self._table.form, self._table.memory_column
+        stored = torch.from_numpy(self._table.verified(keys, offsets, self._table.memory_column, order))
+        if self.form == "none":
+            return self._table.form.decode(stored)
         memories = torch.empty(len(keys), self.maker.width, dtype=self.dtype)
-        damaged: list[int] = []
         for start in range(0, len(keys), READ_ROWS):
-            rows = slice(start, start + READ_ROWS)
-            stored = np.empty((len(keys[rows]), form.size), form.numpy_type)
-            intact = self._table.read(keys[rows], offsets[rows], column, stored)
-            damaged += (start + np.flatnonzero(~intact)).tolist()
-            memories[rows] = form.decode(torch.from_numpy(stored)).to(self.dtype)
-        if damaged:
-            first = min(damaged, key=lambda row: row if order is None else order[row])
-            raise CorruptMemoryError(
-                f"the memory of key {keys[first]} in {self.path} is damaged on disk: call verify(repair=True), or add()"
-                " with its document again and verify='all', which makes it anew"
-            )
+            part = slice(start, start + READ_ROWS)
+            memories[part] = self._table.form.decode(stored[part]).to(self.dtype)
         return memories
 
     def columns(self, keys: Sequence[str], names: Sequence[str] | None = None) -> dict[str, list]:
@@ -471,10 +464,13 @@ class MemoryStore:
 
     def _tidy(self) -> None:
         """Joins small files once there are many, unless another process writes just now."""
-        if len(self._table.snapshot().pieces) > MOST_PIECES:
+        many = len(self._table.snapshot().pieces) > MOST_PIECES
+        if many or self._searcher.needs_index():
             with self._table.parts.lock(exclusive=True, wait=False) as got:
-                if got:
+                if got and many:
                     self._table.compact(KEPT)
+                if got:
+                    self._searcher.bring_index_up()
 
     def _find_damaged(self, keys: list[str], processes: Processes, show_progress: bool) -> set[str]:
         """Those of `keys` whose rows are damaged."""
@@ -588,6 +584,66 @@ class MemoryStore:
         self._bring_up()
         with self._table.parts.lock(exclusive=True):
             self._table.compact(keep)
+            self._searcher.bring_index_up()
+
+    def fit(self, form: str = "auto", seed: int = 0, show_progress: bool = True) -> dict:
+        """Fits the search to what is stored, and a form to its memories; then stores them in it.
+
+        Sketches are made for all rows, and an index of them; documents that are added later get theirs as they are
+        stored. A fitted form takes one eigendecomposition per memory token. Fit once there is a good sample of the
+        documents; again when others have come in. The share of the exact top 5 that search finds is measured on
+        memories with noise, and kept in `stats()`.
+
+        Args:
+            form: the store's own by default; another one than "none" recodes a store of form "none".
+            seed: of the samples.
+            show_progress: whether to show bars.
+
+        Returns:
+            What was measured: `documents`, `form`, `questions` and `share_of_exact_top_5`.
+
+        Raises:
+            ValueError: there are too few documents, which are counted.
+        """
+        form = self._table.wanted_form if form == "auto" else form
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
+        self._check_recodable(form)
+        self._check_writable("to fit")
+        self._bring_up()
+        return fit_store(self, form, seed, show_progress)
+
+    def verify(self, repair: bool = False, show_progress: bool = True) -> Report:
+        """Reads every value and every file of the store, and compares it with what was written.
+
+        Args:
+            repair: whether to make anew what is damaged, from the texts: memories and sketches by the model, the search
+                index from the sketches. Values of the user's columns that are damaged become None; rows whose text is
+                damaged are removed. Both are named in the report.
+            show_progress: whether to show a bar.
+        """
+        return verify_store(self, repair, show_progress)
+
+    def stats(self) -> dict:
+        """Counts and sizes: documents, files, bytes (in all by folder, per document, per memory), form, search."""
+        return stats_of(self)
+
+    def export_sketch(self, path: str | os.PathLike) -> int:
+        """Writes keys, sketches (float32), texts and columns to a Parquet file, for a vector database.
+
+        A database finds candidates by inner product with sketches of questions, `sketch_questions`; `get` and
+        `model.retrieve` score them exactly.
+
+        Returns:
+            The number of rows.
+        """
+        return export(self, Path(path))
+
+    def sketch_questions(self, questions: Sequence[str] | torch.Tensor, batch_size: int = 32) -> torch.Tensor:
+        """Questions in the space of the sketches, float32 `[B, dims]`."""
+        if self._searcher.sketch is None:
+            raise ValueError(f"the memory store at {self.path} has no sketches: call fit() first")
+        return self._searcher.sketch.of_queries(self._queries(questions, batch_size))
 
     def recode(self, form: str) -> None:
         """Stores all memories in another form, made from how they are stored now; nothing is compressed again.
@@ -601,12 +657,15 @@ class MemoryStore:
             raise ValueError(f"form {form!r} is fitted to the memories: call fit(form={form!r})")
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be one of {FORMS}")
+        self._check_recodable(form)
+        self._recode("memory" if form == "none" else code_column(form))
+
+    def _check_recodable(self, form: str) -> None:
         if self.form not in ("none", form):
             raise ValueError(
                 f"the store at {self.path} holds codes of form {self.form!r}: codes made from these would be worse "
                 f"than form {form!r} is; add the documents to a new store"
             )
-        self._recode("memory" if form == "none" else code_column(form))
 
     def _recode(self, column: str) -> None:
         self._check_writable("to recode")

@@ -93,6 +93,12 @@ class MemoryTable:
                 raise ValueError(
                     f"{error} is a link: a memory store holds no links; put what it leads to in its place"
                 ) from error
+            is_lance = path.is_dir() and any((path / "_versions").glob("*.manifest"))
+            if is_lance and not isinstance(error.__cause__, (TypeError, KeyError)):
+                raise CorruptMemoryError(
+                    f"the memory store at {path} cannot be opened, one of its files is damaged or gone ({error}): copy "
+                    "it again from where it came from"
+                ) from error
             raise ValueError(f"{path} is not a memory store: choose another path") from error
         found = metadata.get("format") if isinstance(metadata, dict) else metadata
         if found not in (1, FORMAT):
@@ -253,6 +259,30 @@ class MemoryTable:
             halves = (slice(half), slice(half, None))
             return np.concatenate([self.read(keys[part], offsets[part], column, out[part]) for part in halves])
         return np.array([checksum(*row) == check for *row, check in zip(keys, out, written, strict=True)], dtype=bool)
+
+    def verified(
+        self, keys: Sequence[str], offsets: np.ndarray, column: str, order: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Rows of a column of ours, `[n, size]` as they are stored.
+
+        Raises:
+            CorruptMemoryError: one is not what was written; that first in `order` is named.
+        """
+        dtype, size = self.take_type(column)
+        rows = np.empty((len(keys), size), dtype)
+        damaged: list[int] = []
+        for start in range(0, len(keys), READ_ROWS):
+            part = slice(start, start + READ_ROWS)
+            intact = self.read(keys[part], offsets[part], column, rows[part])
+            damaged += (start + np.flatnonzero(~intact)).tolist()
+        if damaged:
+            first = min(damaged, key=lambda row: row if order is None else order[row])
+            kind = "sketch" if column.startswith("sketch_") else "memory"
+            raise CorruptMemoryError(
+                f"the {kind} of key {keys[first]} in {self.path} is damaged on disk: call verify(repair=True), or add()"
+                " with its document again and verify='all', which makes it anew"
+            )
+        return rows
 
     def columns(self, keys: Sequence[str], offsets: np.ndarray, names: list[str]) -> dict[str, list]:
         """Verified values of columns; raises `CorruptMemoryError` with the first column and key that is damaged."""
@@ -477,25 +507,43 @@ class MemoryTable:
             changed |= {row for row, key in enumerate(keys) if before[row] != after[row] or key in damaged}
         return sorted(changed)
 
-    def add_sketches(self, digest: str, width: int, make: Callable[[list[str], np.ndarray], np.ndarray]) -> None:
-        """Gives every row a sketch: float16 `[n, width]` that `make` gives for keys and offsets, in one version."""
+    def add_sketches(self, digest: str, width: int, make: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Gives every row a sketch: float16 `[n, width]` that `make` gives for what is stored, in one new version."""
         column = f"sketch_{digest}"
         schema = pa.schema(
             [pa.field(column, list_type(np.dtype(np.float16), width)), pa.field(guard_of(column), pa.uint32())]
         )
-        dataset, snapshot = self.snapshot().dataset, self.snapshot()
+        dataset = lance.dataset(str(self.path))  # not the one that is read from meanwhile
+
+        source, form = self.memory_column, self.form
 
         def sketches(batch: pa.RecordBatch) -> pa.RecordBatch:
             raw = batch["key"].to_pylist()
             keys = raw if self.format == 1 else [key.hex() for key in raw]
-            return pa.record_batch(guarded_lists(keys, {column: make(keys, self.find(keys))}), schema=schema)
+            stored = batch[source].flatten().to_numpy(zero_copy_only=True).reshape(len(keys), form.size)
+            for key, row, written in zip(keys, stored, batch[guard_of(source)].to_pylist(), strict=True):
+                if checksum(key, row) != written:
+                    raise ValueError(f"the memory of key {key} is damaged on disk: call verify(repair=True)")
+            return pa.record_batch(guarded_lists(keys, {column: make(stored)}), schema=schema)
 
         udf = lance.batch_udf(output_schema=schema)(sketches)
-        dataset.add_columns(udf, read_columns=["key"], batch_size=READ_ROWS)
-        older = [name for name in snapshot.dataset.schema.names if name.startswith("sketch_") and name != column]
+        try:
+            with reading():
+                dataset.add_columns(udf, read_columns=["key", source, guard_of(source)], batch_size=READ_ROWS)
+        except Unreadable as error:
+            raise CorruptMemoryError(f"sketches of the memory store at {self.path} cannot be made: {error}") from error
+        self.refresh()
+        older = [name for name in self.names if name.startswith("sketch_") and name != column]
         if older:
             lance.dataset(str(self.path)).drop_columns([*older, *map(guard_of, older)])
         self.refresh()
+
+    def drop_sketches(self) -> None:
+        """Takes all sketches away."""
+        names = [name for name in self.names if name.startswith("sketch_")]
+        if names:
+            lance.dataset(str(self.path)).drop_columns([*names, *map(guard_of, names)])
+            self.refresh()
 
     def recode(self, column: str, encode: Callable[[list[str], np.ndarray], np.ndarray]) -> None:
         """Replaces the memories by `column`, of what `encode` gives for keys and offsets, in one new version."""
