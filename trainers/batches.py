@@ -21,9 +21,11 @@ EXAMPLE_INDEX = "example_index"
 IS_POSITIVE = "is_positive"
 # What an example tells of its row beside what is trained on: said once for all rows, and left out.
 TOLD = {
-    "cut": "{} documents are longer than doc_max_length={} tokens and are cut; "
+    "cut": "{0} documents are longer than doc_max_length={1.config.doc_max_length} tokens and are cut; "
     "processor.find_cut_documents(documents) lists them.",
-    "copies": "{} candidates have the text of an earlier one of their row: equal texts are one candidate.",
+    "cut_candidates": "{0} candidates are longer than their share of candidate_budget={1.candidate_budget} tokens and "
+    "are cut.",
+    "copies": "{0} candidates have the text of an earlier one of their row: equal texts are one candidate.",
 }
 
 
@@ -63,7 +65,7 @@ def encode_rows(
     told = [name for name in TOLD if name in examples.column_names]
     for name in told:
         if number := sum(examples[name]):
-            logger.warning(TOLD[name].format(number, config.doc_max_length))
+            logger.warning(TOLD[name].format(number, encode.processor))
     return examples.remove_columns(told)
 
 

@@ -1,5 +1,7 @@
 """Losses, and what training measures of outputs, as pure functions of tensors and arrays."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -99,3 +101,63 @@ def means(scores: list[dict[str, float]]) -> dict[str, float]:
     """Mean of every score over the questions that have it."""
     names = dict.fromkeys(name for score in scores for name in score)
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
+
+
+def selection_log_probs(logits: torch.Tensor, picks: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
+    """Log probability of lists that are written identifier by identifier, never one twice (DRO, arXiv 2505.03075).
+
+    Args:
+        logits (`[R, k, N]`): of the candidates' identifiers at each step of a list.
+        picks (`[R, k]` int64): the lists; -1 after their end.
+        is_candidate (`[R, N]` bool): `False` where a question has fewer than N candidates.
+
+    Returns:
+        `[R]`, in float32, or float64 for float64 logits: sums over the steps, each a softmax over what is not used yet.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    is_listed = picks >= 0
+    taken = torch.nn.functional.one_hot(picks.clamp(min=0), logits.shape[2]).bool() & is_listed.unsqueeze(-1)
+    is_used = taken.cumsum(dim=1) - taken.long() > 0
+    is_free = is_candidate.unsqueeze(1) & ~is_used
+    # After a list's end nothing may be free: all stay, and the step is left out of the sum.
+    logits = logits.masked_fill(~is_free & is_listed.unsqueeze(-1), float("-inf"))
+    steps = logits.log_softmax(dim=-1).gather(2, picks.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return steps.masked_fill(~is_listed, 0.0).sum(dim=1)
+
+
+def draw_lists(
+    next_logits: Callable[[torch.Tensor], torch.Tensor], is_candidate: torch.Tensor, k: int, greedy: bool = False
+) -> torch.Tensor:
+    """Lists `[R, k]` of distinct candidates drawn step by step, or the most likely candidate at every step; -1 where a
+    question has no candidate left.
+
+    Args:
+        next_logits: gives, from the lists so far `[R, j]`, the logits `[R, N]` of their next candidate.
+        is_candidate (`[R, N]` bool): as in [`selection_log_probs`].
+    """
+    is_free = is_candidate.clone()
+    picks = torch.empty((len(is_free), 0), dtype=torch.long, device=is_free.device)
+    for _ in range(k):
+        logits = next_logits(picks).masked_fill(~is_free, float("-inf"))
+        is_over = ~is_free.any(dim=1, keepdim=True)
+        logits = logits.masked_fill(is_over, 0.0)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = logits.argmax(dim=-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(dim=-1), 1)
+        is_free = is_free.scatter(1, chosen, False)
+        picks = torch.cat([picks, chosen.masked_fill(is_over, -1)], dim=1)
+    return picks
+
+
+def reweighted_loss(list_log_probs: torch.Tensor, answer_log_probs: torch.Tensor) -> torch.Tensor:
+    """DRO's objective with its sign changed, the mean over questions of
+
+    `-sum_i w_i (log p(z_i | x) + log p(y | x, z_i))`, where `w_i` is proportional to `p(y | x, z_i)`
+
+    over the lists z_i that were drawn from p(z | x). Weights come from log space and have no gradient; as the number of
+    lists grows, the gradient becomes that of `-log p(y | x)`, the likelihood over all lists.
+
+    Args:
+        list_log_probs, answer_log_probs (`[B, m]`): of the lists, and of the answer after each of them.
+    """
+    weights = answer_log_probs.detach().softmax(dim=-1)
+    return -(weights * (list_log_probs + answer_log_probs)).sum(dim=-1).mean()

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from datasets import Dataset
 from pyarrow.compute import list_value_length
@@ -14,7 +13,7 @@ from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, se
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
+from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaOutput
 from modeling_clara.processing_clara import IGNORE_INDEX
 
 from .batches import EXAMPLE_INDEX, encode_rows, model_inputs, prompts_of, rows_at
@@ -253,7 +252,7 @@ class CLaRaTrainer(CheckpointTrainer):
     ):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func has no effect on this training: override compute_loss in a subclass.")
-        self.processor: CLaRaProcessor = model.processor
+        self.processor = encode.processor
         self.encode, self.retrieves, self.generates = encode, retrieves, generates
         self.counters: dict[str, list] = {}
         self.documents_in_batch: torch.Tensor | None = None
@@ -423,7 +422,7 @@ class CLaRaTrainer(CheckpointTrainer):
         found = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
         scores = [{} for _ in prediction.label_ids]
         if self.generates:
-            ids = np.where(found[0] < 0, self.model.config.pad_token_id, found[0])
+            ids = [[token for token in row if token >= 0] for row in found[0].tolist()]
             texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             scores = answer_scores(texts, rows["answers"])
         if self.retrieves:
