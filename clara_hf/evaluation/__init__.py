@@ -1,1 +1,1 @@
-"""Systems compared on questions: scores, intervals, tests, costs and reports."""
+"""Systems compared on questions: scores, intervals, tests, costs and reports; see `evaluator.Evaluator`."""

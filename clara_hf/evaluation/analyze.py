@@ -20,26 +20,15 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from clara_hf.data.schema import DataError, QAExample, load_examples
-from clara_hf.data.sources import source_name, split_sources
+from clara_hf.data.sources import split_sources
 from clara_hf.evaluation import plots
-from clara_hf.evaluation import report_html as html
-from clara_hf.evaluation.files import PREDICTIONS, read_results
 from clara_hf.evaluation.latents import logit_lens, mean_states, project
-from clara_hf.evaluation.loading import load_clara, loading
-from clara_hf.evaluation.plan import CHECKPOINTS
-from clara_hf.evaluation.rankings import calibration_error, reliability, scored_rankings, separation
-from clara_hf.evaluation.report import (
-    COST_NOTE,
-    MARKDOWN_COLUMNS,
-    NOTE,
-    PUBLISHED_NOTE,
-    cost_rows,
-    published_tables,
-    score_rows,
-)
-from clara_hf.evaluation.results import datasets_of, parts_of
-from clara_hf.evaluation.settings import UsageError, data_files, data_hash, model_hash, slug
-from clara_hf.program.paths import is_plain_name
+from clara_hf.evaluation.plan import CHECKPOINTS, UsageError, file_name
+from clara_hf.evaluation.report import figure_part, html_parts, page
+from clara_hf.evaluation.results import Results
+from clara_hf.evaluation.run import could_be_on_hub, data_files, data_hash
+from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
+from clara_hf.evaluation.systems.loading import load_clara, loading, model_hash
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -73,17 +62,17 @@ class AnalysisSettings:
             raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
         if self.projection not in ("pca", "tsne"):
             raise UsageError(f"--projection must be pca or tsne, but is {self.projection!r}.")
-        if self.model is not None and not Path(self.model).is_dir():
+        if self.model is not None and not Path(self.model).is_dir() and not could_be_on_hub(self.model):
             raise UsageError(f"--model: there is no folder {self.model}.")
         if (Path(self.output_dir) / NUMBERS).exists() and not self.overwrite:
             raise UsageError(f"{self.output_dir} holds an analysis: give another --output_dir, or --overwrite.")
         self.results()
 
-    def results(self) -> dict[str, dict]:
+    def results(self) -> dict[str, Results]:
         """The results of every run, by its folder."""
         found = {}
         for folder in split_sources(self.runs):
-            results = read_results(folder)
+            results = Results.load(folder)
             if results is None:
                 raise UsageError(f"--runs: {folder} holds no finished run of eval/run.py.")
             found[folder] = results
@@ -110,31 +99,28 @@ class Analysis:
         self.results = settings.results()
         self.run, self.first = next(iter(self.results.items()))
         self.numbers: dict = {"settings": asdict(settings), "datasets": {}}
-        self.parts: list[str] = []
+        self.parts: list[dict] = []
 
     def make(self) -> None:
         """Everything that the runs allow."""
         self._tables()
         self._rates()
-        asked = self.first["settings"]
+        asked = self.first.data["settings"]
         files = data_files(asked["data"])
         for path in files.values():
             self._check_hash("--runs", path, path, data_hash(path))
         model = self._model(asked)
         for dataset, path in files.items():
-            name = dataset if len(files) > 1 else None
-            if not is_plain_name(name or dataset):
-                raise UsageError(f"--runs: {self.run} names a data set {dataset!r}, which cannot be a folder's name.")
             examples = load_examples(path)[: asked["limit"]]
             numbers = self.numbers["datasets"][dataset] = {}
-            self.parts.append(html.heading(f"What happens inside: {dataset}"))
-            self._scores(dataset, name, numbers)
+            self.parts.append({"heading": f"What happens inside: {dataset}", "level": 2})
+            self._scores(dataset, numbers)
             if model is not None:
                 self._lens(model, dataset, examples, numbers)
                 self._means(model, dataset, examples, numbers)
 
     def _check_hash(self, argument: str, recorded: str, path: str, found: str) -> None:
-        if self.first["settings"]["sha256"].get(recorded, found) != found:
+        if self.first.data["settings"]["sha256"].get(recorded, found) != found:
             raise UsageError(f"{argument}: {path} is not what {self.run} was made with: evaluate again.")
 
     def _model(self, asked: dict):
@@ -143,7 +129,7 @@ class Analysis:
         folder = self.settings.model or recorded
         if folder is None:
             return None
-        if not Path(folder).is_dir():
+        if not Path(folder).is_dir() and not could_be_on_hub(folder):
             raise UsageError(f"--model: there is no folder {folder}.")
         if recorded is not None:
             self._check_hash("--model", recorded, folder, model_hash(folder, *filter(None, [asked["memory_store"]])))
@@ -154,28 +140,16 @@ class Analysis:
 
     def _tables(self) -> None:
         for folder, results in self.results.items():
-            self.parts.append(html.heading(f"Run {folder}"))
-            for dataset, kind, systems, tests in parts_of(results):
-                title = ", ".join(filter(None, [dataset, kind and f"type {kind}"]))
-                self.parts.append(html.heading(title, 3) if title else "")
-                self.parts.append(html.table(score_rows(systems, tests, MARKDOWN_COLUMNS)))
-            self.parts.append(html.paragraph(NOTE))
-            for title, rows in published_tables(results, MARKDOWN_COLUMNS):
-                self.parts += [html.heading(title, 3), html.table(rows), html.paragraph(PUBLISHED_NOTE)]
-            for dataset, found in datasets_of(results).items():
-                if "costs" in found:
-                    self.parts.append(html.heading(", ".join(filter(None, [dataset, "cost per question"])), 3))
-                    self.parts.append(html.table(cost_rows(found["costs"])))
-                    self.parts.append(html.paragraph(COST_NOTE))
+            self.parts += [{"heading": f"Run {folder}", "level": 2}, *html_parts(results.data)]
 
     def _rates(self) -> None:
-        datasets = dict.fromkeys(dataset for results in self.results.values() for dataset in _named(results))
+        datasets = dict.fromkeys(dataset for results in self.results.values() for dataset in results.datasets)
         for dataset in datasets:
             curves = _curves(self.results.values(), dataset)
             rates = {point["rate"] for points in curves.values() for point in points}
             if len(rates) > 1:
                 self.numbers.setdefault("rates", {})[dataset] = curves
-                files = plots.plot_rates(curves, self.folder, f"rates-{slug(dataset)}")
+                files = plots.plot_rates(curves, self.folder, f"rates-{file_name(dataset)}")
                 shows = f"Answer F1 over the compression rate, {dataset}."
                 self._show(
                     files, shows, "Vertical bars: 95% bootstrap intervals of each run; points of one rate are spread."
@@ -183,28 +157,27 @@ class Analysis:
 
     # The first run from inside
 
-    def _scores(self, dataset: str, name: str | None, numbers: dict) -> None:
+    def _scores(self, dataset: str, numbers: dict) -> None:
         for system, checkpoint in CHECKPOINTS.items():
-            path = Path(self.run, PREDICTIONS, name or "", f"{system}.jsonl")
-            if not path.exists():
+            records = self.first.records.get(dataset, {}).get(system)
+            if not records:
                 continue
-            # Not by splitlines, which also splits at line separators inside a text.
-            with open(path, encoding="utf-8") as lines:
-                records = [json.loads(line) for line in lines]
-            found = scored_rankings(records, self.first["checkpoints"][checkpoint]["temperature"])
+            found = scored_rankings(records, self.first.data["checkpoints"][checkpoint]["temperature"])
             if found is None:
                 continue
             by_score, by_share = (reliability(values, found.right) for values in (found.top, found.confidence))
             error = calibration_error(by_share)
             numbers[system] = {"auc": separation(found), "ece": error, "by_score": by_score, "by_softmax": by_share}
             self._show(
-                plots.plot_scores(found, system, self.folder, f"scores-{slug(dataset)}-{system}"),
+                plots.plot_scores(found, system, self.folder, f"scores-{file_name(dataset)}-{system}"),
                 f"Scores that {system} gives to gold documents and to all other candidates.",
                 f"A gold document's is the higher one with probability {separation(found):.3f} (ROC AUC over all "
                 f"questions; {len(found.gold)} gold documents, {len(found.rest)} others).",
             )
             self._show(
-                plots.plot_reliability(by_score, by_share, error, self.folder, f"reliability-{slug(dataset)}-{system}"),
+                plots.plot_reliability(
+                    by_score, by_share, error, self.folder, f"reliability-{file_name(dataset)}-{system}"
+                ),
                 f"How often the document that {system} ranks first is a gold one, over its score and over its share in "
                 "the softmax of the candidates' scores.",
                 f"Ten bins of equal size over {len(found.top)} questions, 95% Wilson intervals. Expected calibration "
@@ -220,18 +193,20 @@ class Analysis:
         gold, other = (float(np.mean([getattr(row, name) for row in rows])) for name in ("gold", "other"))
         numbers["lens"] = {"shares": shares, "only_in_gold": gold, "only_in_other_candidate": other}
         numbers["lens"]["rows"] = [asdict(row) for row in rows]
-        self.parts.append(html.heading("Logit lens of the query reasoner", 3))
+        self.parts.append({"heading": "Logit lens of the query reasoner", "level": 3})
         asked, neither = shares["question"], shares["neither"]
         self.parts.append(
-            html.paragraph(
-                f"The output head applied to the query vectors. Of the ten strongest tokens, {100 * asked:.1f}% stand "
-                f"in the question (underlined), {100 * gold:.1f}% do not, but stand in a gold document (bold), "
-                f"{100 * neither:.1f}% stand in neither. For comparison: {100 * other:.1f}% do not stand in the "
-                f"question, but in as many other candidates, drawn at random. {len(rows)} questions; the first "
-                f"{min(LENS_ROWS, len(rows))} are shown."
-            )
+            {
+                "text": (
+                    f"The output head applied to the query vectors. Of the ten strongest tokens, {100 * asked:.1f}% "
+                    f"stand in the question (underlined), {100 * gold:.1f}% do not, but stand in a gold document "
+                    f"(bold), {100 * neither:.1f}% stand in neither. For comparison: {100 * other:.1f}% do not stand "
+                    f"in the question, but in as many other candidates, drawn at random. {len(rows)} questions; the "
+                    f"first {min(LENS_ROWS, len(rows))} are shown."
+                )
+            }
         )
-        self.parts.append(html.lens_table(rows[:LENS_ROWS]))
+        self.parts.append({"lens": rows[:LENS_ROWS]})
 
     def _means(self, model, dataset: str, examples: list[QAExample], numbers: dict) -> None:
         documents = list(dict.fromkeys(document for one in examples for document in one.docs))
@@ -251,7 +226,7 @@ class Analysis:
         with loading("--projection", self.settings.projection):
             points = project(np.concatenate([texts, memories]), self.settings.projection, self.settings.seed)
         method = {"pca": "principal component", "tsne": "t-SNE dimension"}[self.settings.projection]
-        files = plots.plot_means(*np.split(points, 2), method, self.folder, f"means-{slug(dataset)}")
+        files = plots.plot_means(*np.split(points, 2), method, self.folder, f"means-{file_name(dataset)}")
         self._show(
             files,
             "Mean hidden state of a document's tokens, and mean of its memory vectors.",
@@ -262,20 +237,14 @@ class Analysis:
 
     def _show(self, files: list[str], shows: str, caption: str) -> None:
         svg = next(file for file in files if file.endswith(".svg"))
-        self.parts.append(html.figure(html.Figure(svg, shows, caption), self.folder))
-
-
-def _named(results: dict) -> dict[str, dict]:
-    """The results of each data file, by its name also where there is one only."""
-    single = source_name(results["settings"]["data"])
-    return {name or single: found for name, found in datasets_of(results).items()}
+        self.parts.append(figure_part(self.folder / svg, shows, caption))
 
 
 def _curves(runs, dataset: str) -> dict[str, list[dict]]:
     """Per system that answers, its F1 in every run, by the compression rate of the run's model."""
     curves: dict[str, list[dict]] = {}
     for results in runs:
-        made, found = results["checkpoints"].get("model"), _named(results).get(dataset)
+        made, found = results.data["checkpoints"].get("model"), results.datasets.get(dataset)
         if made is None or found is None:
             continue
         for system, summary in found["systems"].items():
@@ -301,7 +270,7 @@ def analyze(settings: AnalysisSettings) -> dict:
     try:
         analysis = Analysis(settings, staged)
         analysis.make()
-        (staged / PAGE).write_text(html.page("CLaRa evaluation", analysis.parts), encoding="utf-8")
+        (staged / PAGE).write_text(page("CLaRa evaluation", analysis.parts), encoding="utf-8")
         text = json.dumps(analysis.numbers, indent=2, ensure_ascii=False) + "\n"
         (staged / NUMBERS).write_text(text, encoding="utf-8")
         for path in sorted(staged.iterdir(), key=lambda path: path.name == NUMBERS):

@@ -16,15 +16,24 @@ the generator of `--model`, or with the text model where they read text; `memory
 retrievers alone.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 
 
 CHECKPOINTS = {"clara": "model", "clara-before-joint": "before_joint", "sup": "sup"}
-FOREIGN_RANKERS = ("bi-encoder", "cross-encoder", "llm-listwise")
+# Rankers without CLaRa: the class in `systems`, imported where it is needed, and the package that loads its models.
+RANKERS = {
+    "bm25": ("bm25.BM25", None),
+    "bi-encoder": ("encoders.BiEncoderRanker", "sentence_transformers"),
+    "cross-encoder": ("encoders.CrossEncoderRanker", "sentence_transformers"),
+    "llm-listwise": ("listwise.ListwiseRanker", "transformers"),
+}
 CONTROLS = ("no-memory", "wrong-memory")
 # The order of the table. Those in `NAMED` are followed by a NAME.
-CHOICES = (*CHECKPOINTS, "bm25", *FOREIGN_RANKERS, "text", "llmlingua2", "gold", *CONTROLS)
-NAMED = (*FOREIGN_RANKERS, "llmlingua2")
+CHOICES = (*CHECKPOINTS, *RANKERS, "text", "llmlingua2", "gold", *CONTROLS)
+NAMED = {**{kind: package for kind, (_, package) in RANKERS.items() if package}, "llmlingua2": "llmlingua"}
 # What runs unasked, where it has what it needs, and what `all` adds to it.
 DEFAULT_SYSTEMS = (*CHECKPOINTS, "bm25", "gold", "text-gold", *CONTROLS)
 ALL_SYSTEMS = (
@@ -42,7 +51,7 @@ class SystemSpec:
     Attributes:
         label: its name in tables and files.
         chooser: `clara`, `bm25`, `gold`, ...: a name of `CHOICES` that chooses documents.
-        name: the model of a chooser in `FOREIGN_RANKERS`, else `None`.
+        name: the model of a chooser in `NAMED`, else `None`.
         reader: `memory`, `text` or `llmlingua2`.
         shortener: the model of `llmlingua2`, else `None`.
     """
@@ -62,22 +71,64 @@ class SystemSpec:
 
     @property
     def checkpoint(self) -> str:
-        """The setting that names the CLaRa checkpoint whose memories are read."""
+        """The option that names the CLaRa checkpoint whose memories are read."""
         return "model" if self.label.startswith(MEMORY) else CHECKPOINTS.get(self.chooser, "model")
 
     @property
-    def core(self) -> str:
-        """The label without what is before the system's own name."""
-        return core_of(self.label)
-
-    @property
     def order(self) -> tuple[int, bool, bool]:
-        return CHOICES.index(self.core.split(" ")[0]), *map(self.label.startswith, PREFIXES[::-1])
+        return CHOICES.index(core_of(self.label).split(" ")[0]), *map(self.label.startswith, PREFIXES[::-1])
+
+    def missing(self, given: Collection[str]) -> str | None:
+        """The option that a system cannot run without and that is not `given`; a ranking alone needs no reader."""
+        ranks = CHECKPOINTS.get(self.chooser)
+        if ranks is not None and ranks not in given:
+            return f"--{ranks}"
+        if self.reader == "memory":
+            needs_reader = self.ranker is None or self.label.startswith(MEMORY)
+            return "--model" if needs_reader and "model" not in given else None
+        return None if {"text_model", "model"} & set(given) else "--text_model or --model"
 
 
 def core_of(label: str) -> str:
     """A system's name without `text-` or `memory-`."""
     return next((label.removeprefix(prefix) for prefix in PREFIXES if label.startswith(prefix)), label)
+
+
+def file_name(label: str) -> str:
+    """A system's name as a file's name; the end of a long one."""
+    return re.sub(r"[^\w.-]+", "-", label)[-120:].lstrip("-.")
+
+
+def choose_systems(names: Sequence[str] | None, given: Collection[str]) -> list[SystemSpec]:
+    """The systems to run, in the table's order.
+
+    Args:
+        names: what is asked for; `all` stands for every system without a NAME that has what it needs. `None`: those of
+            `DEFAULT_SYSTEMS` that have it.
+        given: the options that name a model: `model`, `before_joint`, `sup`, `text_model`.
+
+    Raises:
+        ValueError: there is no such system, it is named twice, or it lacks its checkpoint.
+    """
+    specs = [parse_system(name) for name in names or () if name != "all"]
+    for place, spec in enumerate(specs):
+        same = [other.label for other in specs[:place] if file_name(other.label) == file_name(spec.label)]
+        if same:
+            raise ValueError(f"{same[0]} and {spec.label} would share a file: name one of them once")
+        if (missing := spec.missing(given)) is not None:
+            raise ValueError(f"{spec.label} needs {missing}")
+    if names is None or "all" in names:
+        more = map(parse_system, DEFAULT_SYSTEMS if names is None else ALL_SYSTEMS)
+        asks_text = names is not None or "text_model" in given
+        more = [spec for spec in more if spec.missing(given) is None and (asks_text or spec.reader == "memory")]
+        specs += [spec for spec in more if spec not in specs]
+    return sorted(specs, key=lambda spec: spec.order)
+
+
+def ranker_class(kind: str) -> type:
+    """The class of a ranker without CLaRa. Imported here: some come with an extra, and slowly."""
+    module, name = RANKERS[kind][0].split(".")
+    return getattr(import_module(f"clara_hf.evaluation.systems.{module}"), name)
 
 
 def parse_system(text: str) -> SystemSpec:
@@ -103,3 +154,85 @@ def parse_system(text: str) -> SystemSpec:
     if kind == "llmlingua2":
         return SystemSpec(label, "bm25", reader="llmlingua2", shortener=name)
     return SystemSpec(label, kind, name or None, reader="text" if reads_text else "memory")
+
+
+class UsageError(ValueError):
+    """The evaluation cannot be carried out as it was asked for."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What decides about an evaluation besides its questions and the model of `clara`.
+
+    A model is a local folder or a name on the Hub, which is then fetched.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+
+    systems: str | Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Systems, separated by commas, of "
+            + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
+            + ", the same with text- before (answers from raw text), or all: every one without a NAME that has what it "
+            "needs; further names may follow. memory- before sup or clara-before-joint: --model answers. "
+            "Default: clara, clara-before-joint, sup, bm25, gold, no-memory and wrong-memory, as far as they have what "
+            "they need, and text-gold with --text_model."
+        },
+    )
+    before_joint: str | None = field(
+        default=None, metadata={"help": "The CLaRa checkpoint that joint training started from."}
+    )
+    sup: str | None = field(
+        default=None, metadata={"help": "The CLaRa checkpoint whose retriever was trained with relevance labels."}
+    )
+    text_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A causal language model, or a PEFT adapter on one, that answers from raw text. Default: the "
+            "decoder of --model without its adapters."
+        },
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "Take only so many questions from the start of each file."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Of bootstrap, permutations, ties and the choice of wrong memories."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Questions, or documents to compress, per batch."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Limit of an answer's length in tokens."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Documents that a ranking system answers from. Default: the model's top_k, or 5."},
+    )
+    text_doc_max_length: int = field(
+        default=256, metadata={"help": "Tokens of a document that systems on raw text read; the rest is cut."}
+    )
+    llmlingua_rate: float = field(default=4.0, metadata={"help": "Compression rate that llmlingua2 aims at."})
+    memory_store: str | None = field(
+        default=None, metadata={"help": "Folder of a MemoryStore: memories are read from it, missing ones added."}
+    )
+
+    def __post_init__(self):
+        for name in ("limit", "batch_size", "max_new_tokens", "top_k", "text_doc_max_length", "llmlingua_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, but is {value}.")
+        if self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
+
+    def plan(self, has_model: bool) -> list[SystemSpec]:
+        """The systems to run, in the table's order.
+
+        Raises:
+            UsageError: a system is unknown or lacks its checkpoint, or `memory_store` has no model.
+        """
+        if self.memory_store is not None and not has_model:
+            raise UsageError("--memory_store needs --model, which makes its memories.")
+        names = [part.strip() for part in self.systems.split(",")] if isinstance(self.systems, str) else self.systems
+        given = {name for name in ("before_joint", "sup", "text_model") if getattr(self, name) is not None}
+        try:
+            return choose_systems(names, {*given, "model"} if has_model else given)
+        except ValueError as error:
+            raise UsageError(f"--systems: {error}.") from error

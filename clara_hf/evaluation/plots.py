@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import numpy as np  # noqa: E402 (after the backend is chosen)
 from matplotlib import pyplot as plt  # noqa: E402
 
-from clara_hf.evaluation.rankings import ScoredRankings  # noqa: E402
+from clara_hf.evaluation.statistics import ScoredRankings  # noqa: E402
 
 
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*", "<", "p", ">", "h", "8", "d")

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample
-from clara_hf.evaluation.settings import UsageError
+from clara_hf.evaluation.plan import UsageError
 
 
 logger = logging.get_logger(__name__)

@@ -1,26 +1,38 @@
-"""Results as tables: aligned text, Markdown, CSV. `eval/results.py` says what `results` holds."""
+"""Results as tables: aligned text, Markdown, LaTeX, CSV, HTML. `clara_hf/evaluation/results.py` says what they hold."""
 
+import base64
 import csv
 import io
 import json
+from pathlib import Path
 
-from clara_hf.evaluation.costs import COST_COLUMNS
-from clara_hf.evaluation.results import datasets_of, marks, parts_of
-from clara_hf.evaluation.statistics import LEVEL
+from jinja2 import Environment, PackageLoader
+
+from clara_hf.evaluation.statistics import LEVEL, letters
 
 
-TERMINAL_COLUMNS = {"F1": "f1", "EM": "em", "R@1": "recall@1", "R@5": "recall@5", "all@5": "all_gold@5"}
-MARKDOWN_COLUMNS = {
-    "F1": "f1",
-    "EM": "em",
-    "cover-EM": "cover_em",
-    "grounded": "grounding",
-    "R@1": "recall@1",
-    "R@3": "recall@3",
-    "R@5": "recall@5",
-    "all@5": "all_gold@5",
-    "MRR": "mrr",
-    "nDCG@5": "ndcg@5",
+# The metrics of the tables: titles, and which of them a terminal has room for.
+COLUMNS = {
+    "f1": "F1",
+    "em": "EM",
+    "cover_em": "cover-EM",
+    "grounding": "grounded",
+    "recall@1": "R@1",
+    "recall@3": "R@3",
+    "recall@5": "R@5",
+    "all_gold@5": "all@5",
+    "mrr": "MRR",
+    "ndcg@5": "nDCG@5",
+}
+TERMINAL = ("f1", "em", "recall@1", "recall@5", "all_gold@5")
+COST_COLUMNS = {
+    "compress_ms": "compress ms",
+    "query_ms": "query ms",
+    "decode_ms": "decode ms",
+    "total_ms": "all ms",
+    "total_ms_stored": "all ms, stored",
+    "prompt_tokens": "prompt tokens",
+    "peak_mib": "peak MiB",
 }
 NOTE = (
     "Percent, with 95% intervals: Wilson's for scores of 0 or 1, else bootstrap. n: questions answered / ranked with "
@@ -38,38 +50,114 @@ COST_NOTE = (
     "by the whole process."
 )
 NONE = "–"
+LATEX = str.maketrans(
+    {**{mark: f"\\{mark}" for mark in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+    | {"–": "--", "[": "{[}"}
+)
 
 
-def format_tables(results: dict, markdown: bool = False) -> str:
-    """All tables of a run, in percent with 95% intervals: aligned text, or Markdown with more columns.
+def format_tables(results: dict, form: str = "text") -> str:
+    """All tables of a run, in percent with 95% intervals; all but `"text"` have more columns.
 
     Equal scores give equal tables: what was measured by the clock is in `format_costs`.
+
+    Args:
+        form: `"text"` (aligned), `"markdown"` or `"latex"`.
     """
-    columns = MARKDOWN_COLUMNS if markdown else TERMINAL_COLUMNS
-    parts = []
-    for dataset, kind, systems, tests in parts_of(results):
-        title = ", ".join(filter(None, [dataset, kind and f"type {kind}"]))
-        parts.append(titled(title, render(score_rows(systems, tests, columns), markdown), markdown))
-    notes = [NOTE]
-    for title, rows in published_tables(results, columns):
-        parts.append(titled(title, render(rows, markdown), markdown))
-        notes = [NOTE, PUBLISHED_NOTE]
-    return "\n\n".join([*parts, *notes]) + "\n"
+    names = TERMINAL if form == "text" else tuple(COLUMNS)
+    tables = score_tables(results, names)
+    published = published_tables(results, names)
+    notes = [NOTE, PUBLISHED_NOTE] if published else [NOTE]
+    shown = [titled(title, render(rows, form), form) for title, rows in [*tables, *published]]
+    return "\n\n".join([*shown, *(_note(note, form) for note in notes)]) + "\n"
 
 
-def format_costs(results: dict, markdown: bool = False) -> str:
+def format_costs(results: dict, form: str = "text") -> str:
     """What the systems cost, per data file."""
+    shown = [titled(title, render(rows, form), form) for title, rows in cost_tables(results)]
+    return "\n\n".join([*shown, _note(COST_NOTE, form)]) + "\n" if shown else ""
+
+
+def html_parts(results: dict) -> list[dict]:
+    """Tables, costs and notes as parts of a [`page`]."""
+    published = published_tables(results, tuple(COLUMNS))
+    parts = [*_html_tables(score_tables(results, tuple(COLUMNS))), {"text": NOTE}]
+    if published:
+        parts += [*_html_tables(published), {"text": PUBLISHED_NOTE}]
+    costs = cost_tables(results)
+    return parts + ([*_html_tables(costs), {"text": COST_NOTE}] if costs else [])
+
+
+def _html_tables(tables: list[tuple[str, list[list[str]]]]) -> list[dict]:
+    return [
+        part
+        for title, rows in tables
+        for part in (*([{"heading": title, "level": 3}] if title else []), {"rows": rows})
+    ]
+
+
+def figure_part(svg: Path, shows: str, caption: str) -> dict:
+    """A picture as a part of a [`page`], which holds it."""
+    data = base64.b64encode(svg.read_bytes()).decode()
+    return {"image": f"data:image/svg+xml;base64,{data}", "shows": shows, "caption": caption}
+
+
+def page(title: str, parts: list[dict]) -> str:
+    """A whole HTML document, which loads nothing and runs nothing; every text in it is escaped.
+
+    Args:
+        parts: each with `heading` and `level`, `text`, `rows` (of a table, the heading first), `image`, `shows` and
+            `caption`, or `lens` (rows of `question` and `tokens`).
+    """
+    environment = Environment(loader=PackageLoader("clara_hf.evaluation"), autoescape=True, trim_blocks=True)
+    return environment.get_template("report.html").render(title=title, parts=parts)
+
+
+def datasets_of(results: dict) -> dict[str | None, dict]:
+    """The results of each data file."""
+    return results.get("datasets") or {None: results}
+
+
+def parts_of(results: dict) -> list[tuple[str | None, str | None, dict, dict]]:
+    """Data file, type (`None` for all), systems and tests of each table."""
     parts = []
     for dataset, found in datasets_of(results).items():
-        if "costs" in found:
-            title = ", ".join(filter(None, [dataset, "cost per question"]))
-            parts.append(titled(title, render(cost_rows(found["costs"]), markdown), markdown))
-    return "\n\n".join([*parts, COST_NOTE]) + "\n" if parts else ""
+        parts.append((dataset, None, found["systems"], found.get("tests", {})))
+        for kind, systems in found.get("by_type", {}).items():
+            parts.append((dataset, kind, systems, found.get("tests_by_type", {}).get(kind, {})))
+    return parts
 
 
-def score_rows(systems: dict, tests: dict, columns: dict[str, str]) -> list[list[str]]:
+def marks(systems: dict, tests: dict) -> dict[str, dict[str, str]]:
+    """Per metric with tests, each system's letters."""
+    return {
+        metric: letters({name: row[metric]["value"] for name, row in systems.items() if metric in row}, pairs)
+        for metric, pairs in tests.items()
+    }
+
+
+def _title(results: dict, dataset: str | None, *more: str | None) -> str:
+    """A data file's name stands in titles where there are several."""
+    return ", ".join(filter(None, [dataset if len(datasets_of(results)) > 1 else None, *more]))
+
+
+def score_tables(results: dict, names: tuple[str, ...]) -> list[tuple[str, list[list[str]]]]:
+    """Titles and tables of scores."""
+    return [
+        (_title(results, dataset, kind and f"type {kind}"), score_rows(systems, tests, names))
+        for dataset, kind, systems, tests in parts_of(results)
+    ]
+
+
+def cost_tables(results: dict) -> list[tuple[str, list[list[str]]]]:
+    """Titles and tables of costs."""
+    found = {dataset: found["costs"] for dataset, found in datasets_of(results).items() if "costs" in found}
+    return [(_title(results, dataset, "cost per question"), cost_rows(costs)) for dataset, costs in found.items()]
+
+
+def score_rows(systems: dict, tests: dict, names: tuple[str, ...]) -> list[list[str]]:
     """A table's heading and rows; a column that no system has is left out."""
-    present = {title: name for title, name in columns.items() if any(name in row for row in systems.values())}
+    present = {COLUMNS[name]: name for name in names if any(name in row for row in systems.values())}
     shared = marks(systems, tests)
     widths = {name: max(map(len, found.values())) for name, found in shared.items()}
     rows = [["system", *present, "n"]]
@@ -85,30 +173,31 @@ def score_rows(systems: dict, tests: dict, columns: dict[str, str]) -> list[list
 
 def cost_rows(costs: dict[str, dict]) -> list[list[str]]:
     """Heading and rows of the costs of one data file."""
-    rows = [["system", *COST_COLUMNS]]
+    rows = [["system", *COST_COLUMNS.values()]]
     for system, values in costs.items():
-        cells = [NONE if values[name] is None else f"{values[name]:,.1f}" for name in COST_COLUMNS.values()]
+        cells = [NONE if values[name] is None else f"{values[name]:,.1f}" for name in COST_COLUMNS]
         rows.append([system, *cells])
     return rows
 
 
-def published_tables(results: dict, columns: dict[str, str]) -> list[tuple[str, list[list[str]]]]:
+def published_tables(results: dict, names: tuple[str, ...]) -> list[tuple[str, list[list[str]]]]:
     """Titles and tables of published figures that are near the run; data files with the same ones share a table."""
     tables: dict[str, tuple[list, list[str | None]]] = {}
     for dataset, found in datasets_of(results).items():
         rows = [row for row in found.get("published", []) if row.get("near", True)]
-        if any(name in row["values"] for row in rows for name in columns.values()):
+        if any(name in row["values"] for row in rows for name in names):
             tables.setdefault(json.dumps(rows), (rows, []))[1].append(dataset)
     shown = []
     for rows, datasets in tables.values():
         origin = f"published, not measured here: {rows[0]['source']}; base {rows[0]['base']}"
-        shown.append((", ".join(filter(None, [*datasets, origin])), published_rows(rows, columns)))
+        named = datasets if len(datasets_of(results)) > 1 else []
+        shown.append((", ".join([*named, origin]), published_rows(rows, names)))
     return shown
 
 
-def published_rows(published: list[dict], columns: dict[str, str]) -> list[list[str]]:
+def published_rows(published: list[dict], names: tuple[str, ...]) -> list[list[str]]:
     """Heading and rows of published figures, without columns and rows that would hold none."""
-    present = {title: name for title, name in columns.items() if any(name in row["values"] for row in published)}
+    present = {COLUMNS[name]: name for name in names if any(name in row["values"] for row in published)}
     rows = [["system", "candidates", *present]]
     for row in published:
         cells = [f"{100 * row['values'][name]:.1f}" if name in row["values"] else NONE for name in present.values()]
@@ -117,24 +206,33 @@ def published_rows(published: list[dict], columns: dict[str, str]) -> list[list[
     return rows
 
 
-def titled(title: str, table: str, markdown: bool) -> str:
-    if not title:
-        return table
-    return f"## {title}\n\n{table}" if markdown else f"{title}\n{table}"
+def titled(title: str, table: str, form: str) -> str:
+    head = {"text": "{}\n", "markdown": "## {}\n\n", "latex": "% {}\n"}[form]
+    return head.format(title) + table if title else table
 
 
-def render(rows: list[list[str]], markdown: bool) -> str:
+def _note(note: str, form: str) -> str:
+    return note if form != "latex" else "\n".join(f"% {line}" for line in note.splitlines())
+
+
+def render(rows: list[list[str]], form: str) -> str:
     """Rows of cells, the heading first, as an aligned table; the first column to the left, the others to the right."""
-    if markdown:
+    if form == "markdown":
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    if form == "latex":
+        rows = [[cell.translate(LATEX) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         for row in rows
     ]
-    if markdown:
+    if form == "markdown":
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    if form == "latex":
+        head, *body = [" & ".join(line) + r" \\" for line in lines]
+        begin = [rf"\begin{{tabular}}{{l{'r' * (len(widths) - 1)}}}", r"\toprule", head, r"\midrule"]
+        return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}"])
     lines.insert(1, ["─" * width for width in widths])
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
@@ -159,7 +257,7 @@ def scores_csv(results: dict) -> str:
 
 def costs_csv(results: dict) -> str:
     """One line per data file and system."""
-    lines = [["dataset", "system", *COST_COLUMNS.values()]]
+    lines = [["dataset", "system", *COST_COLUMNS]]
     for dataset, found in datasets_of(results).items():
         lines += [[dataset, system, *values.values()] for system, values in found.get("costs", {}).items()]
     return _csv(lines)

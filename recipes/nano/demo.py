@@ -17,10 +17,9 @@ import world
 from tqdm.auto import tqdm
 from transformers.trainer import TRAINER_STATE_NAME
 
-from clara_hf.evaluation.files import RUN, UNFINISHED, read_results
-from clara_hf.evaluation.report import format_tables
+from clara_hf.evaluation.results import Results
+from clara_hf.evaluation.run import EvalSettings
 from clara_hf.evaluation.run import run as evaluate
-from clara_hf.evaluation.settings import EvalSettings
 from clara_hf.program import UsageError, parse, read_json, run_program, stages, text_lora, write_json
 
 
@@ -147,7 +146,7 @@ def plot_joint(out: Path) -> None:
     plt.close(figure)
 
 
-def evaluate_nano(args: DemoArguments) -> dict:
+def evaluate_nano(args: DemoArguments) -> Results:
     """Evaluate every system on the test questions; writes predictions, `table.md` and `results.json`.
 
     Results with other settings, as of another `limit`, are replaced.
@@ -163,10 +162,8 @@ def evaluate_nano(args: DemoArguments) -> dict:
         limit=args.limit,
         batch_size=64,
         max_new_tokens=12,
+        overwrite=True,
     )
-    begun = out / UNFINISHED / RUN
-    earlier = read_json(begun) if begun.exists() else (read_results(out) or {}).get("settings")
-    settings.overwrite = earlier is not None and earlier != settings.record()
     return evaluate(settings)
 
 
@@ -176,11 +173,11 @@ def make_data(folder: Path) -> None:
     print(f"{folder} holds the data{'' if wrote else ' already: they are reused'}.", flush=True)
 
 
-def report(out: Path, results: dict) -> None:
+def report(out: Path, results: Results) -> None:
     """Print the table and where everything is; add the stages' seconds to `results.json`."""
     spent = read_json(out / SECONDS_FILE)
-    write_json(out / "results.json", {**results, "stage_seconds": spent})
-    print("\n" + format_tables(results))
+    write_json(out / "results.json", {**results.data, "stage_seconds": spent})
+    print("\n" + results.to_text())
     print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items()), end="")
     print(f"; in all {sum(spent.values()):.0f}.")
     print(f"In {out}: results.json, table.md, predictions/, joint.png, losses.png; checkpoints in {', '.join(STAGES)}.")

@@ -49,13 +49,14 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     assert f"{out / 'data'} holds the data already: they are reused." in printed
     assert "clara-before-joint" in printed and "reused" in caplog.text
     results = json.loads((out / "results.json").read_text())
-    assert set(results["systems"]) == SYSTEMS
-    for metrics in results["systems"].values():
+    systems = results["datasets"]["test"]["systems"]
+    assert set(systems) == SYSTEMS
+    for metrics in systems.values():
         assert {"value", "low", "high", "n"} <= set(metrics["f1"])
         assert all(
             0 <= m["low"] <= m["value"] <= m["high"] <= 1 and m["n"] == 8 for m in (metrics["f1"], metrics["em"])
         )
-    assert {"recall@1", "recall@5"} <= set(results["systems"]["clara"]) & set(results["systems"]["bm25"])
+    assert {"recall@1", "recall@5"} <= set(systems["clara"]) & set(systems["bm25"])
     assert {"scp", "joint", "evaluation"} <= set(results["stage_seconds"])
     for name in ("table.md", "joint.png", "losses.png"):
         assert (out / name).stat().st_size > 100
@@ -64,21 +65,14 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     steps = len(calls)
     demo.main(arguments)
     assert len(calls) == steps
-    assert json.loads((out / "results.json").read_text())["systems"] == results["systems"]
+    assert json.loads((out / "results.json").read_text())["datasets"]["test"]["systems"] == systems
 
     # Another limit evaluates anew, and the stages are reused.
     demo.main([*arguments, "--limit", "6"])
     fewer = json.loads((out / "results.json").read_text())
-    assert len(calls) == steps and {metrics["f1"]["n"] for metrics in fewer["systems"].values()} == {6}
-
-    # An evaluation that was interrupted goes on with its own limit, and is replaced with another.
-    monkeypatch.setattr(demo, "evaluate", lambda settings: settings.overwrite)
-    replaced = [demo.evaluate_nano(demo.DemoArguments(output_dir=str(out), limit=limit)) for limit in (6, 7)]
-    assert replaced == [False, True]
-    (out / "unfinished").mkdir()
-    (out / "unfinished" / "run.json").write_text(json.dumps({**fewer["settings"], "limit": 7}))
-    replaced = [demo.evaluate_nano(demo.DemoArguments(output_dir=str(out), limit=limit)) for limit in (6, 7)]
-    assert replaced == [True, False]
+    assert len(calls) == steps and {
+        metrics["f1"]["n"] for metrics in fewer["datasets"]["test"]["systems"].values()
+    } == {6}
 
     with pytest.raises(UsageError, match="other settings"):
         demo.main([*arguments, "--max_steps", "3"])

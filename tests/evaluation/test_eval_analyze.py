@@ -15,8 +15,8 @@ from clara_hf.data.schema import QAExample
 from clara_hf.evaluation import latents, plots
 from clara_hf.evaluation.analyze import main
 from clara_hf.evaluation.latents import logit_lens, mean_states, project
-from clara_hf.evaluation.rankings import calibration_error, reliability, scored_rankings, separation
 from clara_hf.evaluation.run import main as evaluate
+from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 
 
 # Scores
@@ -150,7 +150,8 @@ def test_an_analysis_is_one_page_that_holds_everything(tmp_path, runs):
     results = [json.loads((Path(run) / "results.json").read_text()) for run in runs]
     curve = numbers["rates"]["data"]["gold"]
     assert [(point["rate"], point["value"]) for point in curve] == [
-        (rate, found["systems"]["gold"]["f1"]["value"]) for rate, found in zip((8, 16), results, strict=True)
+        (rate, found["datasets"]["data"]["systems"]["gold"]["f1"]["value"])
+        for rate, found in zip((8, 16), results, strict=True)
     ]
     shares = numbers["datasets"]["data"]["lens"]["shares"]
     assert sum(shares.values()) == pytest.approx(1) and len(numbers["datasets"]["data"]["lens"]["rows"]) == 20

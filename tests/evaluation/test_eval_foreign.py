@@ -16,9 +16,10 @@ from transformers import (
     set_seed,
 )
 
-from clara_hf.evaluation import loading
+from clara_hf.evaluation.plan import file_name as slug
 from clara_hf.evaluation.run import main
-from clara_hf.evaluation.settings import model_hash, slug
+from clara_hf.evaluation.systems import loading
+from clara_hf.evaluation.systems.loading import model_hash
 
 
 pytest.importorskip("sentence_transformers", reason="the extra 'retrievers' is not installed")
@@ -117,7 +118,7 @@ def test_every_foreign_ranker_is_followed_by_the_same_generator_on_memories_and_
             options = {"rerank": False, "max_new_tokens": 3}
             direct = clara.generate(questions=[question], documents=[best], **options).texts
             assert [on_memories[place]["prediction"]] == direct
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())["datasets"]["questions"]
     for costs in results["costs"].values():
         assert (
             costs["query_ms"] > 0 and costs["decode_ms"] > 0 and costs["prompt_tokens"] > 5 and costs["peak_mib"] > 50
@@ -194,6 +195,6 @@ def test_llmlingua2_shortens_what_the_text_reader_reads(tmp_path, data, base, mo
     folder = tmp_path / "bert-base-multilingual-cased-tiny"
     save_bert(folder, BertForTokenClassification, num_labels=2, max_position_embeddings=512)
     evaluate(tmp_path, data, f"text,llmlingua2 {folder}", "--text_model", base, "--llmlingua_rate", "3")
-    costs = json.loads((tmp_path / "out/results.json").read_text())["costs"]
+    costs = json.loads((tmp_path / "out/results.json").read_text())["datasets"]["questions"]["costs"]
     assert costs[f"llmlingua2 {folder}"]["prompt_tokens"] < 0.8 * costs["text"]["prompt_tokens"]
     assert costs[f"llmlingua2 {folder}"]["compress_ms"] > costs["text"]["compress_ms"]

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from clara_hf.data.schema import QAExample
+from clara_hf.evaluation import report
 from clara_hf.evaluation.reference import published_figures
 from clara_hf.evaluation.report import costs_csv, format_costs, format_tables, scores_csv
-from clara_hf.evaluation.results import compare, dataset_results, summarize
+from clara_hf.evaluation.results import Results, compare, dataset_results, summarize
 
 
 def number(value, low, high, n):
@@ -64,10 +65,14 @@ def test_the_terminal_table_is_aligned_and_says_what_is_missing():
 
 
 def test_the_markdown_table_has_as_many_cells_in_every_row_and_a_heading_per_part():
-    text = format_tables({"datasets": {"nano": {**RESULTS, "by_type": {"single": RESULTS["systems"]}}}}, markdown=True)
+    text = format_tables(
+        {"datasets": {"nano": {**RESULTS, "by_type": {"single": RESULTS["systems"]}}, "real": RESULTS}}, "markdown"
+    )
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 8 and len({row.count("|") for row in rows}) == 1
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["## nano", "## nano, type single"]
+    assert len(rows) == 12 and len({row.count("|") for row in rows[:8]}) == 1
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        *("## nano", "## nano, type single", "## real"),
+    ]
 
 
 COSTS = {
@@ -91,7 +96,7 @@ def test_systems_that_are_not_distinguishable_share_a_letter_in_every_form_of_th
     results = {"systems": systems, "tests": tests}
     lines = format_tables(results).splitlines()
     assert "90.0 [0.0, 100.0] a  " in lines[2] and "50.0 [0.0, 100.0] ab" in lines[3]
-    assert "10.0 [0.0, 100.0] b" in format_tables(results, markdown=True)
+    assert "10.0 [0.0, 100.0] b" in format_tables(results, form="markdown")
     rows = list(csv.DictReader(io.StringIO(scores_csv(results))))
     assert [(row["system"], row["letters"], row["value"]) for row in rows] == [
         *(("x", "a", "0.9"), ("y", "ab", "0.5"), ("z", "b", "0.1")),
@@ -108,8 +113,8 @@ def test_tests_cover_every_metric_that_two_systems_have():
 
 def test_published_figures_stand_apart_and_are_named_so():
     results = {"datasets": {"hotpotqa_dev": {**RESULTS, "published": PUBLISHED}}}
-    text = format_tables(results, markdown=True)
-    assert "## hotpotqa_dev, published, not measured here: a paper; base Some-7B" in text
+    text = format_tables(results, form="markdown")
+    assert "## published, not measured here: a paper; base Some-7B" in text
     assert "| BM25   |     oracle | 25.0 |" in text
     last = scores_csv(results).splitlines()[-1]
     assert last == 'hotpotqa_dev,,"BM25, oracle",recall@1,0.25,,,,,published: a paper; base Some-7B'
@@ -121,7 +126,7 @@ def test_published_figures_without_a_shown_number_or_far_from_the_run_are_in_the
         {**PUBLISHED[0], "system": "far", "near": False},
     ]
     both = dict.fromkeys(("hotpotqa_10", "hotpotqa_20"), {**RESULTS, "published": [*PUBLISHED, *more]})
-    terminal, markdown = (format_tables({"datasets": both}, markdown) for markdown in (False, True))
+    terminal, markdown = (format_tables({"datasets": both}, markdown) for markdown in ("text", "markdown"))
     assert terminal.count("BM25") == 1 and "hotpotqa_10, hotpotqa_20, published" in terminal
     assert "covered" not in terminal and "covered" in markdown
     assert "far" not in terminal + markdown and scores_csv({"datasets": both}).count('"far, oracle"') == 2
@@ -167,4 +172,24 @@ def test_costs_are_a_table_of_their_own_with_what_was_not_measured_left_open():
 
 def test_a_bar_in_a_name_does_not_break_the_markdown_table():
     results = {"systems": {"bm25|x": {"f1": number(0.5, 0, 1, 9)}}}
-    assert "bm25\\|x" in format_tables(results, markdown=True)
+    assert "bm25\\|x" in format_tables(results, form="markdown")
+
+
+def test_latex_has_a_row_per_system_and_no_character_that_would_break_it():
+    results = {"systems": {"bm25_x & 50%": {"f1": number(0.5, 0, 1, 9)}}}
+    lines = format_tables(results, "latex").splitlines()
+    assert lines[0] == r"\begin{tabular}{lrr}" and lines[-1].startswith("% ")
+    assert r"bm25\_x \& 50\% & 50.0 {[}0.0, 100.0] & 9 / -- \\" in lines
+    assert [line for line in lines if line.startswith("\\")][1:] == [
+        *(r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"),
+    ]
+
+
+def test_a_page_escapes_what_names_and_texts_hold():
+    results = Results({"datasets": {"q": {"systems": {"<b>x</b>": {"f1": number(0.5, 0, 1, 9)}}, "costs": COSTS}}})
+    page = results.to_html()
+    assert "&lt;b&gt;x&lt;/b&gt;" in page and "<b>x</b>" not in page and "1,234.6" in page
+    lens = [{"question": "Who <i>?", "tokens": [("<u", "question"), ("owl", "gold document"), ("x", "neither")]}]
+    found = " ".join(report.page("a & b", [{"lens": lens}]).split())
+    assert "<title>a &amp; b</title>" in found and "Who &lt;i&gt;?" in found
+    assert "<u>&lt;u</u>" in found and "<b>owl</b>" in found and "· x" in found

@@ -14,9 +14,10 @@ import pytest
 from conftest import TEXTS
 from processes import in_processes
 
-from clara_hf.evaluation.journal import Journal, JournalError
-from clara_hf.evaluation.run import main
+from clara_hf.evaluation.cache import Cache, CacheError, Orders
+from clara_hf.evaluation.run import _held, main
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
+from modeling_clara import CLaRaForRetrievalGeneration
 
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,6 @@ def arguments(tmp_path_factory, untouched_clara):
 
 def written(folder: Path) -> dict[str, str]:
     paths = [folder / name for name in COMPARED] + sorted((folder / "predictions").iterdir())
-    assert not (folder / "unfinished").exists()
     return {path.name: path.read_text() for path in paths}
 
 
@@ -66,18 +66,32 @@ def uninterrupted(whole):
     return written(whole)
 
 
-@pytest.mark.parametrize("calls", [1, 9, 28])
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_files(tmp_path, arguments, uninterrupted, monkeypatch, calls):
-    out, counts = tmp_path / "out", {"all": 0, "second": 0}
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory, arguments):
+    """How many batches of answers an uninterrupted run makes."""
+    counts = {"all": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for reader in (MemoryReader, TextReader):
+            patch.setattr(reader, "answer", counted(reader.answer, counts, -1))
+        assert main([*arguments, "--output_dir", str(tmp_path_factory.mktemp("counted"))]) == 0
+    # Never more than 5 for each of 6 systems; what two systems answer from the same documents is answered once.
+    assert 20 < counts["all"] <= 30
+    return counts["all"]
+
+
+@pytest.mark.parametrize("calls", [1, 9, 20])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_files(
+    tmp_path, arguments, uninterrupted, batches, monkeypatch, calls
+):
+    out, counts = tmp_path / "out", {"all": 0}
     for reader in (MemoryReader, TextReader):
         monkeypatch.setattr(reader, "answer", counted(reader.answer, counts, calls))
     assert main([*arguments, "--output_dir", str(out)]) == 130
-    assert not (out / "results.json").exists() and (out / "unfinished" / "run.json").exists()
-    first = counts["all"]
+    assert not (out / "results.json").exists() and counts["all"] == calls
     assert main([*arguments, "--output_dir", str(out)]) == 0
     assert written(out) == uninterrupted
-    # 5 batches for each of 6 systems; the interrupted one is the only one that is tried twice.
-    assert counts["all"] == 6 * 5 + 1 and first == calls
+    # The interrupted batch is the only one that is tried twice.
+    assert counts["all"] == batches + 1
 
 
 def counted(answer, counts, limit):
@@ -90,40 +104,73 @@ def counted(answer, counts, limit):
     return wrapped
 
 
-def test_other_settings_do_not_go_on_and_overwrite_starts_again(
-    tmp_path, arguments, uninterrupted, monkeypatch, capsys
-):
-    out = ["--output_dir", str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, {"all": 0}, 2))
-        assert main([*arguments, *out]) == 130
-    assert main([*arguments, *out, "--seed", "1"]) == 2
-    assert "unfinished run with other settings: give another --output_dir, or --overwrite." in capsys.readouterr().err
-    assert main([*arguments, *out, "--overwrite"]) == 0
-    assert written(tmp_path / "out") == uninterrupted
-
-
-@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
 def test_an_interrupted_overwrite_leaves_the_earlier_results_and_goes_on(
-    tmp_path, arguments, whole, uninterrupted, monkeypatch, flag
+    tmp_path, arguments, whole, uninterrupted, monkeypatch
 ):
     folder, counts = shutil.copytree(whole, tmp_path / "whole"), {"all": 0}
     more = [*arguments, "--output_dir", str(folder), "--top_k", "1"]
-    monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 8))
+    monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 4))
     assert main([*more, "--overwrite"]) == 130
     assert {name: (folder / name).read_text() for name in COMPARED} == {name: uninterrupted[name] for name in COMPARED}
-    assert main([*more, *flag]) == 0
-    # 5 batches for each of 5 systems that read memories, and the one that was interrupted.
-    assert counts["all"] == 5 * 5 + 1
+    assert main([*more, "--overwrite"]) == 0
     assert json.loads((folder / "results.json").read_text())["settings"]["top_k"] == 1
+    # Without --top_k again: what the first run made is there.
+    done = counts["all"]
+    assert main([*arguments, "--output_dir", str(folder), "--overwrite"]) == 0
+    assert counts["all"] == done and written(folder) == uninterrupted
 
 
-def test_a_corrected_list_of_systems_goes_on_with_what_is_done(tmp_path, arguments, uninterrupted, monkeypatch):
-    out, counts = tmp_path / "out", {"all": 0}
-    monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 14))
-    for systems, code in (("clara,bm25,gold,no-memory", 130), (SYSTEMS, 0)):
-        assert main([*arguments, "--systems", systems, "--output_dir", str(out)]) == code
-    assert written(out) == uninterrupted and counts["all"] == 5 * 5 + 1
+def test_a_finished_run_is_added_to_and_only_what_is_missing_is_made(tmp_path, arguments, uninterrupted, monkeypatch):
+    made = {"ranked": [], "answered": [], "compressed": []}
+
+    def note(name, method, told):
+        def wrapped(self, *given, **options):
+            made[name] += told(*given)
+            return method(self, *given, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(MemoryReader, "rank", note("ranked", MemoryReader.rank, lambda rows: [one.id for one in rows]))
+    monkeypatch.setattr(MemoryReader, "answer", note("answered", MemoryReader.answer, lambda asked, _: asked))
+    compress = CLaRaForRetrievalGeneration.compress
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", note("compressed", compress, lambda texts: texts))
+    out = ["--output_dir", str(tmp_path / "out")]
+
+    def call(*changes):
+        for rows in made.values():
+            rows.clear()
+        assert main([*arguments, *out, *changes]) == 0
+        return {name: len(rows) for name, rows in made.items()}
+
+    few = ("--systems", "clara,no-memory", "--limit", "9")
+    assert call(*few) == {"ranked": 9, "answered": 18, "compressed": len(set(made["compressed"]))}
+    assert call(*few) == {"ranked": 0, "answered": 0, "compressed": 0}
+    # More questions: the new ones, with their documents.
+    assert call("--systems", "clara,no-memory", "--limit", "11") == {
+        **{"ranked": 2, "answered": 4, "compressed": len(set(made["compressed"]))},
+    }
+    # Another system: its answers, and the documents that it answers from.
+    found = call("--systems", "clara,no-memory,gold", "--limit", "11")
+    assert found["ranked"] == 0 and 0 < found["answered"] <= 11 and found["compressed"] <= 11
+    # Another seed: nothing of this depends on it.
+    assert call("--systems", "clara,no-memory,gold", "--limit", "11", "--seed", "1")["answered"] == 0
+    # Another file, which holds the same questions.
+    data = arguments[arguments.index("--data") + 1]
+    other = shutil.copy(data, tmp_path / "other.jsonl")
+    both = ("--data", f"{data},{other}", "--systems", "clara,no-memory,gold", "--limit", "11")
+    assert call(*both) == {"ranked": 0, "answered": 0, "compressed": 0}
+    # All of it, beside: only what none of these made.
+    assert call("--output_dir", str(tmp_path / "beside"), "--cache_dir", str(tmp_path / "out/cache"))["ranked"] == 3
+    # Other batches, so that the last bits may differ, but nothing else.
+    found = {path.name: rows_of(path.read_text()) for path in (tmp_path / "beside/predictions").iterdir()}
+    for name, rows in found.items():
+        for row, expected in zip(rows, rows_of(uninterrupted[name]), strict=True):
+            assert row.pop("candidate_scores") == pytest.approx(expected.pop("candidate_scores"), abs=1e-5)
+            assert row == expected
+
+
+def rows_of(lines):
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 @pytest.mark.slow
@@ -131,17 +178,18 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(tmp_path, arguments, un
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "eval/run.py"), *arguments, "--output_dir", str(out)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = out / "unfinished" / "answers" / "data" / "clara.0.jsonl"
+    journals = out / "cache" / "answers"
     try:
         deadline = time.monotonic() + 240
-        while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not list(journals.glob("*.jsonl")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert journal.exists() and not (out / "results.json").exists()
+    (journal,) = journals.glob("model-*.0.jsonl")
+    assert not (out / "results.json").exists()
     # What a kill in the middle of a write leaves.
-    journal.write_bytes(journal.read_bytes() + b'{"id": "4", "predic')
+    journal.write_bytes(journal.read_bytes() + b'{"key": "4", "predic')
     assert main([*arguments, "--output_dir", str(out)]) == 0
     assert written(out) == uninterrupted
 
@@ -161,31 +209,67 @@ def test_two_processes_give_what_one_gives(tmp_path, arguments, uninterrupted):
     assert written(out) == uninterrupted
 
 
-# The journal
+# The cache
+
+
+def shelf(folder, label="clara", maker="one"):
+    return Cache(folder).shelf("answers", label, maker)
 
 
 def test_half_a_line_is_not_read_and_cut_off_by_the_next_append(tmp_path):
-    journal = Journal(tmp_path, "clara")
-    journal.append([{"id": "1", "x": "東京"}, {"id": "2"}])
-    content = journal.path.read_bytes()
+    shelf(tmp_path).add({"1": {"x": "東京"}, "2": {}})
+    (path,) = tmp_path.rglob("*.jsonl")
+    content = path.read_bytes()
     for end in range(len(content) - 10, len(content)):
-        journal.path.write_bytes(content[:end])
-        again = Journal(tmp_path, "clara")
-        assert again.read() == {"1": {"id": "1", "x": "東京"}}
-        again.append([{"id": "3"}])
-        assert Journal(tmp_path, "clara").read().keys() == {"1", "3"}
+        path.write_bytes(content[:end])
+        again = shelf(tmp_path)
+        assert again.records == {"1": {"x": "東京"}}
+        again.add({"3": {}})
+        assert shelf(tmp_path).records.keys() == {"1", "3"}
 
 
-def test_reading_joins_the_files_of_all_processes_but_not_those_of_other_names(tmp_path):
-    Journal(tmp_path, "clara", 0).append([{"id": "1"}])
-    Journal(tmp_path, "clara", 1).append([{"id": "2"}])
-    Journal(tmp_path, "clara.x", 0).append([{"id": "3"}])
-    assert Journal(tmp_path, "clara").read().keys() == {"1", "2"}
+def test_reading_joins_the_files_of_all_processes_but_not_those_of_other_makers(tmp_path):
+    shelf(tmp_path).add({"1": {}})
+    (path,) = tmp_path.rglob("*.jsonl")
+    path.with_name(path.name.replace(".0.jsonl", ".1.jsonl")).write_text('{"key": "2"}\n')
+    shelf(tmp_path, maker="two").add({"3": {}})
+    # The label is for people only.
+    assert shelf(tmp_path, label="another name").records.keys() == {"1", "2"}
+    assert shelf(tmp_path, maker="two").records.keys() == {"3"}
 
 
 def test_a_damaged_line_is_named(tmp_path):
-    journal = Journal(tmp_path, "clara")
-    journal.append([{"id": "1"}])
-    journal.path.write_bytes(b"no json\n" + journal.path.read_bytes())
-    with pytest.raises(JournalError, match="clara.0.jsonl, line 1 is damaged: delete that line, or the file"):
-        journal.read()
+    shelf(tmp_path).add({"1": {}})
+    (path,) = tmp_path.rglob("*.jsonl")
+    for damaged in (b"no json\n", b"[]\n", b'{"id": "1"}\n'):
+        path.write_bytes(damaged)
+        with pytest.raises(CacheError, match="line 1 is damaged") as caught:
+            shelf(tmp_path)
+        assert str(path) in str(caught.value)
+
+
+def test_an_order_is_kept_until_it_is_carried_out(tmp_path):
+    def orders():
+        return Orders(Cache(tmp_path).shelf("work", "orders", None))
+
+    assert orders().begin("stage", ["a", "b", "c"]) == ["a", "b", "c"]
+    assert orders().begin("stage", ["c"]) == ["a", "b", "c"]
+    assert orders().begin("other", ["c"]) == ["c"]
+    assert orders().begin("stage", ["c", "d"]) == ["c", "d"]
+    done = orders()
+    done.end("stage")
+    assert orders().begin("stage", ["c"]) == ["c"]
+
+
+# Two evaluations, one folder
+
+
+def test_a_folder_that_is_evaluated_into_is_refused_and_its_process_is_named(tmp_path, arguments, capsys):
+    out = tmp_path / "out"
+    with _held(out):
+        assert main([*arguments, "--systems", "bm25", "--output_dir", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert str(out) in error and f"process {os.getpid()} " in error and not (out / "results.json").exists()
+    # What a dead process leaves is no lock.
+    (out / ".held").write_text("4194304")
+    assert main([*arguments, "--systems", "bm25", "--output_dir", str(out)]) == 0

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clara_hf.data.schema import QAExample
-from clara_hf.evaluation.loading import load_text_model
 from clara_hf.evaluation.systems.bm25 import BM25
 from clara_hf.evaluation.systems.documents import fixed_documents, wrong_documents
 from clara_hf.evaluation.systems.listwise import ListwiseRanker, cut, parse_order
+from clara_hf.evaluation.systems.loading import load_text_model
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
 
 

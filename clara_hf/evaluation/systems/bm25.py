@@ -3,9 +3,11 @@
 import zlib
 
 import numpy as np
+import torch
 
 from clara_hf.data.retrievers import BM25Retriever
 from clara_hf.data.schema import QAExample
+from clara_hf.evaluation.plan import Options
 from clara_hf.evaluation.systems.base import Ranking
 
 
@@ -19,6 +21,10 @@ class BM25:
 
     def __init__(self, seed: int, language: str = "en"):
         self.seed, self.language = seed, language
+
+    @classmethod
+    def load(cls, name: str, options: Options, device: torch.device) -> "BM25":
+        return cls(options.seed)
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         """Indexes `corpus`: the passages whose document frequencies and mean length count."""

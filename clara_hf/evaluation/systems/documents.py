@@ -1,11 +1,35 @@
 """Which documents a question is answered from, where no ranking decides."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
+from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample
 from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
+
+
+logger = logging.get_logger(__name__)
+
+
+def distinct_candidates(examples: list[QAExample], dataset: str) -> tuple[list[QAExample], dict[str, list[int]]]:
+    """Questions whose candidates are distinct texts: copies are one candidate, gold where any copy is.
+
+    Returns:
+        The questions, and for those that had copies, by id, the position in the file of every candidate that is left.
+    """
+    distinct, places = [], {}
+    for one in examples:
+        docs = list(dict.fromkeys(one.docs))
+        if len(docs) < len(one.docs):
+            gold = one.pos_index and sorted({docs.index(one.docs[at]) for at in one.pos_index})
+            places[one.id] = [one.docs.index(document) for document in docs]
+            one = replace(one, docs=docs, pos_index=gold)
+        distinct.append(one)
+    if places:
+        logger.warning(f"{dataset}: {len(places)} questions have candidates with equal texts, which count as one.")
+    return distinct, places
 
 
 def fixed_documents(chooser: str, examples: list[QAExample], seed: int) -> list[list[str] | None]:

@@ -5,6 +5,7 @@ from sentence_transformers import CrossEncoder
 
 from clara_hf.data.retrievers import BiEncoderRetriever
 from clara_hf.data.schema import QAExample
+from clara_hf.evaluation.plan import Options
 from clara_hf.evaluation.systems.base import Ranking
 
 
@@ -19,6 +20,10 @@ class BiEncoderRanker:
 
     def __init__(self, name: str, batch_size: int, device: torch.device):
         self.retriever = BiEncoderRetriever([], name, batch_size, device=str(device))
+
+    @classmethod
+    def load(cls, name: str, options: Options, device: torch.device) -> "BiEncoderRanker":
+        return cls(name, options.batch_size, device)
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         documents = list(dict.fromkeys(document for example in examples for document in example.docs))
@@ -49,6 +54,10 @@ class CrossEncoderRanker:
         if self.model.num_labels != 1:
             raise ValueError(f"it gives {self.model.num_labels} scores for a pair, but a reranker gives one.")
         self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, name: str, options: Options, device: torch.device) -> "CrossEncoderRanker":
+        return cls(name, options.batch_size, device)
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         return 0

@@ -6,7 +6,9 @@ from functools import cached_property
 import torch
 
 from clara_hf.data.schema import QAExample
+from clara_hf.evaluation.plan import Options
 from clara_hf.evaluation.systems.base import Ranking
+from clara_hf.evaluation.systems.loading import load_chat_model
 from modeling_clara.control_tokens_clara import ControlTokens
 from modeling_clara.processing_clara import left_pad
 
@@ -45,6 +47,10 @@ class ListwiseRanker:
     @cached_property
     def control(self) -> ControlTokens:
         return ControlTokens(self.tokenizer)
+
+    @classmethod
+    def load(cls, name: str, options: Options, device: torch.device) -> "ListwiseRanker":
+        return cls(*load_chat_model(name), options.batch_size)
 
     def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
         return 0

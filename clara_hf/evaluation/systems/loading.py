@@ -1,7 +1,9 @@
 """Models for an evaluation, each on this process's device; what cannot be loaded is told in one sentence."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,10 +12,28 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
-from clara_hf.evaluation.settings import UsageError
+from clara_hf.evaluation.plan import NAMED, UsageError
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
+
+
+# Files and folders beside a model that do not decide about its answers: logs, trainer states, results.
+BESIDE_MODEL = (
+    *(".*", "*.log", "*log.jsonl", "*.md", "runs", "events.out.*", "checkpoint-*", "trainer_state.json"),
+    *(
+        "training_args.bin",
+        "optimizer*",
+        "scheduler.pt",
+        "rng_state*",
+        "global_step*",
+        "unfinished",
+        "predictions",
+        "cache",
+        "trec",
+    ),
+    *("results.json", "table.*", "costs.*", "analysis.json", "*.html", "*.png", "*.svg"),
+)
 
 
 @contextmanager
@@ -32,19 +52,30 @@ def loading(argument: str, name: str) -> Iterator[None]:
         raise UsageError(f"{argument} needs a package that is not installed: {error}") from error
 
 
-def describe_clara(folder: str) -> tuple[dict, CLaRaProcessor]:
+def is_object(model) -> bool:
+    """Whether a model is given as an object, not by its folder or name."""
+    return not isinstance(model, (str, Path))
+
+
+def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
     """What is to be known of a CLaRa checkpoint before its weights are loaded, and its processor.
 
     Raises:
         OSError, ValueError: the folder holds no checkpoint, or another kind of model.
     """
-    config = _clara_config(folder)
-    if not any(Path(folder).glob("*.safetensors")):
-        raise OSError("it holds no weights (*.safetensors).")
-    _check_weights(folder)
+    if is_object(model):
+        return _facts(model.config), model.processor
+    config = _clara_config(model)
+    if Path(model).is_dir():
+        if not any(Path(model).glob("*.safetensors")):
+            raise OSError("it holds no weights (*.safetensors).")
+        _check_weights(model)
+    return _facts(config), CLaRaProcessor.from_pretrained(model, config=config)
+
+
+def _facts(config: CLaRaConfig) -> dict:
     names = ("compression_rate", "num_memory_tokens", "hidden_size", "doc_max_length", "top_k", "temperature")
-    made = {name: getattr(config, name) for name in names}
-    return {**made, "base": config.base_model_name_or_path}, CLaRaProcessor.from_pretrained(folder, config=config)
+    return {**{name: getattr(config, name) for name in names}, "base": config.base_model_name_or_path}
 
 
 def load_clara(folder: str) -> CLaRaForRetrievalGeneration:
@@ -75,13 +106,8 @@ def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = T
     Raises:
         OSError, ValueError, ImportError: it is not, or the package that loads it is not installed.
     """
-    package = {
-        "bi-encoder": "sentence_transformers",
-        "cross-encoder": "sentence_transformers",
-        "llmlingua2": "llmlingua",
-    }
-    if kind in package and find_spec(package[kind]) is None:
-        raise ImportError(f"No module named {package[kind]!r}")
+    if kind in NAMED and find_spec(NAMED[kind]) is None:
+        raise ImportError(f"No module named {NAMED[kind]!r}")
     if Path(name).is_dir():
         _check_weights(name)
     if kind == "bi-encoder":
@@ -150,3 +176,65 @@ def plain_processor(folder: str, model: PreTrainedModel) -> CLaRaProcessor:
     for name, value in values.items():
         setattr(config, name, value)
     return CLaRaProcessor(tokenizer, config)
+
+
+def model_hash(folder: str, *without: str | Path) -> str:
+    """Changes with every file in a model's folder that may decide about its answers; of a name on the Hub, its commit.
+
+    Args:
+        without: folders whose files do not count, should they lie in it.
+    """
+    if not Path(folder).is_dir():
+        return f"{folder}@{_commit(folder)}"
+    place = Path(folder).resolve()
+    without = [other for other in (Path(other).resolve() for other in without) if place in other.parents]
+    paths = []
+    for path in place.rglob("*"):
+        parts = path.relative_to(place).parts
+        beside = any(fnmatch(part, pattern) for part in parts for pattern in BESIDE_MODEL)
+        if path.is_file() and not beside and not any(path.is_relative_to(other) for other in without):
+            paths.append(path)
+    return files_hash(place, paths)
+
+
+def files_hash(root: Path, paths: list[Path]) -> str:
+    """Digest of files: their names from `root` on, and what they hold."""
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a model on the Hub, as its configuration was fetched."""
+    path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    return extract_commit_hash(path, None)
+
+
+def model_fingerprint(model) -> str:
+    """Changes with the adapters, the memory embeddings and the geometry of a CLaRa model in memory."""
+    found = hashlib.sha256(model.compressor_fingerprint().encode())
+    for key, value in model.decoder.named_parameters():
+        if ".lora_" in key:
+            found.update(key.encode() + value.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def store_form(path: str, model) -> list:
+    """What is to be known of a memory store besides its model: where it is, and the type of its memories.
+
+    Args:
+        path: its folder; of a new store, the type is what `MemoryStore.open` will choose.
+        model: the CLaRa model that makes its memories.
+    """
+    # Imported here: the store is an extra.
+    from clara_hf.memory_store.store import MemoryStore
+
+    place = Path(path).resolve()
+    if place.exists():
+        return [str(place), str(MemoryStore.open(place).dtype)]
+    dtype = str((model.config if is_object(model) else _clara_config(model)).dtype)
+    return [str(place), "torch.bfloat16" if dtype.endswith("bfloat16") else "torch.float16"]
