@@ -29,6 +29,7 @@ from clara_hf.evaluation.results import Results
 from clara_hf.evaluation.run import could_be_on_hub, data_files, data_hash
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 from clara_hf.evaluation.systems.loading import load_clara, loading, model_hash
+from clara_hf.program.errors import print_what_can_be_printed
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -282,6 +283,7 @@ def analyze(settings: AnalysisSettings) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
+    print_what_can_be_printed()
     try:
         parser = HfArgumentParser(AnalysisSettings)
         settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)

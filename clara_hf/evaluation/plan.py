@@ -21,6 +21,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 
+from clara_hf.program.errors import UsageError
+
 
 CHECKPOINTS = {"clara": "model", "clara-before-joint": "before_joint", "sup": "sup"}
 # Rankers without CLaRa: the class in `systems`, imported where it is needed, and the package that loads its models.
@@ -154,10 +156,6 @@ def parse_system(text: str) -> SystemSpec:
     if kind == "llmlingua2":
         return SystemSpec(label, "bm25", reader="llmlingua2", shortener=name)
     return SystemSpec(label, kind, name or None, reader="text" if reads_text else "memory")
-
-
-class UsageError(ValueError):
-    """The evaluation cannot be carried out as it was asked for."""
 
 
 @dataclass(kw_only=True)

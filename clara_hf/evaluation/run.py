@@ -14,8 +14,6 @@ again to resume it. See `docs/evaluation.md`.
 """
 
 import argparse
-import fcntl
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +34,8 @@ from clara_hf.evaluation.plan import Options, UsageError, file_name
 from clara_hf.evaluation.reference import published_figures
 from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results
 from clara_hf.evaluation.systems.loading import files_hash
+from clara_hf.program.errors import print_what_can_be_printed
+from clara_hf.program.folders import release_lock, take_lock
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,6 @@ logger = logging.get_logger(__name__)
 UNRECORDED = ("output_dir", "cache_dir", "overwrite", "reference", "trec")
 # What may grow, or change, so that a finished run is added to.
 ADDED_TO = ("data", "systems", "limit", "seed", "sha256")
-HELD = ".held"
 
 
 @dataclass(kw_only=True)
@@ -188,7 +187,7 @@ def run(settings: EvalSettings) -> Results:
         if settings.reference is not None and _set_published(earlier, published) and state.is_main_process:
             earlier.save_tables(folder)
         return earlier
-    with _held(folder, settings.cache_dir):
+    with _locked(folder, settings.cache_dir and Path(settings.cache_dir)):
         results = evaluator.results(work)
         results.data["settings"] = record
         _set_published(results, published)
@@ -245,32 +244,20 @@ def _set_published(results: Results, published: dict[str, list[dict]]) -> bool:
 
 
 @contextmanager
-def _held(*folders: str | Path | None) -> Iterator[None]:
-    """Keeps other evaluations out of folders; the system takes the lock off when its holder ends, however it ends.
+def _locked(*folders: Path | None) -> Iterator[None]:
+    """Keeps other evaluations out of folders.
 
     Raises:
         UsageError: another process holds one of them.
     """
-    files = []
+    locks = {}
     try:
         for folder in filter(None, folders if PartialState().is_main_process else ()):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            file = open(Path(folder) / HELD, "a+", encoding="utf-8")
-            files.append(file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise UsageError(
-                    f"{folder}: process {file.read().strip()} is evaluating into it: wait for it, or stop it."
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            locks[folder] = take_lock(folder)
         yield
     finally:
-        for file in files:
-            file.close()
+        for folder, lock in locks.items():
+            release_lock(folder, lock)
 
 
 def read_config(arguments: list[str]) -> list[str]:
@@ -300,6 +287,7 @@ def read_config(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
+    print_what_can_be_printed()
     try:
         parser = HfArgumentParser(EvalSettings)
         # Read before the others are; here for --help.

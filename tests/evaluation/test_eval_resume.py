@@ -15,7 +15,7 @@ from conftest import TEXTS
 from processes import in_processes
 
 from clara_hf.evaluation.cache import Cache, CacheError, Orders
-from clara_hf.evaluation.run import _held, main
+from clara_hf.evaluation.run import main
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
 from modeling_clara import CLaRaForRetrievalGeneration
 
@@ -266,10 +266,16 @@ def test_an_order_is_kept_until_it_is_carried_out(tmp_path):
 
 def test_a_folder_that_is_evaluated_into_is_refused_and_its_process_is_named(tmp_path, arguments, capsys):
     out = tmp_path / "out"
-    with _held(out):
-        assert main([*arguments, "--systems", "bm25", "--output_dir", str(out)]) == 2
+    program = "import sys; from pathlib import Path; from clara_hf.program.folders import take_lock\n"
+    program += "take_lock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    command = [*arguments, "--systems", "bm25", "--output_dir", str(out)]
+    with subprocess.Popen([sys.executable, "-c", program, str(out)], **pipes) as other:
+        other.stdout.readline()
+        assert main(command) == 2
         error = capsys.readouterr().err
-        assert str(out) in error and f"process {os.getpid()} " in error and not (out / "results.json").exists()
+        assert str(out) in error and f"process {other.pid} " in error and not (out / "results.json").exists()
+        other.kill()
+        other.wait()
     # What a dead process leaves is no lock.
-    (out / ".held").write_text("4194304")
-    assert main([*arguments, "--systems", "bm25", "--output_dir", str(out)]) == 0
+    assert (out / ".lock").exists() and main(command) == 0 and not (out / ".lock").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -409,6 +410,47 @@ def test_the_script_runs_from_any_folder(tmp_path, data):
     head = done.stdout.splitlines()[0].split()
     assert head[:2] == ["system", "R@1"] and done.stdout.splitlines()[2].startswith("bm25")
     assert (tmp_path / "runs/eval/bm25-people/results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_print_gets_the_table_in_what_it_can(tmp_path, data, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, str(ROOT / "eval/run.py"), "--data", data, "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "bm25" in done.stdout.decode(encoding)
+    assert "–" in (tmp_path / "out/costs.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_models_are_named_as_on_the_hub_with_and_without_a_revision(tmp_path, checkpoint, data):
+    """What the Hub's own client keeps of a model, in place of the Hub."""
+    kept, commit = tmp_path / "hub" / "models--user--clara", "0123456789012345678901234567890123456789"
+    shutil.copytree(checkpoint, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    for name in ("main", "v1"):
+        (kept / "refs" / name).write_text(commit)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        str(ROOT / "eval/run.py"),
+        "--data",
+        data,
+        "--systems",
+        "clara,gold",
+        "--max_new_tokens",
+        "3",
+    ]
+    for model in ("user/clara@v1", checkpoint):
+        out = tmp_path / f"out{len(model)}"
+        done = subprocess.run(
+            [*command, "--model", model, "--output_dir", str(out)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    named, local = (tmp_path / f"out{len(model)}" for model in ("user/clara@v1", checkpoint))
+    assert read(named)["systems"] == read(local)["systems"]
+    assert commit in read(named)["settings"]["sha256"]["user/clara@v1"]
 
 
 def test_memories_of_a_store_give_the_same_answers_and_are_added_once(tmp_path, checkpoint, data, monkeypatch):

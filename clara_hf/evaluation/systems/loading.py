@@ -57,6 +57,14 @@ def is_object(model) -> bool:
     return not isinstance(model, (str, Path))
 
 
+def on_hub(name: str) -> tuple[str, dict[str, str]]:
+    """A model's name, and the revision behind its `@` as an argument of `from_pretrained`; a folder is as it is."""
+    if Path(name).exists() or "@" not in str(name):
+        return str(name), {}
+    name, revision = str(name).rsplit("@", 1)
+    return name, {"revision": revision}
+
+
 def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
     """What is to be known of a CLaRa checkpoint before its weights are loaded, and its processor.
 
@@ -70,7 +78,8 @@ def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
         if not any(Path(model).glob("*.safetensors")):
             raise OSError("it holds no weights (*.safetensors).")
         _check_weights(model)
-    return _facts(config), CLaRaProcessor.from_pretrained(model, config=config)
+    name, place = on_hub(model)
+    return _facts(config), CLaRaProcessor.from_pretrained(name, config=config, **place)
 
 
 def _facts(config: CLaRaConfig) -> dict:
@@ -85,11 +94,13 @@ def load_clara(folder: str) -> CLaRaForRetrievalGeneration:
         OSError, ValueError: the folder holds no checkpoint, an incomplete one, or another kind of model.
     """
     _clara_config(folder)
-    return CLaRaForRetrievalGeneration.from_pretrained(folder).to(PartialState().device).eval()
+    name, place = on_hub(folder)
+    return CLaRaForRetrievalGeneration.from_pretrained(name, **place).to(PartialState().device).eval()
 
 
 def _clara_config(folder: str) -> CLaRaConfig:
-    config = AutoConfig.from_pretrained(folder)
+    name, place = on_hub(folder)
+    config = AutoConfig.from_pretrained(name, **place)
     if not isinstance(config, CLaRaConfig):
         raise ValueError(f"it holds a {config.model_type} model, not a CLaRa checkpoint.")
     return config
@@ -115,12 +126,13 @@ def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = T
 
         if is_sentence_transformer_model(name):
             return  # its parts have configurations of their own
-    base = name
-    if kind == "llm-listwise" and find_adapter_config_file(name) is not None:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    AutoConfig.from_pretrained(base)
+    name, place = on_hub(name)
+    if kind == "llm-listwise" and find_adapter_config_file(name, **place) is not None:
+        AutoConfig.from_pretrained(PeftConfig.from_pretrained(name, **place).base_model_name_or_path)
+    else:
+        AutoConfig.from_pretrained(name, **place)
     if needs_tokenizer:
-        AutoTokenizer.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name, **place)
 
 
 def _check_weights(folder: str) -> None:
@@ -134,12 +146,14 @@ def _check_weights(folder: str) -> None:
 
 def load_causal_model(name: str) -> PreTrainedModel:
     """A causal language model, with its adapter if the folder holds one."""
-    return AutoModelForCausalLM.from_pretrained(name).to(PartialState().device).eval()
+    name, place = on_hub(name)
+    return AutoModelForCausalLM.from_pretrained(name, **place).to(PartialState().device).eval()
 
 
 def load_chat_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer."""
-    return load_causal_model(name), AutoTokenizer.from_pretrained(name)
+    place = on_hub(name)
+    return load_causal_model(name), AutoTokenizer.from_pretrained(place[0], **place[1])
 
 
 def load_text_model(folder: str | None, clara: str | None) -> tuple[PreTrainedModel, CLaRaProcessor]:
@@ -154,7 +168,10 @@ def load_text_model(folder: str | None, clara: str | None) -> tuple[PreTrainedMo
         model = load_clara(clara)
         return without_adapters(model.decoder), model.processor
     model = load_causal_model(folder)
-    return model, CLaRaProcessor.from_pretrained(clara) if clara is not None else plain_processor(folder, model)
+    if clara is None:
+        return model, plain_processor(folder, model)
+    name, place = on_hub(clara)
+    return model, CLaRaProcessor.from_pretrained(name, **place)
 
 
 def without_adapters(decoder: PreTrainedModel) -> PreTrainedModel:
@@ -167,7 +184,8 @@ def without_adapters(decoder: PreTrainedModel) -> PreTrainedModel:
 
 def plain_processor(folder: str, model: PreTrainedModel) -> CLaRaProcessor:
     """A processor with the default prompts over the tokenizer of a plain model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    name, place = on_hub(folder)
+    tokenizer = AutoTokenizer.from_pretrained(name, **place)
     config = CLaRaConfig(decoder_config=model.config)
     added = CLaRaProcessor.add_tokens(tokenizer, config.num_memory_tokens, config.distinct_memory_tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -210,7 +228,8 @@ def files_hash(root: Path, paths: list[Path]) -> str:
 
 def _commit(name: str) -> str | None:
     """The commit of a model on the Hub, as its configuration was fetched."""
-    path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    name, place = on_hub(name)
+    path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **place)
     return extract_commit_hash(path, None)
 
 
