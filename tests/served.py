@@ -11,7 +11,7 @@ import uvicorn
 from conftest import build_clara
 
 from clara_hf.serving.documents import read_text
-from clara_hf.serving.library import Library
+from clara_hf.serving.library import FileEntry, Library
 from clara_hf.serving.serve import ServeArguments, build
 
 
@@ -27,7 +27,7 @@ def fill(library: Library, notes: dict[str, str] = NOTES) -> None:
     for name, text in notes.items():
         rows, unusable = library.split(read_text(name, text))
         assert rows and not unusable
-        library.add(name, rows)
+        library.add([FileEntry(name, rows, len(text))])
 
 
 @contextmanager

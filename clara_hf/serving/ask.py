@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from clara_hf.serving.decoding import TextStream
 from clara_hf.serving.documents import Skipped, SourceFile, Unreadable, find_files, read_file
-from clara_hf.serving.library import Hit, Library
+from clara_hf.serving.library import CHUNK, FileEntry, Hit, Library
 from clara_hf.serving.serve import load_model
 from modeling_clara import CLaRaForRetrievalGeneration
 
@@ -80,6 +80,7 @@ def take_in(library: Library, files: list[SourceFile], show_progress: bool) -> l
     for name in known.keys() - {file.name for file in files}:
         library.remove(known[name].id)
     skipped: list[Skipped] = []
+    waiting: list[FileEntry] = []
     with tqdm(total=sum(file.bytes for file in files), unit="B", unit_scale=True, disable=not show_progress) as bar:
         for file in files:
             old = known.get(file.name)
@@ -88,19 +89,19 @@ def take_in(library: Library, files: list[SourceFile], show_progress: bool) -> l
                 try:
                     rows, unusable = library.split(read_file(file))
                     skipped += [Skipped(file.name, reason) for reason in unusable]
-                    done = 0
-                    for count in library.compress(rows):
-                        bar.update(file.bytes * (count - done) // len(rows))
-                        done = count
-                    about = {"bytes_": file.bytes, "changed": file.changed, "replaces": old and old.id}
-                    library.record(file.name, rows, **about)
+                    if not rows:
+                        raise Unreadable("no passage of it can be used")
+                    waiting.append(FileEntry(file.name, rows, file.bytes, file.changed, replaces=old and old.id))
                 except Unreadable as error:
                     skipped.append(Skipped(file.name, str(error)))
                     if old:
                         library.remove(old.id)
-                    bar.update(file.bytes)
-            else:
-                bar.update(file.bytes)
+            # Small files together: each step writes to the disk and waits for it.
+            if sum(len(entry.rows) for entry in waiting) >= CHUNK:
+                library.add(waiting)
+                waiting = []
+            bar.update(file.bytes)
+        library.add(waiting)
     return skipped
 
 

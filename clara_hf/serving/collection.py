@@ -15,7 +15,7 @@ from clara_hf.serving.answers import Service
 from clara_hf.serving.documents import read_bytes, read_text
 from clara_hf.serving.engine import Refused
 from clara_hf.serving.guards import while_there
-from clara_hf.serving.library import CHUNK, Hit, StoredFile
+from clara_hf.serving.library import CHUNK, FileEntry, Hit, StoredFile
 from clara_hf.serving.schemas import EmbeddingRequest, FileRequest, RerankRequest, SearchRequest, texts_of, usage
 
 
@@ -174,8 +174,8 @@ def add_files(app: FastAPI, service: Service) -> None:
             for start in range(0, len(rows), CHUNK):  # others get their turn in between
                 await engine.call(lambda start=start: list(library.compress(rows[start : start + CHUNK])))
             size = len(body.text.encode()) if body.text else sum(len(one.text.encode()) for one in documents)
-            about = {"bytes_": size, "attributes": body.attributes, "id_": body.file_id}
-            return await engine.call(lambda: library.record(name, rows, **about))
+            entry = FileEntry(name, rows, size, attributes=body.attributes or {}, id=body.file_id)
+            return (await engine.call(library.record, [entry]))[0]
 
         added = await while_there(request, take_in())
         engine.metrics.passages.set(await engine.call(library.__len__))

@@ -60,6 +60,19 @@ class PassageRow:
 
 
 @dataclass(frozen=True)
+class FileEntry:
+    """A file to take in; `replaces` is the id of the file whose place it takes, in the same transaction."""
+
+    name: str
+    rows: list[PassageRow]
+    bytes: int
+    changed: int | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    id: str | None = None
+    replaces: str | None = None
+
+
+@dataclass(frozen=True)
 class Hit:
     """A passage that was found: cosine of its memory with the question, and where it is from."""
 
@@ -86,7 +99,7 @@ class Library:
     ```python
     library = Library.open("notes.clara", model)
     rows, _ = library.split(read_text("a.txt", "Mara keeps bees. Oren reads."))
-    file = library.add("a.txt", rows)
+    library.add([FileEntry("a.txt", rows, bytes=28)])
     library.search(["Who keeps bees?"], top_k=1)[0][0].filename  # "a.txt"
     ```
     """
@@ -198,50 +211,47 @@ class Library:
             self.store.add([row.text for row in chunk], show_progress=False)
             yield start + len(chunk)
 
-    def record(
-        self,
-        name: str,
-        rows: Sequence[PassageRow],
-        bytes_: int | None = None,
-        changed: int | None = None,
-        attributes: dict[str, Any] | None = None,
-        id_: str | None = None,
-        replaces: str | None = None,
-    ) -> StoredFile:
-        """Takes a file in whose passages [`compress`] has stored, in place of the file `replaces`.
+    def record(self, entries: Sequence[FileEntry]) -> list[StoredFile]:
+        """Takes files in whose passages [`compress`] has stored: all of them, or none.
 
         Raises:
-            Unreadable: there is no passage.
-            ValueError: there is a file with this id.
+            Unreadable: a file has no passage.
+            ValueError: there is a file with such an id.
         """
-        if not rows:
-            raise Unreadable("no passage that can be used")
-        bytes_ = sum(len(row.text.encode()) for row in rows) if bytes_ is None else bytes_
-        file = StoredFile(
-            id_ or f"file-{uuid4().hex[:24]}", name, bytes_, int(time.time()), changed, attributes or {}, len(rows)
-        )
-        values = (file.id, name, bytes_, changed, file.created, json.dumps(file.attributes))
-        keys = self.store.keys([row.text for row in rows])
-        before = self._keys_of(replaces)
+        files, before = [], []
         with self._database as write:
-            self._delete(write, replaces)
-            if write.execute("SELECT 1 FROM files WHERE id = ?", (file.id,)).fetchone():
-                raise ValueError(f"file_id {file.id!r} is taken: remove that file first, or choose another id")
-            write.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
-            places = zip(keys, enumerate(rows, start=1), strict=True)
-            write.executemany(
-                "INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)",
-                ((key, file.id, number, row.place, row.start, row.end) for key, (number, row) in places),
-            )
+            for entry in entries:
+                if not entry.rows:
+                    raise Unreadable("no passage that can be used")
+                before += self._keys_of(entry.replaces)
+                self._delete(write, entry.replaces)
+                files.append(self._insert(write, entry))
         self._stale = True
         self._discard(before)
+        return files
+
+    def _insert(self, write: sqlite3.Connection, entry: FileEntry) -> StoredFile:
+        id_ = entry.id or f"file-{uuid4().hex[:24]}"
+        if write.execute("SELECT 1 FROM files WHERE id = ?", (id_,)).fetchone():
+            raise ValueError(f"file_id {id_!r} is taken: remove that file first, or choose another id")
+        file = StoredFile(
+            id_, entry.name, entry.bytes, int(time.time()), entry.changed, entry.attributes, len(entry.rows)
+        )
+        values = (id_, file.name, file.bytes, file.changed, file.created, json.dumps(file.attributes))
+        write.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", values)
+        keys = self.store.keys([row.text for row in entry.rows])
+        places = zip(keys, enumerate(entry.rows, start=1), strict=True)
+        write.executemany(
+            "INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)",
+            ((key, id_, number, row.place, row.start, row.end) for key, (number, row) in places),
+        )
         return file
 
-    def add(self, name: str, rows: Sequence[PassageRow], **about) -> StoredFile:
+    def add(self, entries: Sequence[FileEntry]) -> list[StoredFile]:
         """[`compress`] and [`record`] in one."""
-        for _ in self.compress(rows):
+        for _ in self.compress([row for entry in entries for row in entry.rows]):
             pass
-        return self.record(name, rows, **about)
+        return self.record(entries)
 
     def remove(self, id_: str) -> bool:
         """Takes a file out; its passages that no other file has are found no more. `False` if there is no such file."""
