@@ -1,5 +1,6 @@
 """A real server on loopback over a tiny model, in a thread of the test process; a pytest plugin with its fixtures."""
 
+import copy
 import socket
 import threading
 import time
@@ -61,6 +62,12 @@ def serve():
 @pytest.fixture(scope="session")
 def served_model(base):
     return build_clara(base)
+
+
+@pytest.fixture(scope="session")
+def other_model(served_model):
+    """The same model once more: one that serves belongs to its worker alone."""
+    return copy.deepcopy(served_model)
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,8 @@ def add_vectors(app: FastAPI, service: Service) -> None:
 
 
 async def _tokens(service: Service, texts: list[str]) -> int:
-    tokenizer = service.engine.model.processor.tokenizer
-    return await service.engine.call(lambda: sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])))
+    tokenize = service.engine.model.processor.tokenize
+    return await service.engine.call(lambda: sum(map(len, tokenize(texts))))
 
 
 def add_files(app: FastAPI, service: Service) -> None:

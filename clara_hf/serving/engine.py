@@ -305,11 +305,9 @@ class Engine:
         return self._lens.words(self.model.encode_questions([ask.question]), ask.words)[0]
 
     def _checked(self, ask: Ask, hits, memories, words) -> tuple[torch.Tensor, Found | Refused]:
-        processor = self.model.processor
         if not hits:
             return memories, Refused("the collection holds no documents yet: add some, or give 'documents'")
-        prompt = processor.answer_prompt(ask.question, len(hits))
-        tokens = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        tokens = self.model.processor.encode_prompts([ask.question], [len(hits)])["input_ids"].shape[1]
         room = self.model.decoder.config.max_position_embeddings - tokens
         if room < ask.decoding.max_tokens:
             return memories, Refused(

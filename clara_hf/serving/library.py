@@ -22,6 +22,8 @@ from clara_hf.synthesis.passages import PassageMaker
 DATABASE = "files.sqlite"
 # Passages compressed before others get their turn; each call of `MemoryStore.add` writes a version of its table.
 CHUNK = 256
+# Memories up to this size are kept in memory and scored there; beyond it, the store searches.
+RESIDENT_BYTES = 2**30
 TABLES = """
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (
@@ -109,7 +111,8 @@ class Library:
         self._database = database
         self._keys: list[str] = []
         self._places: dict[str, int] = {}
-        self._bank = torch.empty((0, model.config.num_memory_tokens, model.config.hidden_size))
+        self._bank: torch.Tensor | None = None
+        self._is_resident = True
         self._stale = True
 
     @classmethod
@@ -271,8 +274,12 @@ class Library:
         write.execute("DELETE FROM passages WHERE file = ?", (id_,))
         write.execute("DELETE FROM files WHERE id = ?", (id_,))
 
-    def _discard(self, keys: list[str]) -> None:
+    def _discard(self, keys: Sequence[str]) -> None:
         """Deletes those memories that no file needs any more."""
+        query = "SELECT 1 FROM passages WHERE key = ?"
+        unused = [key for key in dict.fromkeys(keys) if not self._database.execute(query, (key,)).fetchone()]
+        if unused:
+            self.store.delete(unused)
 
     # Search
 
@@ -287,31 +294,54 @@ class Library:
             return
         query = "SELECT key FROM passages JOIN files ON files.id = file GROUP BY key ORDER BY MIN(passages.rowid)"
         wanted = [row[0] for row in self._database.execute(query)]
-        known = self._places
-        new = [key for key in wanted if key not in known]
-        device, dtype = self.model.device, self.model.dtype
-        bank = torch.cat([self._bank.to(device, dtype), self.store.get(new).to(device, dtype)]) if new else self._bank
-        row = {key: number for number, key in enumerate([*self._keys, *new])}
-        if wanted != list(row):
-            bank = bank[torch.tensor([row[key] for key in wanted], dtype=torch.long, device=bank.device)]
-        self._keys, self._bank = wanted, bank
+        config, device, dtype = self.model.config, self.model.device, self.model.dtype
+        size = len(wanted) * config.num_memory_tokens * config.hidden_size * dtype.itemsize
+        self._is_resident = size <= RESIDENT_BYTES
+        known = self._places if self._bank is not None else {}
+        if self._is_resident:
+            bank = torch.empty((0, config.num_memory_tokens, config.hidden_size)) if self._bank is None else self._bank
+            kept = [known[key] for key in wanted if key in known]
+            new = [key for key in wanted if key not in known]
+            parts = [bank.to(device, dtype)[torch.tensor(kept, dtype=torch.long, device=device)]]
+            if new:
+                parts.append(self.store.get(new).to(device, dtype))
+            wanted = [*(key for key in wanted if key in known), *new]
+            self._bank = torch.cat(parts)
+        else:
+            self._bank = None
+        self._keys = wanted
         self._places = {key: number for number, key in enumerate(wanted)}
         self._stale = False
 
     def search(self, questions: Sequence[str], top_k: int) -> list[list[Hit]]:
-        """The best passages for each question, exactly scored, best first; none where the collection is empty."""
+        """The best passages for each question, best first; none where the collection is empty.
+
+        Scores are the exact ones of [`model.retrieve`]. A collection too large for the memory is searched by
+        [`MemoryStore.search`].
+        """
         self._refresh()
         if not self._keys:
             return [[] for _ in questions]
-        found = self.model.retrieve(list(questions), self._bank, top_k=min(top_k, len(self._keys)))
-        keys = [[self._keys[index] for index in row if index >= 0] for row in found.indices.tolist()]
-        distinct = list(dict.fromkeys(key for row in keys for key in row))
+        top_k = min(top_k, len(self._keys))
+        if self._is_resident:
+            found = self.model.retrieve(list(questions), self._bank, top_k=top_k)
+            keys = [[self._keys[index] for index in row if index >= 0] for row in found.indices.tolist()]
+        else:
+            strays = len(self.store) - len(self._keys)  # memories of files that a crash kept from being recorded
+            found = self.store.search(list(questions), top_k=top_k + strays)
+            keys = found.keys
+        distinct = list(dict.fromkeys(key for row in keys for key in row if key in self._places))
         texts = dict(zip(distinct, self.store.columns(distinct, ["text"])["text"], strict=True))
         places = {key: self._place(key) for key in distinct}
-        return [
-            [Hit(key, score, texts[key], *places[key]) for key, score in zip(row, scores, strict=False)]
+        hits = [
+            [
+                Hit(key, score, texts[key], *places[key])
+                for key, score in zip(row, scores, strict=False)
+                if key in places
+            ]
             for row, scores in zip(keys, found.scores.tolist(), strict=True)
         ]
+        return [row[:top_k] for row in hits]
 
     def _place(self, key: str) -> tuple:
         return self._database.execute(
@@ -320,15 +350,8 @@ class Library:
             (key,),
         ).fetchone()
 
-    def texts(self, keys: Sequence[str]) -> list[str]:
-        """Texts of passages.
-
-        Raises:
-            KeyError: one is not stored.
-        """
-        return self.store.columns(list(keys), ["text"])["text"]
-
     def memories(self, keys: Sequence[str]) -> torch.Tensor:
         """Memories of found passages, `[len(keys), l, H]`, in the model's dtype and on its device."""
-        self._refresh()
+        if not keys or not self._is_resident:
+            return self.store.get(list(keys)).to(self.model.device, self.model.dtype)
         return self._bank[torch.tensor([self._places[key] for key in keys], dtype=torch.long, device=self._bank.device)]

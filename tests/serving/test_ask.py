@@ -3,14 +3,16 @@ import json
 import os
 
 import pytest
+import torch
 
 
 pytest.importorskip("fastapi")
 pytest.importorskip("bs4")
 
 from clara_hf.memory_store import MemoryStore
+from clara_hf.serving import library as library_module
 from clara_hf.serving.__main__ import main
-from clara_hf.serving.library import Library
+from clara_hf.serving.library import FileEntry, Library, PassageRow
 
 
 pytest_plugins = ["served"]
@@ -120,3 +122,31 @@ def test_a_store_without_files_of_ours_is_one_file(tmp_path, served_model):
         assert {hit.filename for hit in library.search(["Who?"], 2)[0]} == {"plain"}
         library.close()
     assert (tmp_path / "plain" / "files.sqlite").exists()
+
+
+def test_a_collection_too_large_for_the_memory_is_searched_in_its_store(tmp_path, served_model, monkeypatch):
+    library = Library.open(tmp_path / "notes", served_model)
+    texts = [f"Note {number} is about hive {number * 7}." for number in range(30)]
+    library.add([FileEntry(f"{number}.txt", [PassageRow(text, "", 0, 9)], 9) for number, text in enumerate(texts)])
+    library.store.add(["A stray that no file has."], show_progress=False)
+    questions = ["Which note is about hive 7?", "Who?"]
+    inside = library.search(questions, 4)
+    monkeypatch.setattr(library_module, "RESIDENT_BYTES", 0)
+    other = Library.open(tmp_path / "notes", served_model, read_only=True)
+    outside = other.search(questions, 4)
+    for row, expected in zip(outside, inside, strict=True):
+        assert [hit.filename for hit in row] == [hit.filename for hit in expected]
+        assert [hit.score for hit in row] == pytest.approx([hit.score for hit in expected], abs=1e-5)
+    keys = [hit.key for hit in inside[0]]
+    assert torch.equal(other.memories(keys), library.memories(keys))
+
+
+def test_a_removed_file_leaves_no_memory_that_another_does_not_need(tmp_path, served_model):
+    library = Library.open(tmp_path / "notes", served_model)
+    rows = [[PassageRow(text, "", 0, 9) for text in some] for some in (["shared", "own"], ["shared", "other"])]
+    first, second = library.add([FileEntry(str(number), some, 9) for number, some in enumerate(rows)])
+    assert library.remove(first.id) and not library.remove(first.id)
+    assert set(library.store.columns(list(library.store), ["text"])["text"]) == {"shared", "other"}
+    assert {hit.text for hit in library.search(["Who?"], 9)[0]} == {"shared", "other"}
+    library.record([FileEntry("new", rows[1][:1], 9, replaces=second.id)])
+    assert [(file.name, file.passages) for file in library.files()] == [("new", 1)] and len(library) == 1

@@ -149,9 +149,9 @@ def test_other_hosts_and_origins_do_not_get_in(server):
     assert "access-control-allow-origin" not in made.headers
 
 
-def test_a_read_only_service_answers_and_refuses_to_write(serve, served_model, store_path):
+def test_a_read_only_service_answers_and_refuses_to_write(serve, served_model, other_model, store_path):
     before = {file: file.stat().st_mtime_ns for file in store_path.rglob("*")}
-    with serve(served_model, store_path, read_only=True) as one, serve(served_model, store_path, read_only=True) as two:
+    with serve(served_model, store_path, read_only=True) as one, serve(other_model, store_path, read_only=True) as two:
         answers = {
             httpx.post(url + CHAT, json=chat(), timeout=60).json()["choices"][0]["message"]["content"]
             for url in (one, two)

@@ -1,5 +1,4 @@
 import base64
-import copy
 import json
 import subprocess
 import threading
@@ -36,12 +35,6 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def other_model(served_model):
-    """A model of the test's own: the service's belongs to its worker."""
-    return copy.deepcopy(served_model)
-
-
-@pytest.fixture(scope="module")
 def expected(other_model, store_path):
     """What `model.generate` answers from the stored memories, without the service."""
     store = MemoryStore.open(store_path)
@@ -63,9 +56,8 @@ def test_chat_answers_what_generate_answers_and_cites_what_it_retrieved(client, 
         assert [one["score"] for one in documents] == pytest.approx(wanted.scores[0].tolist(), abs=1e-6)
         assert [one.filename for one in choice.message.annotations] == [one["filename"] for one in documents]
         assert {one.type for one in choice.message.annotations} == {"file_citation"}
-        prompt = other_model.processor.answer_prompt(question, len(documents))
-        tokenizer = other_model.processor.tokenizer
-        assert made.usage.prompt_tokens == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        prompt = other_model.processor.encode_prompts([question], [len(documents)])
+        assert made.usage.prompt_tokens == prompt["input_ids"].shape[1]
         ends = [made.usage.completion_tokens, choice.finish_reason]
         assert ends in ([64, "length"], [wanted.sequences.shape[1] - 1, "stop"])
         assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
