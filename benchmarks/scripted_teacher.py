@@ -8,7 +8,7 @@ import json
 import re
 from functools import cache
 
-from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.prompts import Prompts
 
 
@@ -51,7 +51,7 @@ def _parts() -> dict[str, str]:
 
 
 def part_of(messages: list[dict[str, str]]) -> str:
-    """Which of the prompts in `recipes/prompts/synthesis` the messages are made from."""
+    """Which of the prompts in `clara_hf/synthesis/templates` the messages are made from."""
     return _parts()[messages[0]["content"]]
 
 

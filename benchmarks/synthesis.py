@@ -70,7 +70,7 @@ def serve(port: multiprocessing.Queue) -> None:
 
     from aiohttp import web
 
-    from clara_hf.synthesis.client import ChatRequest
+    from clara_hf.synthesis.backends.client import ChatRequest
 
     teacher = FactTeacher(first=0.8)
 

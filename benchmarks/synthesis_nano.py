@@ -31,7 +31,7 @@ from clara_hf.data.schema import load_scp
 from clara_hf.evaluation.statistics import bootstrap_interval
 from clara_hf.program import run_program, stages, write_json
 from clara_hf.synthesis import session, synthesize
-from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.store import digest_of
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import IGNORE_INDEX

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-LIBRARIES = ("aiohttp", "json_repair", "pydantic", "sentencex", "py3langid", "datasets", "tqdm")
+LIBRARIES = ("aiohttp", "jinja2", "json_repair", "pydantic", "sentencex", "py3langid", "datasets", "tqdm")
 
 
 class UsageError(ValueError):

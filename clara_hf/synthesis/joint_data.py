@@ -1,7 +1,7 @@
 """Make joint-training data of synthesized pairs: each verified question with candidates from the same passages.
 
-    python recipes/joint_data.py --scp scp/ --out joint/
-    python recipes/joint_data.py --scp scp/ --out joint/ --mode normal --retriever BAAI/bge-small-en-v1.5
+    python recipes/joint_data.py --scp scp/ --output_dir joint/
+    python recipes/joint_data.py --scp scp/ --output_dir joint/ --mode normal --retriever BAAI/bge-small-en-v1.5
 
 `scp/` is what `recipes/synthesize.py` wrote: its passages are the corpus, a pair's own passage is the positive.
 Training and validation share no document; where validation has too few passages for a pool, its negatives are
@@ -26,10 +26,7 @@ from transformers import HfArgumentParser
 from clara_hf.data.candidates import MODES, build_candidates, check_pools
 from clara_hf.data.corpus import distinct_passages
 from clara_hf.data.schema import read_jsonl
-from clara_hf.synthesis.store import digest_of
-
-
-SPLITS = ("train", "validation")
+from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, split_of
 
 
 @dataclass
@@ -37,7 +34,9 @@ class JointDataArguments:
     """Where the pairs are, and how their candidates are chosen."""
 
     scp: str = field(metadata={"help": "Output folder of recipes/synthesize.py."})
-    out: str = field(metadata={"help": "Folder for joint_train.jsonl and joint_validation.jsonl."})
+    output_dir: str = field(
+        metadata={"help": "Folder for joint_train.jsonl and joint_validation.jsonl.", "aliases": ["--out"]}
+    )
     size: int = field(default=20, metadata={"help": "Candidates per question (the paper's N)."})
     mode: str = field(default="oracle", metadata={"help": "oracle (the positive, filled up) or normal (retrieved)."})
     retriever: str = field(default="bm25", metadata={"help": "bm25, or a sentence-transformers bi-encoder."})
@@ -46,7 +45,7 @@ class JointDataArguments:
     seed: int = field(default=0, metadata={"help": "Of the split, the candidates' order and what chance draws."})
 
     def __post_init__(self):
-        for name in ("scp.jsonl", "passages.jsonl"):
+        for name in (DATA, PASSAGES):
             if not Path(self.scp, name).is_file():
                 raise UsageError(f"--scp {self.scp} holds no {name}: finish recipes/synthesize.py first.")
         if self.size < 1 or self.mode not in MODES:
@@ -57,20 +56,16 @@ class JointDataArguments:
 
 def questions_of(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Each pair as a question row, with the text of its passage."""
-    for _, row in read_jsonl(folder / "scp.jsonl"):
+    paths = [folder / name for name in (DATA, VALIDATION)]
+    for row in (row for path in paths if path.is_file() for _, row in read_jsonl(path)):
         for question, answer in zip(row["question"], row["answers"] if row["data_type"] == "qa" else [], strict=True):
             yield {"question": question, "answers": [answer], "positives": [row["passage_id"]]}, row["docs"][0]
-
-
-def split_of(document: str, share: float, seed: int) -> str:
-    """A document's split, by a hash: the same whatever else there is."""
-    return SPLITS[int.from_bytes(digest_of(seed, document)[:4], "big") < share * 2**32]
 
 
 def main(arguments: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(JointDataArguments).parse_args_into_dataclasses(arguments)
     folder = Path(args.scp)
-    document_of = {row["id"]: row["document"] for _, row in read_jsonl(folder / "passages.jsonl")}
+    document_of = {row["id"]: row["document"] for _, row in read_jsonl(folder / PASSAGES)}
     corpus: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
     questions: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for number, (question, passage) in enumerate(questions_of(folder), start=1):
@@ -98,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     for split in splits:
         check_pools(questions[split], corpus[split], args.size, args.mode)
-    out = Path(args.out)
+    out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for split in splits:
         options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clara_hf.synthesis.checks import PassageChecks, QuestionAnswer
-from clara_hf.synthesis.prompts import numbered
-from clara_hf.synthesis.replies import (
+from clara_hf.synthesis.prompts import (
     MAX_FACT_CHARS,
     MAX_ITEMS,
     Answer,
@@ -23,6 +22,7 @@ from clara_hf.synthesis.replies import (
     ReplyError,
     Verdict,
     facts,
+    numbered,
 )
 from clara_hf.synthesis.teacher import Conversation, together
 from clara_hf.synthesis.text import clean_line, same_text
@@ -35,12 +35,10 @@ class RoundLimits:
     Attributes:
         max_rounds: supplementary rounds for facts that no pair covers (the paper's ten).
         paraphrase_attempts: paraphrases to ask for until one keeps every fact and adds none.
-        keep_uncovered: use the pairs of a passage that is not covered in the end; the paper leaves them out.
     """
 
     max_rounds: int = 10
     paraphrase_attempts: int = 3
-    keep_uncovered: bool = False
 
 
 @dataclass
@@ -60,7 +58,7 @@ async def synthesize_passage(
 
     Returns:
         `pairs` and `paraphrase` (`None` without one) that passed, `rejected` with reasons, the number of pairs that
-        were `verified` (also where they are left out in the end), `covered`, `missing` facts, `rounds` of supplements,
+        were `verified`, `covered`, `missing` facts, `rounds` of supplements,
         `attempts` at the paraphrase, `requests`.
     """
     questions, (paraphrase, attempts, faults) = await together(
@@ -70,16 +68,11 @@ async def synthesize_passage(
     pairs, rejected = questions.pairs, questions.rejected
     # Where nothing is asked for nothing is covered, whatever is said to be missing.
     covered = questions.missing == [] and bool(pairs)
-    verified = len(pairs)
-    if not covered and not limits.keep_uncovered:
-        reason = "coverage not known" if questions.missing is None else "passage not covered"
-        rejected = [*rejected, *(_aside("pair", reason, **asdict(pair)) for pair in pairs)]
-        pairs = []
     return {
         "pairs": [asdict(pair) for pair in pairs],
         "paraphrase": paraphrase,
         "rejected": [*rejected, *faults],
-        "verified": verified,
+        "verified": len(pairs),
         "covered": covered,
         "missing": questions.missing or [],
         "rounds": questions.rounds,

@@ -1,20 +1,240 @@
-"""One call of a program that asks a language model: claim the folder, fill the store, work through it, hand over."""
+"""The arguments of the programs that ask a language model, and the state of a run, open for one call."""
 
 import asyncio
+import difflib
+import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from clara_hf.synthesis.client import ChatClient, key_from_environment
+import xxhash
+import yaml
+from transformers import HfArgumentParser
+
+from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
+from clara_hf.synthesis.backends.secrets import masked
 from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.prompts import Prompts
-from clara_hf.synthesis.runner import Progress, Work, work_through
-from clara_hf.synthesis.settings import TeacherArguments, claim
 from clara_hf.synthesis.store import STORE_FILE, RunStore
-from clara_hf.synthesis.teacher import Teacher
+from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through
+
+
+BACKENDS = ("http", "transformers")
+# Arguments that may change between a call and the next one, which goes on with the run.
+FREE = (
+    "output_dir",
+    # What is written of the finished items.
+    "keep_uncovered",
+    "validation_share",
+    # What stands at these paths is told by a digest instead.
+    "corpus",
+    "dataset",
+    "exclude",
+    "prompts",
+    "questions",
+    "tokenizer",
+    "base_url",
+    "api_key_env",
+    "structured_outputs",
+    "concurrency",
+    "timeout",
+    "max_retries",
+    "tolerated_failures",
+    "batch_size",
+    "price_in",
+    "price_out",
+    "limit",
+    "replay",
+    "retry_failed",
+    "overwrite",
+    "push_to_hub",
+    "public",
+)
+
+
+@dataclass
+class TeacherArguments:
+    """The language model that writes the data, and how it is asked."""
+
+    output_dir: str = field(
+        metadata={"help": "Output folder. The same command resumes the run that it holds.", "aliases": ["--out"]}
+    )
+    model: str = field(metadata={"help": "Name of the model at the endpoint; with --backend transformers its path."})
+    backend: str = field(default="http", metadata={"help": "http (an OpenAI-compatible endpoint) or transformers."})
+    base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Of the endpoint, with /v1."})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
+    structured_outputs: str = field(
+        default="auto", metadata={"help": "json_schema, json_object, none, or auto: the best that the endpoint takes."}
+    )
+    concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
+    timeout: float = field(default=300.0, metadata={"help": "Seconds that one try of a request may take."})
+    max_retries: int = field(default=8, metadata={"help": "Further tries after 429, 5xx, time-outs, lost connections."})
+    tolerated_failures: int = field(
+        default=3, metadata={"help": "Items in a row whose requests may fail for good before the run stops."}
+    )
+    temperature: float = field(default=0.7, metadata={"help": "Of what is written; checks are made at 0."})
+    max_tokens: int = field(default=2048, metadata={"help": "Of a reply."})
+    extra_body: dict | str | None = field(
+        default=None, metadata={"help": "Further fields of each request, JSON; null leaves a field out."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Requests per batch with --backend transformers."})
+    seed: int = field(default=0, metadata={"help": "Every request's seed follows from it."})
+    prompts: str | None = field(default=None, metadata={"help": "Folder; its files replace the prompts of that name."})
+    replay: str | None = field(default=None, metadata={"help": "Output folder of a run whose replies are taken."})
+    price_in: float | None = field(default=None, metadata={"help": "Price of a million prompt tokens."})
+    price_out: float | None = field(default=None, metadata={"help": "Price of a million completion tokens."})
+    limit: int | None = field(default=None, metadata={"help": "Stop after so many; a later call may go further."})
+    retry_failed: bool = field(default=False, metadata={"help": "Try again what failed requests have set aside."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the output folder holds."})
+
+    def __post_init__(self):
+        self.extra_body = mapping("extra_body", self.extra_body)
+        for name, known in (
+            ("backend", BACKENDS),
+            ("structured_outputs", ("auto", "json_schema", "json_object", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"--{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
+        if self.extra_body and self.backend == "transformers":
+            raise UsageError("--extra_body is sent to an endpoint; --backend transformers has none.")
+        self.at_least(1, "concurrency", "batch_size", "max_tokens", "limit")
+        self.at_least(0, "max_retries", "tolerated_failures", "temperature", "price_in", "price_out")
+        if self.timeout <= 0:
+            raise UsageError(f"--timeout must be more than 0 seconds, but is {self.timeout}.")
+        if (self.price_in is None) != (self.price_out is None):
+            raise UsageError("--price_in and --price_out are given together or not at all.")
+
+    def at_least(self, low: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"--{name} must be at least {low}, but is {value}.")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        return None if self.price_in is None else (self.price_in, self.price_out)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests and files; of a folder its name only."""
+        is_folder = self.backend == "transformers" and Path(self.model).is_dir()
+        return Path(self.model).resolve().name if is_folder else self.model
+
+    def fixed(self) -> dict[str, Any]:
+        """The arguments that make the run what it is; no value is a path of this machine."""
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        values["model"] = self.model_name
+        if self.backend == "transformers":
+            values["model_files"] = path_identity(self.model)
+        return json.loads(json.dumps({**values, "extra_body": masked(self.extra_body)}))
+
+
+def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A mapping given as YAML, JSON or nothing."""
+    try:
+        value = yaml.safe_load(value) if isinstance(value, str) else value or {}
+    except yaml.YAMLError as error:
+        # Without the value, here and below: it may hold a key.
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UsageError(f"--{name} is no valid JSON: {problem}.") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"--{name} must be a JSON object, but is of type {type(value).__name__}.")
+    return value
+
+
+def parse_arguments(arguments_type: type, arguments: list[str]):
+    """Arguments from `--config FILE.yaml`, if given, and the command line, which goes before; unknown names are errors.
+
+    Raises:
+        UsageError: the YAML file cannot be read, or an argument has no possible value.
+    """
+    # `--config=FILE` is the same as `--config FILE`.
+    parts = (part.split("=", 1) if part.startswith("--config=") else [part] for part in arguments)
+    arguments = [word for part in parts for word in part]
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        path = Path(*arguments[place + 1 : place + 2])
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise UsageError(f"--config {path} is no valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {path} must be a mapping of arguments to values.")
+        known = {known.name.replace("-", "_") for known in fields(arguments_type)} | {"out"}
+        if wrong := sorted(str(name) for name in values if str(name).replace("-", "_") not in known):
+            hint = difflib.get_close_matches(wrong[0], known, 1)
+            meant = f": did you mean {hint[0]}?" if hint else "."
+            raise UsageError(f"--config {path} has the unknown key {wrong[0]!r}{meant}")
+        from_file = [part for name, value in values.items() if value is not None for part in as_arguments(name, value)]
+        arguments = [*from_file, *arguments[:place], *arguments[place + 2 :]]
+    parser = HfArgumentParser(arguments_type, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        # Names only: the value may be a key.
+        names = [part.partition("=")[0] for part in unknown if part.startswith("--")] or ["a value without a name"]
+        hint = "; the API key is read from the environment, see --api_key_env" if "key" in "".join(names) else ""
+        raise UsageError(f"unknown on the command line: {', '.join(names)}{hint}.")
+    return parsed
+
+
+def as_arguments(name: str, value: Any) -> list[str]:
+    """A YAML value as a command line has it."""
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+    return [f"--{name}", *map(str, values)]
+
+
+def claim(store: RunStore, settings: dict[str, Any]) -> None:
+    """Record the settings of the run in its store, or see that they are the recorded ones.
+
+    Raises:
+        UsageError: the store holds a run with other settings.
+    """
+    before = store.meta("settings")
+    if before is None:
+        store.set_meta(settings=settings)
+        store.commit()
+        return
+    changed = sorted(name for name in {*before, *settings} - {*FREE} if before.get(name) != settings.get(name))
+    if changed:
+        name = changed[0]
+        values = [shown_value(state.get(name)) for state in (before, settings)]
+        raise UsageError(
+            f"--output_dir holds a run with other settings ({name}: {values[0]} there, {values[1]} now): pass "
+            "--overwrite true to replace it, or another folder."
+        )
+
+
+def shown_value(value: Any) -> str:
+    """A setting in a message, at most a line of it."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:160]} …"
+
+
+def files_identity(files: Iterable[tuple[Path, str]]) -> dict[str, Any]:
+    """What files are, wherever they lie: their number, bytes in sum, and one digest over names and contents."""
+    digest, count, size = xxhash.xxh3_128(), 0, 0
+    for path, name in files:
+        count, before = count + 1, size
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                size += len(block)
+                digest.update(block)
+        digest.update(f"\0{size - before}\0".encode())
+    return {"files": count, "bytes": size, "digest": digest.hexdigest()}
+
+
+def path_identity(name: str | None) -> dict[str, Any] | str | None:
+    """What a file or folder is; a name that is no path, one of the Hub, stands for itself."""
+    path = Path(name) if name else None
+    if path is None or not path.exists():
+        return name
+    found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return files_identity((file, file.relative_to(path).as_posix() if path.is_dir() else "") for file in found)
 
 
 # Writes a run's files from store, folder, settings and limit; `partial` where the run is not at its end.
@@ -26,7 +246,7 @@ def make_backend(args: TeacherArguments):
     if args.replay:
         return nullcontext(None)
     if args.backend == "transformers":
-        from clara_hf.synthesis.local_model import LocalModel
+        from clara_hf.synthesis.backends.local_model import LocalModel
 
         return LocalModel(args.model, args.max_tokens, args.batch_size)
     return ChatClient(
@@ -56,7 +276,7 @@ class Session:
 
     def __init__(self, args: TeacherArguments, inputs: dict[str, Any], outputs: tuple[str, ...]):
         self.args, self.outputs = args, outputs
-        self.folder = Path(args.out)
+        self.folder = Path(args.output_dir)
         self.prompts = Prompts(args.prompts)
         self.settings = {**args.fixed(), **inputs, "prompts": self.prompts.version}
         self._open = ExitStack()
@@ -65,14 +285,14 @@ class Session:
     def __enter__(self) -> "Session":
         args, folder = self.args, self.folder
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--out {folder} is a file: name a folder.")
+            raise UsageError(f"--output_dir {folder} is a file: name a folder.")
         holds_run = (folder / STORE_FILE).is_file()
         if not holds_run and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--out {folder} is not empty and holds no run: choose another folder.")
+            raise UsageError(f"--output_dir {folder} is not empty and holds no run: choose another folder.")
         if args.replay and not Path(args.replay, STORE_FILE).is_file():
             raise UsageError(f"--replay: {args.replay} holds no {STORE_FILE}.")
         if args.replay and Path(args.replay).resolve() == folder.resolve():
-            raise UsageError("--replay and --out must be two folders.")
+            raise UsageError("--replay and --output_dir must be two folders.")
         folder.mkdir(parents=True, exist_ok=True)
         with self._open as opening:
             self.store = opening.enter_context(RunStore(folder))

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from scripted_endpoint import Endpoint
 
 from benchmarks.scripted_teacher import fact_document
-from clara_hf.synthesis import publish
+from clara_hf.synthesis import outputs
 from clara_hf.synthesis.errors import UsageError
 
 
@@ -81,7 +81,7 @@ def push(tmp_path: Path, hub: Hub) -> subprocess.CompletedProcess:
     hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     with Endpoint() as endpoint:
         arguments = ["--corpus", str(tmp_path / "docs.jsonl"), "--out", str(tmp_path / "scp"), "--model", "scripted"]
-        arguments += ["--base-url", endpoint.url, "--push_to_hub", "someone/scp-data"]
+        arguments += ["--base-url", endpoint.url, "--push_to_hub", "someone/scp-data", "--validation_share", "0"]
         return subprocess.run(
             [sys.executable, "recipes/synthesize.py", *arguments],
             cwd=ROOT,
@@ -130,13 +130,13 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", unreachable)
     with pytest.raises(UsageError, match="not uploaded .Connection refused"):
-        publish.push(tmp_path, "someone/scp-data", (), {})
+        outputs.push(tmp_path, "someone/scp-data", (), {})
 
 
 def test_an_upload_without_a_token_is_refused_before_the_work(monkeypatch):
-    monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(outputs, "get_token", lambda: None)
     with pytest.raises(UsageError, match="HF_TOKEN"):
-        publish.check_name("someone/scp-data")
+        outputs.check_name("someone/scp-data")
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import REPAIR, FactTeacher, fact_document, part_of, passage_of
-from clara_hf.synthesis import client as client_module
-from clara_hf.synthesis import scp_data, synthesize
+from clara_hf.synthesis import synthesize
+from clara_hf.synthesis.backends import client as client_module
 from clara_hf.synthesis.errors import UsageError
-from clara_hf.synthesis.output import OUTPUTS
+from clara_hf.synthesis.outputs import OUTPUTS
 from clara_hf.synthesis.store import STORE_FILE, RunStore
 
 
@@ -79,8 +79,8 @@ def test_a_stopped_run_goes_on_and_asks_for_nothing_of_a_finished_passage(corpus
 def test_documents_are_read_once_also_where_cutting_them_was_stopped(corpus, tmp_path, monkeypatch):
     lines = Path(corpus).read_text(encoding="utf-8") + "{broken\n"
     Path(corpus).write_text(lines + lines, encoding="utf-8")
-    monkeypatch.setattr("clara_hf.synthesis.scp_data.DOCUMENT_BATCH", 4)
-    read, stop = scp_data.read_files, [6, 9, 13]
+    monkeypatch.setattr("clara_hf.synthesis.synthesize.DOCUMENT_BATCH", 4)
+    read, stop = synthesize.read_files, [6, 9, 13]
 
     def stopping(*arguments):
         for number, document in enumerate(read(*arguments), start=1):
@@ -91,7 +91,7 @@ def test_documents_are_read_once_also_where_cutting_them_was_stopped(corpus, tmp
 
     with Endpoint() as endpoint:
         run(corpus, tmp_path / "whole", endpoint.url)
-        monkeypatch.setattr(scp_data, "read_files", stopping)
+        monkeypatch.setattr(synthesize, "read_files", stopping)
         for _ in range(3):
             with pytest.raises(Stop):
                 run(corpus, tmp_path / "parts", endpoint.url)

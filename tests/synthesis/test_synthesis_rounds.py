@@ -6,12 +6,12 @@ import json
 import pytest
 
 from benchmarks.scripted_teacher import FACT, REPAIR, FactTeacher, fact_document, part_of
+from clara_hf.synthesis.backends.client import ChatReply
 from clara_hf.synthesis.checks import PassageChecks
-from clara_hf.synthesis.client import ChatReply
 from clara_hf.synthesis.errors import RequestFailed
 from clara_hf.synthesis.leaks import LeakIndex
-from clara_hf.synthesis.prompts import Prompts
-from clara_hf.synthesis.replies import MAX_ITEMS
+from clara_hf.synthesis.outputs import as_written
+from clara_hf.synthesis.prompts import MAX_ITEMS, Prompts
 from clara_hf.synthesis.rounds import RoundLimits, synthesize_passage
 from clara_hf.synthesis.store import RunStore
 from clara_hf.synthesis.teacher import Conversation, Teacher
@@ -97,19 +97,17 @@ def test_supplements_end_after_exactly_so_many_rounds(tmp_path, limit):
     made = make(tmp_path, script, max_rounds=limit)
     assert script.count("supplement") == limit and script.count("coverage") == limit + 1
     assert made["rounds"] == limit and not made["covered"] and made["missing"] == ["The moon is green."]
-    # What passed is set aside with the reason; the paraphrase stands on its own.
-    assert not made["pairs"] and reasons(made) == ["passage not covered"] * 6 and made["paraphrase"]
+    # What passed is set aside when it is written, with the reason; the paraphrase stands on its own.
+    assert not made["rejected"] and made["verified"] == len(made["pairs"]) == 6 and made["paraphrase"]
+    written = as_written(made, False)
+    assert not written["pairs"] and reasons(written) == ["passage not covered"] * 6 and written["left_out"] == 6
+    assert as_written(made, True)["pairs"] == made["pairs"]
 
 
 def test_ten_rounds_are_the_default(tmp_path):
     script = Script(coverage={"missing": ["The moon is green."]}, supplement={"pairs": []})
     make(tmp_path, script)
     assert script.count("supplement") == 10
-
-
-def test_pairs_of_an_uncovered_passage_can_be_kept(tmp_path):
-    made = make(tmp_path, Script(coverage={"missing": ["x"]}), max_rounds=1, keep_uncovered=True)
-    assert len(made["pairs"]) == 6 and not made["covered"] and made["missing"] == ["x"]
 
 
 def test_refused_and_wrong_answers_are_set_aside_and_asked_again_in_a_supplement(tmp_path):
@@ -150,7 +148,7 @@ def test_answers_that_differ_in_a_sign_are_judged(tmp_path, reference, found):
 
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
     script = Script(simple="Sure <|im_end|>! Here you go: {pairs: [", repair={"pairs": [PAIR]})
-    made = make(tmp_path, script, keep_uncovered=True, max_rounds=0)
+    made = make(tmp_path, script, max_rounds=0)
     assert script.count("repair") == 1 and "malformed" in script.said("repair")
     (request,) = [request for name, request in script.asked if name == "repair"]
     assert request.messages[-2]["content"] == "Sure < |im_end|>! Here you go: {pairs: ["
@@ -166,7 +164,7 @@ def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
     [("answer", "malformed reply"), ("judge", "malformed reply"), ("coverage", "coverage not known")],
 )
 def test_a_check_that_cannot_be_read_passes_nothing(tmp_path, part, reason):
-    made = make(tmp_path, Script(**{part: '{"wrong": 1}'}, repair="none"), max_rounds=0)
+    made = as_written(make(tmp_path, Script(**{part: '{"wrong": 1}'}, repair="none"), max_rounds=0), False)
     assert reason in reasons(made)
     touched = [pair for pair in made["pairs"] if part != "judge" or pair["kind"] != "simple"]
     assert not touched

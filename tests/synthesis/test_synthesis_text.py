@@ -10,18 +10,21 @@ from datasets import Dataset
 from clara_hf.synthesis.checks import PassageChecks, QuestionAnswer
 from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
-from clara_hf.synthesis.prompts import DEFAULT_FOLDER, NAMES, Prompts, parse_turns
-from clara_hf.synthesis.replies import (
+from clara_hf.synthesis.prompts import (
+    DEFAULT_FOLDER,
+    NAMES,
     Answer,
     ComplexPairs,
     Coverage,
     Pairs,
     Paraphrase,
+    Prompts,
     ReplyError,
     Verdict,
     facts,
     json_schema,
     parse_reply,
+    parse_turns,
     shape,
 )
 from clara_hf.synthesis.text import clean_line, clean_text, prompt_text, same_text, script, words

@@ -14,10 +14,10 @@ from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.data.schema import load_scp
-from clara_hf.synthesis import client as client_module
 from clara_hf.synthesis import joint_data, synthesize
+from clara_hf.synthesis.backends import client as client_module
 from clara_hf.synthesis.errors import UsageError, check_installed
-from clara_hf.synthesis.output import OUTPUTS
+from clara_hf.synthesis.outputs import OUTPUTS, VALIDATION
 from clara_hf.synthesis.store import STORE_FILE, RunStore
 from recipes import scp
 
@@ -61,9 +61,57 @@ def test_the_files_of_a_run(corpus, tmp_path, capsys):
     )
     shown = capsys.readouterr()
     assert "24 pairs and 6 paraphrases of 6 passages" in shown.out and "cost=" in shown.err and "pairs=24" in shown.err
-    assert sorted(os.listdir(out)) == sorted([*OUTPUTS, STORE_FILE])
+    assert sorted(os.listdir(out)) == sorted({*OUTPUTS, STORE_FILE} - {VALIDATION})
     # No path of this machine is in what can be published.
     assert not any(str(tmp_path).encode() in content for content in files(out).values())
+
+
+def test_validation_is_a_share_of_the_documents_and_chosen_when_it_is_written(tmp_path):
+    corpus, out = write_corpus(tmp_path / "docs.jsonl", 40), tmp_path / "scp"
+    splits = {}
+    with Endpoint() as endpoint:
+        for share in ("0.3", "0.1", "0"):
+            stats = run(corpus, out, endpoint.url, "--validation_share", share)
+            splits[share] = {row["document"] for row in rows(out / "passages.jsonl") if row["split"] == "validation"}
+            for name, file in (("train", "scp.jsonl"), ("validation", "scp_validation.jsonl")):
+                written = rows(out / file) if (out / file).is_file() else []
+                told = {row["id"] for row in rows(out / "passages.jsonl") if row["split"] == name}
+                assert {row["passage_id"] for row in written} == told and len(written) == stats[f"{name}_rows"]
+            assert stats["settings"]["validation_share"] == float(share)
+            if share == "0.3":
+                asked = len(endpoint.requests)
+                loaded = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+                assert {name: len(part) for name, part in loaded.items()} == {
+                    name: stats[f"{name}_rows"] for name in ("train", "validation")
+                }
+                joint_data.main(
+                    ["--scp", str(out), "--output_dir", str(tmp_path / "joint"), "--validation_share", "0.3"]
+                )
+        assert len(endpoint.requests) == asked
+    # A larger share takes the documents of a smaller one, and those of joint data with the same share.
+    assert 4 <= len(splits["0.3"]) <= 20 and splits["0.1"] < splits["0.3"] and not splits["0"]
+    assert not (out / "scp_validation.jsonl").exists()
+    told = {row["id"].rpartition("#")[0] for row in rows(tmp_path / "joint" / "joint_validation.jsonl")}
+    assert told == splits["0.3"]
+
+
+def test_pairs_of_uncovered_passages_are_told_and_written_without_a_further_request(corpus, tmp_path, capsys):
+    def script(messages, body, before):
+        green = passage_of(messages) == fact_document(2, 4) and part_of(messages) == "coverage"
+        return Say('{"missing": ["The moon is green."]}') if green else None
+
+    out = tmp_path / "scp"
+    with Endpoint(script) as endpoint:
+        stats = run(corpus, out, endpoint.url, "--max_rounds", "0")
+        asked, said = len(endpoint.requests), capsys.readouterr().out
+        assert (stats["pairs"], stats["pairs_left_out"], stats["passages_left_out"]) == (25, 5, 1)
+        assert stats["reject_reasons"]["pair: passage not covered"] == 5
+        assert "5 verified pairs" in said and "--keep_uncovered true" in said
+        kept = run(corpus, out, endpoint.url, "--max_rounds", "0", "--keep_uncovered", "true")
+        assert (kept["pairs"], kept["pairs_left_out"], kept["coverage"]) == (30, 0, stats["coverage"])
+        assert len(endpoint.requests) == asked and "--keep_uncovered" not in capsys.readouterr().out
+        run(corpus, out, endpoint.url, "--max_rounds", "0")
+    assert json.loads(files(out)["stats.json"]) == stats
 
 
 @pytest.mark.slow
@@ -152,7 +200,7 @@ def test_hostile_documents_and_replies_come_out_as_harmless_data(tmp_path, capsy
         stats = run(str(corpus), out, endpoint.url, "--answer_overlap", "0")
     assert stats["passages"] >= 7 and stats["dropped_before_asking"] > 0
     # Nothing is written outside of the folder, or inside it under another name.
-    assert sorted(path.name for path in out.iterdir()) == sorted([*OUTPUTS, STORE_FILE])
+    assert sorted(path.name for path in out.iterdir()) == sorted({*OUTPUTS, STORE_FILE} - {VALIDATION})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "docs.jsonl"]
     data = load_scp(out / "scp.jsonl") if stats["pairs"] + stats["paraphrases"] else []
     assert data

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from clara_hf.synthesis.client import ChatReply, ChatRequest
+from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.errors import RequestFailed, UsageError
 from clara_hf.synthesis.text import clean_text
 from modeling_clara.control_tokens_clara import ControlTokens

@@ -1,0 +1,1 @@
+"""What completes chats: an endpoint, or a model in this process."""
