@@ -45,6 +45,8 @@ class InstructDataArguments(TeacherArguments):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "top_k")
+        if self.backend == "cloze":
+            raise UsageError("--backend cloze answers no questions: choose http or transformers.")
         if not Path(self.questions).is_file():
             raise UsageError(f"--questions: there is no file {self.questions!r}.")
 

@@ -23,7 +23,7 @@ from clara_hf.synthesis.store import STORE_FILE, RunStore
 from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through
 
 
-BACKENDS = ("http", "transformers")
+BACKENDS = ("http", "transformers", "cloze")
 # Arguments that may change between a call and the next one, which goes on with the run.
 FREE = (
     "output_dir",
@@ -63,8 +63,16 @@ class TeacherArguments:
     output_dir: str = field(
         metadata={"help": "Output folder. The same command resumes the run that it holds.", "aliases": ["--out"]}
     )
-    model: str = field(metadata={"help": "Name of the model at the endpoint; with --backend transformers its path."})
-    backend: str = field(default="http", metadata={"help": "http (an OpenAI-compatible endpoint) or transformers."})
+    model: str | None = field(
+        default=None, metadata={"help": "Name of the model at the endpoint; with --backend transformers its path."}
+    )
+    backend: str = field(
+        default="http",
+        metadata={"help": "http (an OpenAI-compatible endpoint), transformers, or cloze (rules, without a model)."},
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "With --backend transformers: GGUF file of the model, dequantized on load."}
+    )
     base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Of the endpoint, with /v1."})
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
     structured_outputs: str = field(
@@ -99,8 +107,13 @@ class TeacherArguments:
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"--{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
-        if self.extra_body and self.backend == "transformers":
-            raise UsageError("--extra_body is sent to an endpoint; --backend transformers has none.")
+        if self.extra_body and self.backend != "http":
+            raise UsageError(f"--extra_body is sent to an endpoint; --backend {self.backend} has none.")
+        if self.gguf_file and self.backend != "transformers":
+            raise UsageError(f"--gguf_file is for --backend transformers, but it is {self.backend}.")
+        if (self.model is None) != (self.backend == "cloze"):
+            wrong = "--model must name a model" if self.model is None else "leave --model out: rules ask no model"
+            raise UsageError(f"--backend {self.backend}: {wrong}.")
         self.at_least(1, "concurrency", "batch_size", "max_tokens", "limit")
         self.at_least(0, "max_retries", "tolerated_failures", "temperature", "price_in", "price_out")
         if self.timeout <= 0:
@@ -121,6 +134,8 @@ class TeacherArguments:
     @property
     def model_name(self) -> str:
         """The model's name in requests and files; of a folder its name only."""
+        if self.backend == "cloze":
+            return "cloze"
         is_folder = self.backend == "transformers" and Path(self.model).is_dir()
         return Path(self.model).resolve().name if is_folder else self.model
 
@@ -243,12 +258,12 @@ WriteOutputs = Callable[..., dict[str, Any]]
 
 def make_backend(args: TeacherArguments):
     """An async context manager that gives what completes chats; nothing is asked for where replies are replayed."""
-    if args.replay:
+    if args.replay or args.backend == "cloze":
         return nullcontext(None)
     if args.backend == "transformers":
         from clara_hf.synthesis.backends.local_model import LocalModel
 
-        return LocalModel(args.model, args.max_tokens, args.batch_size)
+        return LocalModel(args.model, args.max_tokens, args.batch_size, args.gguf_file)
     return ChatClient(
         args.base_url,
         args.model,

@@ -1,6 +1,7 @@
 """Make SCP data from one's own documents with any language model: verified questions and paraphrases.
 
     python recipes/synthesize.py --corpus docs.jsonl --output_dir scp/ --model qwen3-32b --base-url http://host:8000/v1
+    python recipes/synthesize.py --corpus docs/ --output_dir scp/ --backend cloze
     python recipes/synthesize.py --corpus docs/ --output_dir scp/ --model PATH --backend transformers
 
 Stop it whenever you like: the same command goes on. docs/synthesis.md tells what it does.
@@ -21,6 +22,7 @@ check_installed()
 
 from tqdm import tqdm
 
+from clara_hf.synthesis.backends.cloze import cloze_passage
 from clara_hf.synthesis.checks import PassageChecks
 from clara_hf.synthesis.documents import Columns, Document, corpus_files, read_dataset, read_files
 from clara_hf.synthesis.leaks import LeakIndex
@@ -160,10 +162,14 @@ def store_passages(store: RunStore, maker: PassageMaker, document: Document) -> 
 def passage_work(args: SynthesisArguments, leaks: LeakIndex) -> Work:
     """What is done with one passage."""
     limits = RoundLimits(args.max_rounds, args.paraphrase_attempts)
+    rules = args.backend == "cloze"
 
     async def work(item: dict[str, Any], conversation) -> tuple[dict[str, Any], int, int]:
         checks = PassageChecks(item["text"], conversation.teacher.prompts, leaks, args.answer_overlap)
-        made = await synthesize_passage(item["text"], conversation, checks, limits)
+        if rules:
+            made = cloze_passage(item, checks, args.language, args.seed)
+        else:
+            made = await synthesize_passage(item["text"], conversation, checks, limits)
         shown = as_written(made, args.keep_uncovered)
         return made, len(shown["pairs"]), len(shown["rejected"])
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clara_hf.evaluation.systems.listwise import ListwiseRanker
-from clara_hf.synthesis.client import ChatRequest
-from clara_hf.synthesis.local_model import LocalModel
+from clara_hf.synthesis.backends.client import ChatRequest
+from clara_hf.synthesis.backends.local_model import LocalModel
 from modeling_clara.control_tokens_clara import ControlTokens
 
 

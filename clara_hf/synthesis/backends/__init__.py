@@ -1,1 +1,1 @@
-"""What completes chats: an endpoint, or a model in this process."""
+"""What completes chats: an endpoint, or a model in this process; or what needs no model."""
