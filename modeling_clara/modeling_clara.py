@@ -346,6 +346,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         Args:
             questions (`list[str]`, B of them).
             memories: `[N, l, H]` shared by all questions, or a list of B tensors `[N_b, l, H]`.
+                Or a store: an object with `search(queries, top_k)`, which gives `scores` `[B, k]` and `keys`, and with
+                `get(keys)`, such as `clara_hf.memory_store.MemoryStore`; what its search gives is returned.
             top_k (`int`, *optional*): how many to return; the configuration's by default, at most N.
 
         Raises:
@@ -354,6 +356,8 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         """
         self.processor.check_user_texts(questions, "questions")
         with torch.no_grad():
+            if not isinstance(memories, (torch.Tensor, list, tuple)):
+                return memories.search(self.encode_questions(questions), top_k or self.config.top_k)
             return self._rank(questions, *self._bank(memories, len(questions)), top_k)
 
     def generate(
@@ -363,6 +367,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
         memories: torch.Tensor | list[torch.Tensor] | None = None,
         top_k: int | None = None,
         rerank: bool = True,
+        store=None,
         **generate_kwargs,
     ) -> CLaRaGenerationOutput:
         """Answer questions from the best of their candidate documents; one call of the decoder's `generate` for all.
@@ -375,6 +380,7 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
                 The `top_k` of sampling is given in a [`~transformers.GenerationConfig`].
             rerank (`bool`): `False` puts the given documents into the prompt in their order; with memories `[0, l, H]`
                 the prompt has none.
+            store: in place of documents and memories, see `retrieve`: the best `top_k` of all that it holds.
             generate_kwargs: any option of transformers' `generate`, a streamer and `generation_config` included. By
                 default decoding is greedy with at most 64 new tokens, and the base's own generation defaults are not
                 used. `max_length` counts the prompt too: `max_new_tokens` does not.
@@ -383,8 +389,13 @@ class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaPreTrainedModel):
             TypeError, ValueError: see `compress` and `retrieve`; neither or both of documents and memories; a
                 `max_length` that the prompt fills.
         """
-        if (documents is None) == (memories is None):
-            raise ValueError("give either documents or memories, not both and not neither.")
+        if sum(given is not None for given in (documents, memories, store)) != 1:
+            raise ValueError("give one of documents, memories and store.")
+        if store is not None:
+            hits = self.retrieve(questions, store, top_k)
+            found = self.generate(questions, memories=store.get(hits.keys), rerank=False, **generate_kwargs)
+            found.scores = hits.scores
+            return found
         self.processor.check_user_texts(questions, "questions")
         if documents is not None:
             self.processor.check_candidates(questions, documents)

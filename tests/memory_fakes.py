@@ -57,6 +57,21 @@ class FakeModel:
         return [document for batch in self.batches for document in batch]
 
 
+class SpectrumModel(FakeModel):
+    """Its memories lie near a few directions, as a real model's do."""
+
+    def __init__(self):
+        super().__init__(num_memory_tokens=2, hidden_size=16)
+        generator = torch.Generator().manual_seed(7)
+        self.device = torch.device("cpu")
+        self.mixing = torch.randn(12, 32, generator=generator) * torch.logspace(0.5, -0.5, 12).unsqueeze(1)
+        self.offset = torch.randn(32, generator=generator)
+
+    def memory(self, document):
+        hidden = super().memory(document).flatten()[:12] / 10
+        return (hidden @ self.mixing + self.offset).unflatten(0, (2, 16))
+
+
 class FailingModel(FakeModel):
     """Fails at the compression of one document."""
 

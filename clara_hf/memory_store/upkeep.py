@@ -109,7 +109,7 @@ def _sample(store, most: int, rng: np.random.Generator) -> torch.Tensor:
 
 
 def _sketches(sketch: Sketch, form: Form, stored: np.ndarray) -> np.ndarray:
-    return sketch.of_memories(form.decode(torch.from_numpy(stored))).numpy()
+    return sketch.of_memories(form.decode(torch.from_numpy(stored.copy()))).numpy()
 
 
 def _share(found: list[list[str]], truth: list[list[str]]) -> float:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import TEXTS
 from memory_fakes import DOCUMENTS, expected, replace_bytes
 
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
@@ -161,3 +162,19 @@ def test_a_store_that_cannot_be_written_to_is_read_and_added_to_as_long_as_nothi
     finally:
         shutil.rmtree(shared)
     assert "read-only" in done.stdout and "1 documents" in done.stdout, done.stderr[-1000:]
+
+
+def test_a_model_retrieves_and_answers_from_a_store_as_from_its_memories(clara, path):
+    texts = [f"{text} It is {number}." for number in range(4) for text in TEXTS]
+    store = MemoryStore.open(path, clara, dtype="float32")
+    memories = store.get(store.add(texts, show_progress=False))
+    questions = ["Who keeps bees?", "Where is Mara?"]
+    ranked = clara.retrieve(questions, memories, top_k=3)
+    found = clara.retrieve(questions, store, top_k=3)
+    assert torch.allclose(found.scores, ranked.scores.float(), atol=1e-5)
+    chosen = [[texts[index] for index in row] for row in ranked.indices.tolist()]
+    assert found.texts == chosen
+    answers = clara.generate(questions, store=store, top_k=3, max_new_tokens=4)
+    assert answers.texts == clara.generate(questions, memories=memories, top_k=3, max_new_tokens=4).texts
+    with pytest.raises(ValueError, match="one of documents, memories and store"):
+        clara.generate(questions, store=store, memories=memories)

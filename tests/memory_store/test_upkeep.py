@@ -5,7 +5,7 @@ import lance
 import pyarrow.parquet
 import pytest
 import torch
-from memory_fakes import FakeModel, data_files, replace_bytes
+from memory_fakes import SpectrumModel, data_files, replace_bytes
 
 from clara_hf.memory_store import search as search_module
 from clara_hf.memory_store.encoding import FITTED
@@ -15,23 +15,7 @@ from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
 # pytest drops the filter that modeling_clara sets for it at import.
 pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
 
-SLOTS, HIDDEN = 2, 16
 TEXTS = [f"document number {index}" for index in range(1200)]
-
-
-class SpectrumModel(FakeModel):
-    """Its memories lie near a few directions, as a real model's do."""
-
-    def __init__(self):
-        super().__init__(num_memory_tokens=SLOTS, hidden_size=HIDDEN)
-        generator = torch.Generator().manual_seed(7)
-        self.device = torch.device("cpu")
-        self.mixing = torch.randn(12, SLOTS * HIDDEN, generator=generator) * torch.logspace(0.5, -0.5, 12).unsqueeze(1)
-        self.offset = torch.randn(SLOTS * HIDDEN, generator=generator)
-
-    def memory(self, document):
-        hidden = super().memory(document).flatten()[:12] / 10
-        return (hidden @ self.mixing + self.offset).unflatten(0, (SLOTS, HIDDEN))
 
 
 @pytest.fixture(scope="module")

@@ -297,8 +297,12 @@ def test_an_answer_ends_at_the_bases_end_tokens_and_its_other_defaults_are_not_u
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({}, ValueError, "give either documents or memories, not both and not neither"),
-        ({"documents": [["a"]], "memories": torch.zeros(1, 4, 32)}, ValueError, "give either documents or memories"),
+        ({}, ValueError, "give one of documents, memories and store"),
+        (
+            {"documents": [["a"]], "memories": torch.zeros(1, 4, 32)},
+            ValueError,
+            "give one of documents, memories and store",
+        ),
         ({"documents": [["a"], ["b"]]}, ValueError, "documents has 2 lists for 1 questions"),
         ({"documents": [[]]}, ValueError, r"documents\[0\] is empty"),
         ({"documents": ["a"]}, TypeError, "documents must be a list with one list of strings per question"),

@@ -1,0 +1,209 @@
+"""A memory store from ten thousand to a million documents: what fitting, adding, searching and compacting cost.
+
+    python benchmarks/store.py --documents 1000000 --hidden 128 --form fitted1 --out store.json
+    python benchmarks/store.py --nano CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
+
+The first makes synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
+normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
+whose variances fall likewise in each slot. A question is a document's memory with noise in the latent vector. The
+second compares the stored forms of a trained model on its test questions, paired.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import chain, islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from common import _resident
+
+from clara_hf.evaluation.statistics import bootstrap_interval
+from clara_hf.memory_store import MemoryStore
+from clara_hf.memory_store.encoding import FORMS, hadamard
+
+
+LATENT = 192
+
+
+class SyntheticModel:
+    """Makes a document's memory from the number in its text."""
+
+    def __init__(self, slots: int, hidden: int):
+        self.config = SimpleNamespace(
+            num_memory_tokens=slots, hidden_size=hidden, doc_max_length=256, base_model_name_or_path=None
+        )
+        self.dtype, self.device = torch.bfloat16, torch.device("cpu")
+        generator = torch.Generator().manual_seed(0)
+        spectrum = torch.arange(1, LATENT + 1).rsqrt().unsqueeze(1)
+        self._map = torch.randn(LATENT, slots * hidden, generator=generator) * spectrum / spectrum.norm()
+        self._noise = torch.arange(1, hidden + 1).rsqrt() / torch.arange(1, hidden + 1).rsqrt().norm() * hidden**0.5
+        self._mean = 0.5 * torch.randn(slots * hidden, generator=generator)
+
+    def compressor_fingerprint(self) -> str:
+        return "synthetic"
+
+    def named_parameters(self) -> list:
+        return []
+
+    def _memories(self, numbers: Sequence[int], shift: float = 0.0) -> torch.Tensor:
+        slots, hidden = self.config.num_memory_tokens, self.config.hidden_size
+        rng = np.random.default_rng(numbers[0])
+        # Of the number alone, so that a question can be made near a document.
+        latent = np.stack(
+            [np.random.default_rng(number).standard_normal(LATENT, dtype=np.float32) for number in numbers]
+        )
+        latent += shift * rng.standard_normal(latent.shape, dtype=np.float32)
+        noise = torch.from_numpy(rng.standard_normal((len(numbers), slots, hidden), dtype=np.float32))
+        noise = hadamard(noise * self._noise).flatten(1)
+        return (torch.from_numpy(latent) @ self._map + 0.3 * noise + self._mean).unflatten(1, (slots, hidden))
+
+    def compress(self, documents: list[str], batch_size: int) -> torch.Tensor:
+        return self._memories([int(document.split()[1]) for document in documents]).bfloat16()
+
+    def encode_questions(self, questions: list[str], batch_size: int) -> torch.Tensor:
+        numbers = [int(question.split()[1]) for question in questions]
+        return torch.cat([self._memories([number], shift=0.7) for number in numbers])
+
+
+def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
+    """Adds documents up to each size, and measures there."""
+    model = SyntheticModel(args.slots, args.hidden)
+    store = MemoryStore.open(folder / "store", model, form=args.form)
+    sizes = [size for size in (10_000, 100_000, 1_000_000, 10_000_000) if size < args.documents] + [args.documents]
+    rows, added, before = [], 0, _resident("VmRSS")
+    for size in sizes:
+        start = time.perf_counter()
+        for first in range(added, size, 100_000):
+            texts = [f"document {number}" for number in range(first, min(first + 100_000, size))]
+            store.add(texts, batch_size=512, show_progress=False)
+        row = {"documents": size, "add_seconds": time.perf_counter() - start, "added": size - added}
+        added = size
+        if size == sizes[0]:
+            start = time.perf_counter()
+            row["fit"] = store.fit(show_progress=False)
+            row["fit_seconds"] = time.perf_counter() - start
+        start = time.perf_counter()
+        store.compact()
+        row["compact_seconds"] = time.perf_counter() - start
+        rows.append(row | search_costs(store, size, args.questions) | sizes_of(store, before))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def search_costs(store: MemoryStore, size: int, count: int) -> dict:
+    numbers = np.random.default_rng(1).integers(0, size, count)
+    queries = store.model.encode_questions([f"question {number}" for number in numbers], batch_size=32)
+    store.search(queries[:1])  # loads the index
+    seconds, found = [], []
+    for query in queries:
+        start = time.perf_counter()
+        found += store.search(query.unsqueeze(0), top_k=5).keys
+        seconds.append(time.perf_counter() - start)
+    some = queries[:50]
+    start = time.perf_counter()
+    exact = store.search(some, top_k=5, exact=True).keys
+    scan = time.perf_counter() - start
+    gold = [store.keys([f"document {number}"])[0] for number in numbers]
+    return {
+        "search_p50_ms": 1e3 * statistics.median(seconds),
+        "search_p95_ms": 1e3 * float(np.quantile(seconds, 0.95)),
+        "share_of_exact_top_5": float(
+            np.mean([len(set(one) & set(other)) / 5 for one, other in zip(found, exact, strict=False)])
+        ),
+        "own_document_in_top_5": float(np.mean([key in keys for key, keys in zip(gold, found, strict=True)])),
+        "exact_seconds_for_50": scan,
+    }
+
+
+def sizes_of(store: MemoryStore, before: int) -> dict:
+    stats = store.stats()
+    return {
+        "bytes_per_document": stats["bytes_per_document"],
+        "bytes_per_memory": stats["bytes_per_memory"],
+        "indexed": stats["indexed"],
+        "resident_mib_beside": (_resident("VmRSS") - before) / 2**20,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+def compare_forms(args: argparse.Namespace, folder: Path) -> dict:
+    """F1 and Recall@5 of a trained model over its whole test corpus, by the form that memories are stored in."""
+    from clara_hf.data.schema import load_examples
+    from clara_hf.metrics.answer_f1.answer_f1 import score_answer
+    from modeling_clara import CLaRaForRetrievalGeneration
+
+    model = CLaRaForRetrievalGeneration.from_pretrained(args.nano).eval()
+    examples = load_examples(args.data)[: args.questions]
+    corpus = list(dict.fromkeys(text for example in load_examples(args.data) for text in example.docs))
+    others = (text for example in load_examples(args.others) for text in example.docs) if args.others else ()
+    corpus = list(dict.fromkeys(chain(corpus, islice(dict.fromkeys(others), args.other_documents))))
+    plain = MemoryStore.open(folder / "none", model, dtype="bfloat16")
+    plain.add(corpus, show_progress=False)
+    questions = [example.question for example in examples]
+    scores = {}
+    for form in FORMS:
+        store = plain
+        if form != "none":
+            store = MemoryStore.open(shutil.copytree(folder / "none", folder / form), model)
+            if form.startswith("fitted"):
+                store.fit(form=form, show_progress=False)
+            else:
+                store.recode(form)
+        found = store.search(questions, top_k=5, exact=True)
+        recall, f1 = [], []
+        for start in range(0, len(questions), 32):
+            part = slice(start, start + 32)
+            memories = store.get(found.keys[part])
+            answers = model.generate(questions[part], memories=memories, rerank=False, max_new_tokens=32).texts
+            for example, answer, texts in zip(examples[part], answers, found.texts[part], strict=True):
+                gold = {example.docs[place] for place in example.pos_index}
+                recall.append(len(gold & set(texts)) / len(gold))
+                f1.append(score_answer(answer, example.answers)["f1"])
+        scores[form] = {"recall": recall, "f1": f1, "bytes": store.stats()["bytes_per_memory"]}
+        print(form, statistics.mean(f1), statistics.mean(recall), flush=True)
+    return {"documents": len(corpus), "questions": len(questions), "forms": summary(scores)}
+
+
+def summary(scores: dict) -> dict:
+    """Means and paired differences to form `none`, in points, with 95% bootstrap intervals."""
+    rows = {}
+    for form, found in scores.items():
+        row = {"bytes": found["bytes"]}
+        for name in ("f1", "recall"):
+            row[name] = 100 * statistics.mean(found[name])
+            gaps = [100 * (one - other) for one, other in zip(found[name], scores["none"][name], strict=True)]
+            low, high = bootstrap_interval(np.array(gaps)[:, None], seed=0)
+            row[f"{name}_difference"] = [statistics.mean(gaps), float(low[0]), float(high[0])]
+        rows[form] = row
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--form", choices=FORMS, default="fitted1")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--nano", help="Checkpoint: compare the stored forms on its test questions.")
+    parser.add_argument("--data", help="Test questions for --nano.")
+    parser.add_argument("--others", help="Questions whose documents are in the store too, to be fitted to.")
+    parser.add_argument("--other_documents", type=int, default=3000)
+    parser.add_argument("--folder", help="Where the stores are made, and removed; a temporary folder by default.")
+    parser.add_argument("--out", required=True, help="JSON file with the figures.")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        figures = compare_forms(args, Path(folder)) if args.nano else grow(args, Path(folder))
+    Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
