@@ -10,8 +10,8 @@ from conftest import build_clara
 from safetensors.torch import load_file
 from test_trainers import make_trainer
 
-from benchmarks.training_cost import BASES, checkpoint_bytes, meta_model, recipe_cost, report
 from clara_hf.program import parse
+from clara_hf.program.cost import BASES, checkpoint_bytes, meta_model, recipe_cost, report
 from clara_hf.program.models import CLaRaModelArguments
 from clara_hf.program.training import DataArguments
 from modeling_clara import CLaRaConfig

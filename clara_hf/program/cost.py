@@ -1,7 +1,7 @@
 """Memory, time and checkpoint size that a recipe needs, computed from shapes. Nothing is downloaded or measured.
 
-    python benchmarks/training_cost.py recipes/mistral-7b/joint.yaml
-    python benchmarks/training_cost.py recipes/mistral-7b/joint.yaml --gpus 4 --tflops 150 --zero 3
+    clara cost recipes/mistral-7b/joint.yaml
+    clara cost recipes/mistral-7b/joint.yaml --gpus 4 --tflops 150 --zero 3
 
 The model is built on the meta device, which has shapes and no values, so that its weights are counted exactly. Lengths
 of texts and the share of a GPU's arithmetic that training reaches are assumptions, named where they stand.
@@ -245,15 +245,11 @@ def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, 
     return lines
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="YAML file of a stage, with that stage's name")
     parser.add_argument("--gpus", type=int, default=GPUS)
     parser.add_argument("--tflops", type=float, default=ACHIEVED_TFLOPS, help="reached per GPU, in 10^12 FLOP/s")
     parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print("\n".join(report(options.recipe, options.gpus, options.tflops, options.zero)))
-
-
-if __name__ == "__main__":
-    main()
