@@ -1,7 +1,12 @@
 # make quickstart   a finished nano model compresses, retrieves and answers (an environment with what that needs)
-# make demo   trains the nano model through all stages, evaluates it and prints one table (runs/nano)
-# make test   runs the whole test suite
-# Both make their environment in .venv first; PYTHON chooses the interpreter that it is made from.
+# make demo         trains the nano model through all stages, evaluates it and prints one table (runs/nano)
+# make test         runs the whole test suite
+# make test-fast    the part of it that takes no more than two minutes
+# make lint         formatting and lint
+# make typecheck    types, by mypy
+# make docs         the documentation site
+# make help         this list
+# All make their environment in .venv first; PYTHON chooses the interpreter that it is made from.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,7 +15,10 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart demo test lint docs clean
+.PHONY: help quickstart demo test test-fast lint typecheck docs clean
+
+help:
+	@sed -n "s/^# \(make .*\)/\1/p" $(MAKEFILE_LIST)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,10 +45,6 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# glibc keeps what a training step frees for the next one, instead of giving the pages back and fetching them anew.
-demo: export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
-demo: export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
-demo: export MALLOC_TOP_PAD_ ?= 268435456
 # Else DeepSpeed, which the demo does not use, says in the middle of it that there is no GPU.
 demo: export DS_ACCELERATOR ?= cpu
 demo: $(VENV)/.installed
@@ -49,9 +53,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
+# The rooms whose tests train and evaluate nothing.
+FAST := tests/data tests/metrics tests/program tests/modeling/test_topk.py tests/modeling/test_functional.py \
+	tests/modeling/test_configuration.py tests/training/test_losses.py tests/training/test_sampling.py
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "not slow" --numprocesses logical --maxprocesses 4 $(FAST)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+typecheck: $(VENV)/.installed
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info
