@@ -65,9 +65,11 @@ def count(counters: dict[str, list], name: str, total: torch.Tensor | float, num
 
 def count_batch(counters: dict[str, list], batch: dict[str, torch.Tensor]) -> None:
     """Count a batch's tokens, and its distinct documents, per second."""
-    tokens = sum(value.sum() for name, value in batch.items() if name.endswith("attention_mask"))
+    masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
+    if not masks:  # rows that are not padded yet
+        return
     documents = next((batch[name] for name in ("memories", "document_input_ids") if name in batch), ())
-    count(counters, "tokens_per_second", tokens, 0.0)
+    count(counters, "tokens_per_second", sum(mask.sum() for mask in masks), 0.0)
     count(counters, "documents_per_second", len(documents), 0.0)
 
 

@@ -139,6 +139,7 @@ def test_both_adapters_train_and_the_base_does_not(base, tmp_path):
     assert any(".selection." in name for name in changed) and any(".generator." in name for name in changed)
     (row, *_) = [row for row in trainer.state.log_history if "loss" in row]
     assert 1 <= row["effective_lists"] <= 3 and 0 <= row["recall@2"] <= 1
+    assert "tokens_per_second" not in row
 
 
 def test_evaluation_is_that_of_the_saved_model_at_use(base, tmp_path):
