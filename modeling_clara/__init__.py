@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_clara import CLaRaConfig
-from .modeling_clara import CLaRaForRetrievalGeneration
-from .outputs_clara import CLaRaGenerationOutput, CLaRaOutput, CLaRaRetrievalOutput
+from .generation_clara import CLaRaGenerationOutput, CLaRaRetrievalOutput
+from .modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput
 from .processing_clara import CLaRaProcessor
 from .topk_clara import straight_through_topk
 

@@ -4,8 +4,11 @@ For code that was written for a published checkpoint and runs on a converted one
 """
 
 import random
+from itertools import islice
 
 import torch
+
+from .processing_clara import index_matrix
 
 
 class OriginalMethods:
@@ -59,10 +62,11 @@ class OriginalMethods:
             for row in documents
         ]
         memories = self.compress([text for row in documents for text in row])
-        with self._inference():
-            batch = self.processor.pad_prompts(self.processor.tokenize(prompts))
-            sequences, _ = self._continue_prompts(batch, memories, {"max_new_tokens": max_new_tokens})
-        return self._decoded(sequences)
+        batch = self.processor.pad_prompts(self.processor.tokenize(prompts))
+        positions = iter(range(len(memories)))
+        index = index_matrix([list(islice(positions, len(row))) for row in documents])
+        output = self.answer(**batch, memories=memories, document_index=index, max_new_tokens=max_new_tokens)
+        return self._decoded(output.sequences)
 
     def _decoded(self, sequences: torch.Tensor) -> list[str]:
         return self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)

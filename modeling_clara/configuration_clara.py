@@ -236,8 +236,18 @@ class CLaRaConfig(PreTrainedConfig):
 
     @property
     def added_token_ids(self) -> list[int]:
-        """Ids of the added tokens: memory tokens, `<AE>`, `<ENC>`, `<SEP>`."""
-        return [*self.memory_token_ids, self.ae_token_id, self.enc_token_id, self.sep_token_id]
+        """Ids of the added tokens: memory tokens, `<AE>`, `<ENC>`, `<SEP>`.
+
+        Raises:
+            ValueError: the configuration has none.
+        """
+        ids = [*(self.memory_token_ids or [None]), self.ae_token_id, self.enc_token_id, self.sep_token_id]
+        if None in ids:
+            raise ValueError(
+                "this CLaRaConfig has no memory_token_ids, ae_token_id, enc_token_id or sep_token_id: "
+                "CLaRaForRetrievalGeneration.from_base sets them, and CLaRaProcessor.add_tokens returns them."
+            )
+        return ids
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         if self.decoder_config is None:

@@ -26,16 +26,54 @@ def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str
 
 
 def check_document_index(document_index: torch.Tensor, count: int) -> None:
-    """Raise if `document_index` `[B, N]` goes beyond `count` documents; one on a device is not waited for.
+    """Raise unless `document_index` is whole numbers `[B, N]` below `count`; those on a device are not waited for.
 
     Raises:
-        ValueError: a value of at least `count`.
+        ValueError: another shape or dtype, or a value of at least `count`.
     """
+    check_whole_matrix("document_index", document_index)
     if document_index.device.type == "cpu" and document_index.numel() > 0 and int(document_index.max()) >= count:
         raise ValueError(
             f"document_index holds {int(document_index.max())}, but there are {count} documents: give rows from 0 to "
             f"{count - 1}, or -1 for none."
         )
+
+
+def check_whole_matrix(name: str, values: torch.Tensor) -> None:
+    """Raise a `ValueError` unless `values` is a tensor of whole numbers with two dimensions."""
+    is_tensor = isinstance(values, torch.Tensor)
+    if not is_tensor or values.dim() != 2 or values.dtype not in (torch.int64, torch.int32):
+        found = f"{values.dtype} of the shape {list(values.shape)}" if is_tensor else type(values).__name__
+        raise ValueError(f"{name} must be an int64 tensor with two dimensions, got {found}.")
+
+
+def check_tokens(
+    name: str, ids: torch.Tensor | None, mask: torch.Tensor | None, rows: int | None, vocabulary: int
+) -> None:
+    """Raise unless `ids` are token ids `[rows, length]` and `mask` has their shape. Only ids on the CPU are read.
+
+    Args:
+        name: of `ids`; that of the mask follows from it.
+        rows: as many as there are questions; `None` for any number.
+
+    Raises:
+        ValueError: another shape or dtype, or an id that is negative or beyond the vocabulary.
+    """
+    if ids is None:
+        return
+    check_whole_matrix(name, ids)
+    if rows is not None and len(ids) != rows:
+        raise ValueError(f"{name} has {len(ids)} rows, but document_index {rows}: give one for each question.")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"{name.replace('input_ids', 'attention_mask')} has the shape {list(mask.shape)}, but {name} "
+            f"{list(ids.shape)}: give one for every id."
+        )
+    if ids.device.type == "cpu" and ids.numel() > 0:
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} hold {wrong}, which is none of the {vocabulary} ids of the model's vocabulary.")
 
 
 def memory_bank(

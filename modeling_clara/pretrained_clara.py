@@ -74,10 +74,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CLaRaConfig):
         super().__init__(config)
+        number_of_ids = len(config.added_token_ids) - 3
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config, dtype=torch.get_default_dtype())
         for name in self.adapter_names:
             add_adapter(self.decoder, name, config)
-        self.memory_embeddings = nn.Embedding(len(config.memory_token_ids), config.hidden_size)
+        self.memory_embeddings = nn.Embedding(number_of_ids, config.hidden_size)
         self._processor = None
         self._hub_arguments = {}
         self._base_sample = None
@@ -118,6 +119,17 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
+
+    def resize_token_embeddings(self, *arguments, **options):
+        """Refused: the rows that a checkpoint keeps are known by the ids of its own added tokens.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a CLaRa model's vocabulary is that of its base with its own tokens behind it, and cannot be resized: add "
+            "tokens to the base and its tokenizer, save both, and call from_base on them."
+        )
 
     def initialize_weights(self):
         # Left to the decoder's own rule, a missing lora_B would be drawn at random instead of being zero.
@@ -207,6 +219,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
@@ -431,8 +444,9 @@ def _place_options(arguments: dict) -> dict:
     Raises:
         TypeError: an argument that `from_pretrained` does not know, as for other checkpoints.
     """
-    names = ("attn_implementation", *_PLACE_OPTIONS)
+    names = ("attn_implementation", "key_mapping", *_PLACE_OPTIONS)
     without_use = (*_READ_OPTIONS, *_BASE_OPTIONS, "adapter_kwargs", "code_revision", "output_loading_info")
+    without_use += ("ignore_mismatched_sizes",)  # mismatches are refused, of full checkpoints too
     unknown = [name for name in arguments if name not in (*names, *without_use) and not name.startswith("_")]
     if unknown:
         raise TypeError(f"from_pretrained got an unexpected argument {unknown[0]!r}.")

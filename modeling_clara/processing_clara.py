@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable, Mapping, Set, Sized
 
 import torch
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -31,15 +32,26 @@ def fill_template(template: str, **values: str) -> str:
     return _FIELD.sub(lambda match: values.get(match.group(1), match.group(0)), template)
 
 
-def check_texts(texts: list[str], argument: str) -> None:
-    """Raise unless `texts` is a non-empty list of strings that hold more than white space.
+def listed(texts: Iterable[str], argument: str) -> list[str]:
+    """The strings of a list, tuple, NumPy array, or column of pandas or datasets, as a list.
 
     Raises:
-        TypeError: `texts` is no list or holds something that is no string.
+        TypeError: one string, something without an order or a length, or no collection at all.
+    """
+    is_collection = isinstance(texts, Iterable) and isinstance(texts, Sized)
+    if isinstance(texts, (str, bytes, Mapping, Set)) or not is_collection:
+        raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
+    return texts if isinstance(texts, list) else list(texts)
+
+
+def check_texts(texts: Iterable[str], argument: str) -> list[str]:
+    """`texts` as a list, if they are strings that hold more than white space, at least one of them.
+
+    Raises:
+        TypeError: `texts` is no list, tuple, array or column, or holds something that is no string.
         ValueError: `texts` is empty or holds an empty string, or one with half of a surrogate pair.
     """
-    if not isinstance(texts, (list, tuple)):
-        raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
+    texts = listed(texts, argument)
     if not texts:
         raise ValueError(f"{argument} is empty: give at least one string.")
     for position, text in enumerate(texts):
@@ -52,6 +64,7 @@ def check_texts(texts: list[str], argument: str) -> None:
                 f"{argument}[{position}] has {half[0]!r}, half of a surrogate pair, at character "
                 f"{half.start()}: remove it, or decode the text anew from its source."
             )
+    return texts
 
 
 def left_pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -137,36 +150,40 @@ class CLaRaProcessor(ProcessorMixin):
 
     # Encoder side: documents and questions
 
-    def check_user_texts(self, texts: list[str], argument: str) -> None:
+    def check_user_texts(self, texts: Iterable[str], argument: str) -> list[str]:
         """[`check_texts`], and no text may contain an added token, which would be read as the token itself.
 
         Raises:
             ValueError: a text contains a memory token or slot marker.
         """
-        check_texts(texts, argument)
+        texts = check_texts(texts, argument)
         for position, text in enumerate(texts):
             if any(token in text for token in self.reserved_texts):
                 found = next(token for token in self.reserved_texts if token in text)
                 raise ValueError(
                     f"{argument}[{position}] contains {found!r}, a token that the model reserves: remove it."
                 )
+        return texts
 
-    def check_candidates(self, questions: list[str], documents: list[list[str]]) -> None:
-        """Raise unless every question has its own non-empty list of documents, with texts that can be encoded.
+    def check_candidates(
+        self, questions: Iterable[str], documents: Iterable[Iterable[str]]
+    ) -> tuple[list[str], list[list[str]]]:
+        """Both as lists, if every question has its own non-empty list of documents, with texts that can be encoded.
 
         Raises:
             TypeError: `documents` is not a list of lists, or a text is no string.
             ValueError: the lengths differ, a question has no document, or a text is empty or has a reserved token.
         """
-        self.check_user_texts(questions, "questions")
-        if not isinstance(documents, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in documents):
+        questions = self.check_user_texts(questions, "questions")
+        documents = listed(documents, "documents")
+        if any(isinstance(row, str) or not isinstance(row, Sized) for row in documents):
             raise TypeError("documents must be a list with one list of strings per question.")
         if len(documents) != len(questions):
             raise ValueError(
                 f"documents has {len(documents)} lists for {len(questions)} questions: give one per question."
             )
-        for position, row in enumerate(documents):
-            self.check_user_texts(row, f"documents[{position}]")
+        checked = [self.check_user_texts(row, f"documents[{position}]") for position, row in enumerate(documents)]
+        return questions, checked
 
     def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[int]]:
         rows = self.tokenize([f"{self._before}{self._hide(text)}{self._after}" for text in texts])
@@ -179,8 +196,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     def encode_and_cut(self, documents: list[str]) -> tuple[list[list[int]], list[int]]:
         """[`encode_documents`] without a warning, and the positions of the documents that were cut."""
-        self.check_user_texts(documents, "documents")
-        return self._encode(documents, self.config.doc_max_length)
+        return self._encode(self.check_user_texts(documents, "documents"), self.config.doc_max_length)
 
     def _hide(self, text: str) -> str:
         return self._control.hide(text) if self.config.split_control_tokens else text
@@ -211,7 +227,7 @@ class CLaRaProcessor(ProcessorMixin):
 
         Questions over the budget are cut; a warning says how many and how to list them, once for each number.
         """
-        self.check_user_texts(questions, "questions")
+        questions = self.check_user_texts(questions, "questions")
         rows, cut = self._encode(questions, self.config.query_max_length)
         if cut:
             # Data loaders call this for one question at a time.
@@ -224,8 +240,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     def find_cut_questions(self, questions: list[str]) -> list[int]:
         """Positions of the questions that are longer than `query_max_length` tokens."""
-        self.check_user_texts(questions, "questions")
-        return self._encode(questions, self.config.query_max_length)[1]
+        return self._encode(self.check_user_texts(questions, "questions"), self.config.query_max_length)[1]
 
     def pad_encodings(self, rows: list[list[int]], width: int | None = None) -> BatchFeature:
         """Batch encoded documents or questions: left padding to the longest (or `width`), then the memory tokens.
@@ -370,6 +385,9 @@ class CLaRaProcessor(ProcessorMixin):
         questions: list[str],
         documents: list[list[str]],
         answers: list[str] | None = None,
+        *,
+        padding: bool | str = True,
+        return_tensors: str = "pt",
     ) -> BatchFeature:
         """Everything that `forward` needs to answer questions over their candidate documents, compressed in the step.
 
@@ -377,6 +395,7 @@ class CLaRaProcessor(ProcessorMixin):
             questions (`list[str]`, B of them).
             documents (`list[list[str]]`): candidates of each question; their numbers may differ.
             answers (`list[str]`, *optional*): targets; labels are returned if given.
+            padding, return_tensors: as every processor has them; here always `True` (to the longest) and `"pt"`.
 
         Returns:
             `document_input_ids`, `document_attention_mask` of the distinct documents, `document_index` `[B, N]` (-1
@@ -386,7 +405,12 @@ class CLaRaProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError: texts that are no strings, empty, or hold reserved tokens; lists of unequal length.
         """
-        self.check_candidates(questions, documents)
+        if padding not in (True, "longest") or return_tensors != "pt":
+            raise ValueError(
+                f"a CLaRaProcessor pads to the longest and returns torch tensors, got padding={padding!r} and "
+                f"return_tensors={return_tensors!r}: leave them out."
+            )
+        questions, documents = self.check_candidates(questions, documents)
         distinct, index = distinct_texts(documents)
         encoded = self.pad_encodings(self.encode_documents(distinct))
         query = self.pad_encodings(self.encode_questions(questions))
@@ -400,7 +424,7 @@ class CLaRaProcessor(ProcessorMixin):
         }
         if answers is None:
             return BatchFeature({**batch, **self.encode_prompts(questions, counts)})
-        self.check_user_texts(answers, "answers")
+        answers = self.check_user_texts(answers, "answers")
         if len(answers) != len(questions):
             raise ValueError(f"answers has {len(answers)} texts for {len(questions)} questions: give one per question.")
         rows = [

@@ -55,8 +55,8 @@ class RuleModel:
         self.compressed.extend(documents)
         return torch.tensor([[[float(DOCS.index(document))]] for document in documents])
 
-    def retrieve(self, questions, memories, top_k):
-        indices = torch.full((len(questions), top_k), -1)
+    def retrieve(self, questions, memories, n_docs):
+        indices = torch.full((len(questions), n_docs), -1)
         for row, (question, numbers) in enumerate(zip(questions, memories, strict=True)):
             order = sorted(range(len(numbers)), key=lambda place: not self._about(question, numbers[place]))
             indices[row, : len(order)] = torch.tensor(order[::-1] if self.worst_first else order)

@@ -124,7 +124,7 @@ def test_what_clara_answers_is_what_generate_answers(clara, examples):
     assert reader.prepare([document for one in examples for document in one.docs]) == 4
     rankings = reader.rank(examples)
     direct = clara.generate(
-        questions=QUESTIONS, documents=[one.docs for one in examples], top_k=2, max_new_tokens=6, do_sample=False
+        questions=QUESTIONS, documents=[one.docs for one in examples], n_docs=2, max_new_tokens=6, do_sample=False
     )
     assert [ranking.order[:2] for ranking in rankings] == direct.indices.tolist()
     assert np.array([ranking.scores[:2] for ranking in rankings]) == pytest.approx(direct.scores.numpy(), abs=1e-6)

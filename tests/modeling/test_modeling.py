@@ -299,17 +299,17 @@ def test_forward_returns_a_model_output_with_the_documented_fields(untouched_cla
     assert unlabelled.logits.shape[:2] == batch["input_ids"].shape
 
 
-def test_top_k_above_the_number_of_candidates_uses_all_and_says_so_once(untouched_clara, texts, caplog):
+def test_n_docs_above_the_number_of_candidates_uses_all_and_says_so_once(untouched_clara, texts, caplog):
     logging.Logger.warning_once.cache_clear()
     memories = untouched_clara.compress(texts)
     with caplog.at_level(logging.WARNING), torch.no_grad():
-        found = untouched_clara.retrieve(QUESTIONS[:1], memories[:3], top_k=7)
-        untouched_clara.retrieve(QUESTIONS[:2], [memories[:2], memories], top_k=7)
-        answer = untouched_clara.generate(questions=QUESTIONS[:1], memories=memories, top_k=7, max_new_tokens=1)
+        found = untouched_clara.retrieve(QUESTIONS[:1], memories[:3], n_docs=7)
+        untouched_clara.retrieve(QUESTIONS[:2], [memories[:2], memories], n_docs=7)
+        answer = untouched_clara.generate(questions=QUESTIONS[:1], memories=memories, n_docs=7, max_new_tokens=1)
     assert found.indices.shape == (1, 3) and set(found.indices[0].tolist()) == {0, 1, 2}
     assert answer.indices.shape == (1, 5)
-    told = [record.message for record in caplog.records if "top_k" in record.message]
-    assert told == ["top_k=7 is more than a question has candidates: all of its own are used."]
+    told = [record.message for record in caplog.records if "n_docs" in record.message]
+    assert told == ["n_docs=7 is more than a question has candidates: all of its own are used."]
     caplog.clear()
     with caplog.at_level(logging.WARNING), torch.no_grad():
         output = untouched_clara(**joint_batch(untouched_clara, [texts[:1], texts[:3]]))

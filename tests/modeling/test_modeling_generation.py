@@ -58,7 +58,7 @@ def trimmed(model, row):
 
 
 def test_retrieve_ranks_by_cosine_best_first(double_clara, memories):
-    found = double_clara.retrieve(QUESTIONS, memories, top_k=5)
+    found = double_clara.retrieve(QUESTIONS, memories, n_docs=5)
     queries = double_clara.encode_questions(QUESTIONS).flatten(1)
     expected = F.cosine_similarity(queries.unsqueeze(1), memories.flatten(1).unsqueeze(0), dim=-1)
     assert isinstance(found, CLaRaRetrievalOutput) and found.indices.dtype == torch.int64
@@ -75,10 +75,10 @@ def test_scores_are_float32_for_a_float32_model(untouched_clara, texts):
 
 def test_ragged_questions_in_a_batch_are_ranked_as_each_alone(double_clara, memories):
     rows = [memories[:4], memories[4:], memories[[2, 0]]]
-    found = double_clara.retrieve(QUESTIONS, rows, top_k=3)
+    found = double_clara.retrieve(QUESTIONS, rows, n_docs=3)
     assert found.indices.shape == (3, 3)
     for position, (question, own) in enumerate(zip(QUESTIONS, rows, strict=True)):
-        alone = double_clara.retrieve([question], own, top_k=3)
+        alone = double_clara.retrieve([question], own, n_docs=3)
         count = min(3, len(own))
         assert torch.equal(found.indices[position, :count], alone.indices[0])
         assert (found.scores[position, :count] - alone.scores[0]).abs().max() < SCORE_TOLERANCE
@@ -142,16 +142,16 @@ def test_without_rerank_all_documents_are_used_in_the_given_order(double_clara, 
 
 def test_without_rerank_top_k_takes_the_first_and_sampling_has_a_top_k_of_its_own(double_clara, memories):
     rows = [memories[:1], memories[1:4]]
-    output = double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, top_k=2, max_new_tokens=5)
+    output = double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, n_docs=2, max_new_tokens=5)
     assert output.indices.tolist() == [[0, -1], [0, 1]]
     expected = slow_answer(double_clara, QUESTIONS[1], memories[1:3], 5)
     assert trimmed(double_clara, output.sequences[1]) == expected
-    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
-        double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, top_k=0)
+    with pytest.raises(ValueError, match="n_docs must be a whole number of at least 1, got 0"):
+        double_clara.generate(questions=QUESTIONS[:2], memories=rows, rerank=False, n_docs=0)
     # Sampling from one token is greedy decoding, whatever the number of documents.
     config = GenerationConfig(do_sample=True, top_k=1, temperature=9.0, max_new_tokens=5)
-    sampled = double_clara.generate(questions=QUESTIONS, memories=memories, top_k=2, generation_config=config)
-    greedy = double_clara.generate(questions=QUESTIONS, memories=memories, top_k=2, max_new_tokens=5)
+    sampled = double_clara.generate(questions=QUESTIONS, memories=memories, n_docs=2, generation_config=config)
+    greedy = double_clara.generate(questions=QUESTIONS, memories=memories, n_docs=2, max_new_tokens=5)
     assert torch.equal(sampled.sequences, greedy.sequences) and sampled.indices.shape == (3, 2)
 
 
@@ -318,8 +318,8 @@ def test_an_answer_ends_at_the_bases_end_tokens_and_its_other_defaults_are_not_u
         ({"memories": [torch.zeros(1, 4, 32)] * 2}, ValueError, "memories has 2 tensors for 1 questions"),
         ({"memories": torch.zeros(0, 4, 32)}, ValueError, "memories is empty: give every question at least one"),
         ({"memories": [torch.zeros(0, 4, 32)]}, ValueError, r"memories\[0\] is empty: give every question"),
-        ({"memories": torch.zeros(2, 4, 32), "top_k": 0}, ValueError, "top_k must be .* at least 1, got 0"),
-        ({"memories": torch.zeros(2, 4, 32), "top_k": 1.5}, ValueError, "top_k must be a whole number .*, got 1.5"),
+        ({"memories": torch.zeros(2, 4, 32), "n_docs": 0}, ValueError, "n_docs must be .* at least 1, got 0"),
+        ({"memories": torch.zeros(2, 4, 32), "n_docs": 1.5}, ValueError, "n_docs must be a whole number .*, got 1.5"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(untouched_clara, arguments, error, message):
@@ -392,7 +392,7 @@ def test_a_bad_batch_size_is_refused(untouched_clara, batch_size):
 
 
 def test_a_batch_s_prompts_are_answered_from_its_memories_as_generate_does(double_clara, memories, texts):
-    expected = double_clara.generate(QUESTIONS, memories=memories, top_k=2, max_new_tokens=5)
+    expected = double_clara.generate(QUESTIONS, memories=memories, n_docs=2, max_new_tokens=5)
     prompts = double_clara.processor.encode_prompts(QUESTIONS, [2, 2, 2])
     found = double_clara.answer(**prompts, memories=memories, document_index=expected.indices, max_new_tokens=5)
     assert found.texts == expected.texts and torch.equal(found.sequences, expected.sequences)

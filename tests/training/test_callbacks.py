@@ -73,7 +73,7 @@ def test_joint_training_logs_what_its_slots_choose(base, tmp_path):
     first, both, mass = [], [], []
     for example in rows:
         memories = model.compress(example["docs"]).half().float()
-        found = model.retrieve([example["question"]], memories, top_k=len(memories))
+        found = model.retrieve([example["question"]], memories, n_docs=len(memories))
         order, scores = found.indices[0].tolist(), found.scores[0]
         first.append(order[0] in example["pos_index"])
         both.append(bool(set(order[:2]) & set(example["pos_index"])))

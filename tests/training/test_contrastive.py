@@ -69,7 +69,7 @@ def test_loss_is_that_of_the_scores_a_user_sees(in_batch_negatives, base, tmp_pa
     loss = trainer.compute_loss(model, batch_of(trainer, (0, 1)))
     documents = [TEXTS[:4]] * 2 if in_batch_negatives else [ROWS[0]["docs"], ROWS[1]["docs"]]
     memories = [model.compress(texts).half().float() for texts in documents]
-    found = model.retrieve([ROWS[0]["question"], ROWS[1]["question"]], memories, top_k=4 if in_batch_negatives else 3)
+    found = model.retrieve([ROWS[0]["question"], ROWS[1]["question"]], memories, n_docs=4 if in_batch_negatives else 3)
     is_candidate = found.indices >= 0
     gold = torch.tensor([[0], [1 if in_batch_negatives else 0]])
     expected = contrastive_loss(found.scores, found.indices == gold, is_candidate, 0.1)

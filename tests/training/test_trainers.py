@@ -210,7 +210,7 @@ def test_in_training_recall_equals_retrieval_with_the_model(stage, base, tmp_pat
     metrics = trainer.evaluate()
     hits = []
     for row in rows:
-        found = model.retrieve([row["question"]], model.compress(row["docs"]), top_k=1)
+        found = model.retrieve([row["question"]], model.compress(row["docs"]), n_docs=1)
         hits.append(float(found.indices[0, 0].item() in row["pos_index"]))
     assert metrics["eval_recall@1"] == pytest.approx(sum(hits) / len(hits))
 

@@ -86,7 +86,7 @@ class MemoryReader:
         found = self.model.retrieve(
             [example.question for example in examples],
             self._stacks([example.docs for example in examples]),
-            top_k=max(len(example.docs) for example in examples),
+            n_docs=max(len(example.docs) for example in examples),
         )
         rows = zip(examples, found.indices.tolist(), found.scores.tolist(), strict=True)
         return [Ranking(order[: len(one.docs)], scores[: len(one.docs)]) for one, order, scores in rows]

@@ -1,0 +1,375 @@
+"""The verbs of a CLaRa model, on texts: compress, retrieve, generate; and answer, on tensors."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput, logging
+
+from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, use_adapter
+from .functional_clara import (
+    check_document_index,
+    check_finite,
+    check_memories,
+    check_tokens,
+    cosine_scores,
+    memory_bank,
+    name_of_row,
+)
+from .processing_clara import distinct_texts
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 64
+WHOLE_NUMBERS = (
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
+    *("no_repeat_ngram_size",),
+)
+NUMBERS = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "max_time"),
+    *("repetition_penalty", "length_penalty"),
+)
+SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
+_MADE_HERE = "it is made here, of the questions and documents"
+_IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
+WITHOUT_USE = {
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _MADE_HERE),
+    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"), _IDS_ONLY),
+    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask"), _IDS_ONLY),
+}
+FINITE_WEIGHTS = "load weights that are finite, or a dtype with a wider range"
+
+
+@dataclass
+class CLaRaRetrievalOutput(ModelOutput):
+    """
+    Args:
+        scores (`[B, k]` float32): cosine similarities, best first, -inf in unused slots.
+        indices (`[B, k]` int64): positions among the question's candidates, -1 in unused slots.
+    """
+
+    scores: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+
+@dataclass
+class CLaRaGenerationOutput(ModelOutput):
+    """
+    Args:
+        texts (`list[str]`): answers without special tokens; B times `num_return_sequences` of them.
+        indices (`[B, k]` int64): documents in the prompt, in the order of their slots, -1 in unused slots.
+        scores (`[B, k]` float32): their cosine similarities; `None` with `rerank=False`.
+        sequences (`[B, new tokens]` int64): generated ids.
+        keys (`list[list[str]]`): of the documents in the prompt, where they come from a store.
+        generation: what the decoder's `generate` returned, if `return_dict_in_generate` was set.
+    """
+
+    texts: list[str] | None = None
+    indices: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    keys: list[list[str]] | None = None
+    generation: ModelOutput | None = None
+
+
+class CLaRaGeneration:
+    """The verbs, for a model with `decoder`, `encode`, `processor` and the embeddings of prompts."""
+
+    def _wanted(self, n_docs: int | None) -> int:
+        wanted = self.config.top_k if n_docs is None else n_docs
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+            raise ValueError(f"n_docs must be a whole number of at least 1, got {wanted!r}.")
+        return wanted
+
+    def _slots(self, is_candidate: torch.Tensor, n_docs: int | None = None) -> int:
+        """The number of slots for candidates `[B, N]`: `n_docs`, or N if that is less. Too few candidates are told."""
+        wanted = self._wanted(n_docs)
+        if wanted > int(is_candidate.sum(dim=1).min()):
+            logger.warning_once(f"n_docs={wanted} is more than a question has candidates: all of its own are used.")
+        return min(wanted, is_candidate.shape[1])
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """No gradients, and evaluation mode (no adapter dropout) for the block; the mode is restored."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    def _encode_rows(self, adapter: str, rows: list[list[int]], batch_size: int, show_progress: bool) -> torch.Tensor:
+        """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+        kind = "documents" if adapter == COMPRESSOR else "questions"
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+        memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
+        starts = logging.tqdm(range(0, len(rows), batch_size), desc="Compressing", disable=not show_progress)
+        with self._inference():
+            for start in starts:
+                chosen = order[start : start + batch_size]
+                batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
+                # The type differs from the model's under autocast.
+                found = self.encode(adapter, batch["input_ids"], batch["attention_mask"])[0].to(self.dtype)
+                check_finite(found, lambda row, chosen=chosen: f"the memory of {kind}[{chosen[row]}]", FINITE_WEIGHTS)
+                memories[chosen] = found
+        return memories
+
+    def compress(self, documents: list[str], batch_size: int = 32, show_progress: bool = False) -> torch.Tensor:
+        """Compress documents into memory vectors.
+
+        Args:
+            documents (N strings): a list, tuple, NumPy array, or column of pandas or datasets; those longer than
+                `doc_max_length` tokens are cut, which is reported.
+            batch_size (`int`): documents per forward pass; they are sorted by length first.
+            show_progress (`bool`): whether to show a progress bar.
+
+        Returns:
+            `[N, l, H]` in the model's dtype, on its device, in the order of `documents`.
+
+        Raises:
+            TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token; a memory with
+                values that are not finite.
+        """
+        return self.compress_encoded(self.processor.encode_documents(documents), batch_size, show_progress)
+
+    def compress_encoded(
+        self, rows: list[list[int]], batch_size: int = 32, show_progress: bool = False
+    ) -> torch.Tensor:
+        """[`compress`] of documents that `processor.encode_documents` or `encode_and_cut` made token ids of."""
+        return self._encode_rows(COMPRESSOR, rows, batch_size, show_progress)
+
+    def encode_questions(self, questions: list[str], batch_size: int = 32) -> torch.Tensor:
+        """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`."""
+        adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
+        return self._encode_rows(adapter, self.processor.encode_questions(questions), batch_size, show_progress=False)
+
+    @property
+    def _memory_shape(self) -> tuple[int, int]:
+        return self.config.num_memory_tokens, self.config.hidden_size
+
+    def _bank(self, memories, num_questions: int, allow_none: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        bank, index = memory_bank(memories, num_questions, self._memory_shape, self.device, allow_none)
+        bank = bank.to(self.dtype)
+        check_finite(bank, partial(name_of_row, memories=memories), "compress its document again")
+        return bank, index
+
+    def _rank(
+        self, questions: list[str], bank: torch.Tensor, index: torch.Tensor, n_docs: int | None
+    ) -> CLaRaRetrievalOutput:
+        scores = cosine_scores(self.encode_questions(questions), bank).gather(1, index.clamp(min=0))
+        best = scores.masked_fill(index < 0, float("-inf")).sort(dim=-1, descending=True, stable=True)
+        count = self._slots(index >= 0, n_docs)
+        found = best.indices[:, :count].masked_fill(best.values[:, :count].isneginf(), -1)
+        return CLaRaRetrievalOutput(scores=best.values[:, :count], indices=found)
+
+    def retrieve(
+        self, questions: list[str], memories, n_docs: int | None = None, *, top_k: int | None = None
+    ) -> CLaRaRetrievalOutput:
+        """Rank memories for questions by cosine similarity.
+
+        Args:
+            questions (`list[str]`, B of them).
+            memories: `[N, l, H]` shared by all questions, or a list of B tensors `[N_b, l, H]`. Or a store: an object
+                with `search(queries, n_docs)`, which gives `scores` `[B, k]` and `keys`, and with `get(keys)`, such as
+                `clara_hf.memory_store.MemoryStore`; what its search gives is returned.
+            n_docs (`int`, *optional*): how many to return; the configuration's `top_k` by default, at most N.
+            top_k (`int`, *optional*): the former name of `n_docs`.
+
+        Raises:
+            TypeError, ValueError: questions that are empty or no strings, memories of another width or rate, or with
+                values that are not finite.
+        """
+        questions = self.processor.check_user_texts(questions, "questions")
+        n_docs = _documents_wanted(n_docs, top_k)
+        if hasattr(memories, "search"):
+            return memories.search(self.encode_questions(questions), self._wanted(n_docs))
+        with torch.no_grad():
+            return self._rank(questions, *self._bank(memories, len(questions)), n_docs)
+
+    def generate(
+        self,
+        questions: list[str],
+        documents: list[list[str]] | None = None,
+        memories=None,
+        n_docs: int | None = None,
+        rerank: bool = True,
+        store=None,
+        **generate_kwargs,
+    ) -> CLaRaGenerationOutput:
+        """Answer questions from the best of their candidate documents; one call of the decoder's `generate` for all.
+
+        Args:
+            questions (`list[str]`, B of them).
+            documents (`list[list[str]]`): candidates of each question, compressed here; or
+            memories: made earlier, `[N, l, H]` shared by all questions or a list of B tensors `[N_b, l, H]`; or
+            n_docs (`int`, *optional*): documents in the prompt; the configuration's `top_k` by default, all with
+                `rerank=False`.
+            rerank (`bool`): `False` puts the given documents into the prompt in their order; with memories `[0, l, H]`
+                the prompt has none.
+            store: see `retrieve`; the prompt has the best of all that it holds.
+            generate_kwargs: any option of transformers' `generate`, a streamer and `generation_config` included. By
+                default decoding is greedy with at most 64 new tokens, and the base's own generation defaults are not
+                used. `max_length` counts the prompt too: `max_new_tokens` does not. `top_k` is sampling's; without
+                `do_sample` it is taken for `n_docs`, its former meaning, with a warning.
+
+        Raises:
+            TypeError, ValueError: see `compress` and `retrieve`; not one of documents, memories and store; an option
+                of transformers' that is not of its type, or that this model has no use for; a `max_length` that the
+                prompt fills.
+        """
+        if sum(given is not None for given in (documents, memories, store)) != 1:
+            raise ValueError("give one of documents, memories and store.")
+        if "top_k" in generate_kwargs and n_docs is None and not _samples(generate_kwargs):
+            n_docs = _documents_wanted(None, generate_kwargs.pop("top_k"))
+        check_generation_options(generate_kwargs)
+        questions = self.processor.check_user_texts(questions, "questions")
+        if store is not None:
+            return self._generate_from_store(questions, store, n_docs, generate_kwargs)
+        if documents is not None:
+            questions, documents = self.processor.check_candidates(questions, documents)
+            distinct, index = distinct_texts(documents)
+            bank, index = self.compress(distinct), index.to(self.device)
+        else:
+            bank, index = self._bank(memories, len(questions), allow_none=not rerank)
+        scores, chosen = None, _in_order(index)
+        if rerank:
+            with torch.no_grad():
+                found = self._rank(questions, bank, index, n_docs)
+            scores, chosen = found.scores, found.indices
+        elif n_docs is not None:
+            chosen = chosen[:, : self._slots(index >= 0, n_docs)]
+        output = self._answer(questions, bank, index, chosen, generate_kwargs)
+        output.indices, output.scores = chosen, scores
+        return output
+
+    def _generate_from_store(self, questions, store, n_docs, generate_kwargs) -> CLaRaGenerationOutput:
+        found = self.retrieve(questions, store, n_docs)
+        bank, index = self._bank([store.get(keys) for keys in found.keys], len(questions), allow_none=True)
+        output = self._answer(questions, bank, index, _in_order(index), generate_kwargs)
+        output.indices, output.scores, output.keys = _in_order(index), found.scores, found.keys
+        return output
+
+    def _answer(self, questions, bank, index, chosen, generate_kwargs) -> CLaRaGenerationOutput:
+        is_used = chosen >= 0
+        prompts = self.processor.encode_prompts(questions, is_used.sum(dim=1).tolist())
+        slots = index.gather(1, chosen.clamp(min=0)).masked_fill(~is_used, -1)
+        return self.answer(**prompts, memories=bank, document_index=slots, **generate_kwargs)
+
+    def answer(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        memories: torch.Tensor,
+        document_index: torch.Tensor,
+        **generate_kwargs,
+    ) -> CLaRaGenerationOutput:
+        """Answer prompts, as [`CLaRaProcessor.encode_prompts`] makes them, from memories at hand.
+
+        Args:
+            input_ids, attention_mask (`[B, L]` int64): prompts up to where the answer begins, padded on the left.
+            memories (`[D, l, H]`): made earlier.
+            document_index (`[B, k]` int64): rows of `memories` in the order of the prompt's slots, -1 in unused ones.
+            generate_kwargs: see `generate`.
+
+        Returns:
+            `texts`, `sequences` and `generation`.
+
+        Raises:
+            ValueError: memories of another shape or number than the prompts have slots for; an option as in `generate`.
+        """
+        check_generation_options(generate_kwargs)
+        check_memories(memories, self._memory_shape, "memories")
+        check_document_index(document_index, len(memories))
+        check_tokens("input_ids", input_ids, attention_mask, len(document_index), self.config.vocab_size)
+        rows = document_index.to(memories.device)
+        selected = memories[rows[rows >= 0]].to(self.device)
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        options = self._generation_options(generate_kwargs, input_ids.shape[1])
+        with self._inference(), use_adapter(self.decoder, GENERATOR):
+            output = self.decoder.generate(
+                inputs_embeds=self._prompt_embeddings(input_ids, selected),
+                attention_mask=attention_mask,
+                **options,
+            )
+        sequences, generation = (output.sequences, output) if isinstance(output, ModelOutput) else (output, None)
+        texts = self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return CLaRaGenerationOutput([text.strip() for text in texts], sequences=sequences, generation=generation)
+
+    def _generation_options(self, generate_kwargs: dict, width: int) -> dict:
+        """`generate_kwargs` with the defaults of this model, for prompts of `width` tokens."""
+        options = {**generate_kwargs}
+        given = options.get("generation_config")
+        if isinstance(given, dict):
+            given = GenerationConfig(**given)
+        known = options if given is None else {name for name, value in given.to_dict().items() if value is not None}
+        longest = options.get("max_length") if given is None else given.max_length
+        if longest is not None and longest <= width and "max_new_tokens" not in known:
+            raise ValueError(
+                f"max_length={longest} leaves no room for an answer, since it counts the prompt's {width} tokens too: "
+                "give max_new_tokens instead."
+            )
+        defaults = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        if "max_length" not in known:
+            defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        defaults = {name: value for name, value in defaults.items() if name not in known}
+        if given is None:
+            return options | defaults
+        # transformers takes either a configuration or single options.
+        options["generation_config"] = copy.deepcopy(given)
+        options["generation_config"].update(**defaults)
+        return options
+
+
+def _in_order(index: torch.Tensor) -> torch.Tensor:
+    return torch.arange(index.shape[1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
+
+
+def _documents_wanted(n_docs: int | None, top_k: int | None) -> int | None:
+    if top_k is None:
+        return n_docs
+    if n_docs is not None:
+        raise ValueError(f"n_docs={n_docs!r} and top_k={top_k!r} say the same: give n_docs.")
+    logger.warning_once("top_k, as a number of documents, is now called n_docs.")
+    return top_k
+
+
+def _samples(options: dict) -> bool:
+    """Whether an option says to sample, so that `top_k` is sampling's."""
+    return bool(options.get("do_sample")) or options.get("generation_config") is not None
+
+
+def check_generation_options(options: dict) -> None:
+    """Raise unless options of transformers' `generate` are of their types, and ones that this model has a use for.
+
+    Raises:
+        TypeError: a `generation_config` of another kind.
+        ValueError: an option of another type, or without use here.
+    """
+    config = options.get("generation_config")
+    if not isinstance(config, (dict, GenerationConfig, type(None))):
+        raise TypeError(f"generation_config must be a GenerationConfig or a dictionary, got {type(config).__name__}.")
+    values = options if config is None else {**(config if isinstance(config, dict) else config.to_dict()), **options}
+    for name, reason in WITHOUT_USE.items():
+        if values.get(name) is not None:
+            raise ValueError(f"generate takes no {name}: {reason}.")
+    for names, types, wanted in (
+        (WHOLE_NUMBERS, int, "a whole number"),
+        (NUMBERS, (int, float), "a number"),
+        (SWITCHES, bool, "True or False"),
+    ):
+        for name in names:
+            value = values.get(name)
+            is_other = not isinstance(value, types) or (types is not bool and isinstance(value, bool))
+            if value is not None and is_other:
+                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    for name in ("num_return_sequences", "num_beams", "max_new_tokens"):
+        if values.get(name) is not None and values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}.")
