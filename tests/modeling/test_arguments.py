@@ -1,4 +1,4 @@
-"""What `forward`, `generate` and `compress` are given: taken in the forms that people have it in, or refused by name."""
+"""What `forward`, `generate` and `compress` are given: taken in the forms that people have, or refused by name."""
 
 import copy
 from types import SimpleNamespace
