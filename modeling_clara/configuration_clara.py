@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .topk_clara import TAKEN_MASKS
 
 
-CHECKPOINT_FORMATS = ("full", "adapter")
+CHECKPOINT_FORMATS = ("full", "adapter", "flat")
 EMBEDDING_ROWS = ("added", "all")
 SWITCHES = (
     "distinct_memory_tokens",
@@ -76,8 +76,9 @@ class CLaRaConfig(PreTrainedConfig):
         prompts (`dict`): chat templates by kind (`answer`, `qa`, `paraphrase`), each with `system` (`str` or `None`),
             `user` (`str`, or a list to draw from) and `assistant`. `{docs}` stands for the documents; `{question}`,
             `{answer}` and `{paraphrase}` for their text.
-        checkpoint_format (`"full"` or `"adapter"`): what `save_pretrained` writes; `adapter` leaves out the frozen base
-            and keeps adapters, memory embeddings and the rows of the added tokens.
+        checkpoint_format (`"full"`, `"adapter"` or `"flat"`): what `save_pretrained` writes; `adapter` leaves out the
+            frozen base and keeps adapters, each in a folder as PEFT has it, and in `clara.safetensors` the memory
+            embeddings and rows of the added tokens; `flat`, for a run's checkpoints, is all of that in one file.
         saved_embedding_rows (`"added"` or `"all"`): which rows of the token embeddings an `adapter` checkpoint keeps;
             `all` where other rows than those of the added tokens differ from the base's.
         memory_token_ids (`list[int]`): ids of the memory tokens, `num_memory_tokens` of them or one if shared.

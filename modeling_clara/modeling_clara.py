@@ -17,7 +17,6 @@ from .adapters_clara import (
     remove_adapter,
     use_adapter,
 )
-from .compat_original_clara import OriginalMethods
 from .functional_clara import (
     check_document_index,
     check_memories,
@@ -62,7 +61,7 @@ class CLaRaOutput(ModelOutput):
     memories: torch.Tensor | None = None
 
 
-class CLaRaForRetrievalGeneration(OriginalMethods, CLaRaGeneration, CLaRaPreTrainedModel):
+class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
     r"""One decoder with three LoRA adapters: compressor, query reasoner and generator.
 
     `compress` turns documents into memory vectors, `retrieve` ranks them for questions, `generate` answers from the

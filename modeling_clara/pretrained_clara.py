@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .adapters_clara import (
     COMPRESSOR,
@@ -39,10 +39,13 @@ from .weights_clara import (
     fill_added_rows,
     is_other_base,
     is_packed,
-    merge_adapter_file,
+    merge_adapters,
+    read_adapter_checkpoint,
     sample_base,
     saved_format,
     saved_rows,
+    split_adapters,
+    write_adapters,
 )
 
 
@@ -56,6 +59,7 @@ _READ_OPTIONS = (*_HUB_ARGUMENTS, "trust_remote_code")
 _BASE_OPTIONS = ("use_safetensors", "variant", "weights_only", "low_cpu_mem_usage")
 _PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
 _TOKEN_IDS = ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
+_PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
 
 
@@ -232,19 +236,19 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if quantization := kwargs.get("quantization_config"):
             kwargs["quantization_config"] = base_only(quantization, config)
         with _absence_told(name):
-            is_adapter = saved_format(name, config, hub) == "adapter"
+            is_adapter = saved_format(name, config, hub) != "full"
         _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
         if dtype in (None, "auto"):
             dtype = config.dtype or "auto"
         with _quiet_load_report(), _damage_told(name):
             if is_adapter:
-                path = cached_file(name, SAFE_WEIGHTS_NAME, **hub)
+                own_weights = read_adapter_checkpoint(name, hub)
                 # The place as seen from here, so that the model can be saved somewhere else.
                 config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
                 base = _load_base(config.base_model_name_or_path, dtype)
                 with unpartitioned():
                     state = decoder_state(cls, base, config)
-                merge_adapter_file(state, path, base, config)
+                merge_adapters(state, own_weights, name, base, config)
                 made_over = state.pop(BASE_SAMPLE, None)
                 model, info = cls._from_state(config, state, base.dtype, **_place_options(kwargs))
                 model.name_or_path = model.config.name_or_path = name
@@ -275,10 +279,20 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         model.requires_grad_(False)
         return model, info
 
-    def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs):
-        """Write weights (in the configuration's `checkpoint_format`), configuration, code and processor."""
-        if self.config.checkpoint_format == "adapter":
+    def save_pretrained(self, save_directory, state_dict: dict | None = None, push_to_hub: bool = False, **kwargs):
+        """Write weights (in the configuration's `checkpoint_format`), configuration, code and processor.
+
+        Raises:
+            ValueError: a full save of a quantized base, or a `variant` of adapters.
+        """
+        adapters = None
+        if self.config.checkpoint_format != "full":
             state_dict = self.adapter_state_dict(state_dict)
+            if self.config.checkpoint_format == "adapter":
+                if kwargs.get("variant") is not None:
+                    raise ValueError(f"variant={kwargs['variant']!r}: adapters have no variants; leave it out.")
+                state_dict, adapters = split_adapters(state_dict)
+                kwargs.pop("max_shard_size", None)
         elif self.quantized_by is not None:
             raise ValueError(
                 f"the base is quantized ({self.quantized_by}) and cannot be saved: set model.config.checkpoint_format "
@@ -286,7 +300,14 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             )
         if kwargs.get("is_main_process", True) and (self._processor is not None or self.name_or_path):
             self.processor.save_pretrained(save_directory)
+        hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        if adapters is not None:
+            write_adapters(save_directory, adapters, self.decoder, self.config.base_model_name_or_path)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
 
     def adapter_state_dict(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens, and a
@@ -408,7 +429,7 @@ def _check_has_weights(folder: str) -> None:
 def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:
     """A copy of a checkpoint's configuration, whose fields may have been overridden, with all prompts."""
     config = copy.deepcopy(config)
-    config.checkpoint_format = save_format or config.checkpoint_format
+    config.checkpoint_format = save_format or config.checkpoint_format.replace("flat", "adapter")
     config.validate_ranges()
     config.prompts = config._complete_prompts(config.prompts)
     wanted = config.num_memory_tokens if config.distinct_memory_tokens else 1
@@ -466,8 +487,11 @@ def _pad_token_id(tokenizer) -> int:
 
 def place_of_base(base: str | None, checkpoint: str) -> str | None:
     """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
-    beside = os.path.join(checkpoint, base) if base else None
-    return os.path.normpath(beside) if beside and not os.path.isdir(base) and os.path.isdir(beside) else base
+    if not base or os.path.isdir(base):
+        return base
+    # Where the checkpoint is reached by a link, its base may lie beside the link, or beside what it leads to.
+    beside = os.path.normpath(os.path.join(checkpoint, base)), os.path.realpath(os.path.join(checkpoint, base))
+    return next((place for place in beside if os.path.isdir(place)), base)
 
 
 def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:

@@ -1,9 +1,17 @@
 """The weights of a base under the names of a CLaRa model, and the rows of the tokens that are added to it."""
 
-import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+import copy
+import json
+import os
+import re
+import shutil
 
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from .configuration_clara import CLaRaConfig
 from .sharded_clara import gathered
 
@@ -17,8 +25,78 @@ SAMPLE_TOLERANCE = {"rtol": 2**-7, "atol": 1e-6}
 MEMORY_EMBEDDING_SPREAD = 0.5
 
 
+# An adapter checkpoint has each adapter in a folder as PEFT has it, and beside them what is no adapter.
+ADAPTERS = (COMPRESSOR, QUERY_REASONER, GENERATOR)
+CLARA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "clara.safetensors", "adapter_model.safetensors", "adapter_config.json"
+_LORA_KEY = re.compile(r"decoder\.(.+\.lora_[AB])\.([^.]+)\.weight")
+_PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
+
+
+def split_adapters(state: dict) -> tuple[dict, dict[str, dict]]:
+    """Of an `adapter_state_dict`: what is no adapter, and each adapter's weights under PEFT's names."""
+    own, adapters = {}, {}
+    for key, value in state.items():
+        if found := _LORA_KEY.fullmatch(key):
+            adapters.setdefault(found[2], {})[f"base_model.model.{found[1]}.weight"] = value.contiguous()
+        else:
+            own[key] = value
+    return own, adapters
+
+
+def write_adapters(folder: str, adapters: dict[str, dict], decoder: PreTrainedModel, base: str | None) -> None:
+    """Write adapters as PEFT has them into folders of `folder`, whose `model.safetensors` becomes `clara.safetensors`.
+
+    Args:
+        adapters: from [`split_adapters`].
+        decoder: that carries them, with its `peft_config`.
+        base: where its frozen weights come from.
+    """
+    os.replace(os.path.join(folder, SAFE_WEIGHTS_NAME), os.path.join(folder, CLARA_WEIGHTS))
+    for name in ADAPTERS:
+        place = os.path.join(folder, name)
+        if os.path.exists(os.path.join(place, PEFT_CONFIG)):
+            shutil.rmtree(place)  # of an earlier save
+        if name not in adapters:
+            continue
+        os.makedirs(place, exist_ok=True)
+        save_file(adapters[name], os.path.join(place, PEFT_WEIGHTS), metadata={"format": "pt"})
+        settings = copy.deepcopy(decoder.peft_config[name])
+        settings.base_model_name_or_path, settings.task_type, settings.inference_mode = base, "CAUSAL_LM", True
+        if isinstance(settings.target_modules, set):
+            settings.target_modules = sorted(settings.target_modules)
+        settings.save_pretrained(place)
+
+
+def read_adapter_checkpoint(name: str, hub: dict | None = None) -> dict[str, torch.Tensor]:
+    """The `adapter_state_dict` that an adapter-only checkpoint holds, in folders or in one file (or its shards).
+
+    Raises:
+        OSError: it has no weights.
+    """
+    hub = hub or {}
+
+    def place_of(file: str, folder: str = "") -> str | None:
+        inside = os.path.join(hub.get("subfolder", ""), folder)
+        return cached_file(name, file, **{**hub, "subfolder": inside}, _raise_exceptions_for_missing_entries=False)
+
+    if path := place_of(CLARA_WEIGHTS):
+        state = load_file(path)
+        for adapter in ADAPTERS:
+            if path := place_of(PEFT_WEIGHTS, adapter):
+                for key, value in load_file(path).items():
+                    state[_PEFT_KEY.sub(rf"decoder.\1.{adapter}.weight", key)] = value
+        return state
+    if path := place_of(SAFE_WEIGHTS_NAME):
+        return load_file(path)
+    if path := place_of(SAFE_WEIGHTS_INDEX_NAME):
+        with open(path, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+        return {key: value for shard in shards for key, value in load_file(place_of(os.path.basename(shard))).items()}
+    raise OSError(f"{name} has no weights ({CLARA_WEIGHTS} or {SAFE_WEIGHTS_NAME}): save or fetch it again.")
+
+
 def saved_format(name: str, config: CLaRaConfig, hub: dict) -> str:
-    """How the weights at `name` were saved, `full` or `adapter`: from its own `config.json`, since the field of
+    """How the weights at `name` were saved, `full`, `adapter` or `flat`: from its own `config.json`, since the field of
     `config` may have been overridden, which says how to save from now on.
 
     Args:
@@ -111,9 +189,9 @@ def is_other_base(expected: torch.Tensor | None, found: torch.Tensor | None) -> 
     return not torch.allclose(expected, found, **SAMPLE_TOLERANCE)
 
 
-def merge_adapter_file(state: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:
-    """Add the weights of an adapter-only checkpoint to the base's, and put the rows of the added tokens in place."""
-    own = load_file(path)
+def merge_adapters(state: dict, own: dict, path: str, base: PreTrainedModel, config: CLaRaConfig) -> None:
+    """Add the weights `own` of the adapter-only checkpoint `path` to the base's, and put the rows of the added tokens
+    in place."""
     rows = saved_rows(config)
     for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), embedding_keys(base), strict=True):
         if (name in own) != (key is not None):

@@ -78,7 +78,7 @@ class CheckpointTrainer(Trainer):
             return self._push_model(_internal_call)
         # By all processes, each of which may hold but a part of every weight.
         state = self.model.adapter_state_dict()
-        wanted, config.checkpoint_format = config.checkpoint_format, "adapter"
+        wanted, config.checkpoint_format = config.checkpoint_format, "flat" if self._writes_beside else "adapter"
         try:
             self._save(output_dir, state_dict=state)
         finally:

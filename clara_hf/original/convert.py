@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 # The published code has no setting for these.
 TEMPERATURE, DROPOUT, MSE_WEIGHT = 0.02, 0.1, 0.1
+METHODS_MODULE = "original_methods_clara"
 TOKENIZER_SAMPLE = "In 1871, Ana's  café\tsold 3.5 kg (of tea):\n\u2014 \u6771\u4eac."
 
 
@@ -93,14 +94,28 @@ def convert(
     config.saved_embedding_rows, rows = _rows_to_save(original.layers, decoder.name, min(config.added_token_ids))
     with written_beside(out) as folder:
         model.processor = CLaRaProcessor(decoder.tokenizer, config)
-        config.checkpoint_format = "adapter"
+        config.checkpoint_format = "flat" if full else "adapter"
         model.save_pretrained(folder, state_dict=state)
         _check_tokenizer(folder, model.processor)
+        _write_methods(folder)
         if full:
             _write_full(folder, state, model, decoder.name)
     report |= {"embeddings": rows, "prompts": prompts_from, "written": f"{out} ({'full' if full else 'adapter-only'})"}
     assumed = [("assumed", sentence) for sentence in original.assumed]
     return "\n".join(f"{name:<12}{value}" for name, value in [*report.items(), *assumed])
+
+
+def _write_methods(folder: str) -> None:
+    """Give the checkpoint `folder` the method names of the release, as code of its own."""
+    with open(os.path.join(os.path.dirname(__file__), "methods.py"), encoding="utf-8") as file:
+        source = file.read()
+    with open(os.path.join(folder, f"{METHODS_MODULE}.py"), "w", encoding="utf-8") as file:
+        file.write(source.replace("from modeling_clara.", "from ."))
+    path = os.path.join(folder, CONFIG_FILE)
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["auto_map"]["AutoModel"] = f"{METHODS_MODULE}.OriginalCLaRa"
+    write_json(path, config)
 
 
 def _describe(original: OriginalCheckpoint) -> dict[str, str]:

@@ -9,7 +9,13 @@ from modeling_clara.adapters_clara import QUERY_REASONER
 from modeling_clara.configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.pretrained_clara import place_of_base
-from modeling_clara.weights_clara import ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS, embedding_keys, fit_rows
+from modeling_clara.weights_clara import (
+    ADDED_INPUT_ROWS,
+    ADDED_OUTPUT_ROWS,
+    embedding_keys,
+    fit_rows,
+    read_adapter_checkpoint,
+)
 
 from .layout import (
     ADAPTER_NAMES,
@@ -74,7 +80,8 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
     with torch.device("meta"):
         model = CLaRaForRetrievalGeneration(config)
     try:
-        weights = WeightFiles(source, subfolder)
+        is_full = config.checkpoint_format == "full"
+        weights = WeightFiles(source, subfolder) if is_full else read_adapter_checkpoint(os.path.dirname(path))
     except OSError as error:
         raise ConversionError(f"{os.path.dirname(path)} has no weights: {first_line(error)}") from error
     layers = _embedding_matrices(weights, model, base)
@@ -94,7 +101,9 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
     return "\n".join(lines)
 
 
-def _embedding_matrices(weights: WeightFiles, model: CLaRaForRetrievalGeneration, base: str) -> dict[str, torch.Tensor]:
+def _embedding_matrices(
+    weights: WeightFiles | dict, model: CLaRaForRetrievalGeneration, base: str
+) -> dict[str, torch.Tensor]:
     """Embedding matrices `[tokens, H]` by their name in the decoder, as long as the tokenizer."""
     config = model.config
     end = max(config.added_token_ids) + 1
@@ -127,7 +136,7 @@ def _base_weights(base: str) -> WeightFiles:
 
 
 def _adapters(
-    weights: WeightFiles, model: CLaRaForRetrievalGeneration, original: dict | None
+    weights: WeightFiles | dict, model: CLaRaForRetrievalGeneration, original: dict | None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """LoRA weights by published adapter name; without a query reasoner that is still the copy the conversion made."""
     adapters = {}

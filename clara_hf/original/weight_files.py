@@ -37,15 +37,18 @@ class WeightFiles:
         self._options = {"subfolder": subfolder, "local_files_only": local_files_only}
         self._source = source
         try:
+            # An index beside a single file is one of an earlier save.
+            with self._open(SAFE_WEIGHTS_NAME) as file:
+                self.file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        except OSError:
             index = self._path(SAFE_WEIGHTS_INDEX_NAME)
             with open(index, encoding="utf-8") as file:
                 self.file_of: dict[str, str] = json.load(file)["weight_map"]
             for tensor, name in self.file_of.items():
                 if not is_plain_name(name):
-                    raise ConversionError(f"{index} places {tensor} in {name!r}, which is no file of its folder")
-        except OSError:
-            with self._open(SAFE_WEIGHTS_NAME) as file:
-                self.file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+                    raise ConversionError(
+                        f"{index} places {tensor} in {name!r}, which is no file of its folder"
+                    ) from None
 
     def _path(self, name: str) -> str:
         return cached_file(self._source, name, **self._options)

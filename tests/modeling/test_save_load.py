@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+from modeling_clara.weights_clara import read_adapter_checkpoint
 
 
 QUESTIONS = ["Where does the glassblower live?", "What is sold to sailors?"]
@@ -181,7 +184,7 @@ def test_a_checkpoint_carries_its_code_flat_and_no_store(models, folder):
 
 @pytest.mark.parametrize("name", ["adapter-untied", "adapter-tied"])
 def test_an_adapter_only_file_holds_adapters_memory_embeddings_and_added_rows_only(models, folder, name):
-    state = load_file(folder / name / "model.safetensors")
+    state = read_adapter_checkpoint(folder / name)
     rows = {key for key in state if key.startswith("added_rows.")}
     assert rows == {"added_rows.input"} | ({"added_rows.output"} if name == "adapter-untied" else set())
     assert all(state[key].shape == (7, 32) for key in rows)
@@ -189,7 +192,9 @@ def test_an_adapter_only_file_holds_adapters_memory_embeddings_and_added_rows_on
     assert state.keys() == lora | rows | {"memory_embeddings.weight", "base_sample"}
     for adapter in (COMPRESSOR, GENERATOR, QUERY_REASONER):
         assert sum(f".{adapter}." in key for key in lora) == 2 * 14
-    size = os.path.getsize(folder / name / "model.safetensors")
+    own = load_file(folder / name / "clara.safetensors")
+    assert own.keys() == rows | {"memory_embeddings.weight", "base_sample"}
+    size = sum(path.stat().st_size for path in (folder / name).rglob("*.safetensors"))
     assert size < os.path.getsize(folder / name.replace("adapter", "full") / "model.safetensors") / 2
 
 
@@ -332,7 +337,8 @@ def test_the_format_to_save_in_is_not_taken_for_the_one_that_was_saved(models, f
     model = load(folder / name, checkpoint_format=other)
     assert torch.equal(model.compress(TEXTS), models[name].compress(TEXTS))
     model.save_pretrained(tmp_path)
-    assert ("added_rows.input" in load_file(tmp_path / "model.safetensors")) == (other == "adapter")
+    assert (tmp_path / "clara.safetensors").exists() == (other == "adapter")
+    assert (tmp_path / "model.safetensors").exists() == (other == "full")
     config = CLaRaConfig.from_pretrained(folder / name, checkpoint_format=other)
     assert CLaRaForRetrievalGeneration.from_pretrained(folder / name, config=config).config.checkpoint_format == other
     with pytest.raises(ValueError, match="checkpoint_format must be one of .*, got 'lora'"):
@@ -381,10 +387,18 @@ def test_a_geometry_with_as_many_memories_or_a_shared_token_with_any_number_can_
 # Broken checkpoints
 
 
+def weights_file(folder: Path, name: str, key: str = "") -> Path:
+    """The file of a checkpoint that holds the weight `key`."""
+    if name.startswith("full"):
+        return folder / "model.safetensors"
+    adapter = next((one for one in (COMPRESSOR, GENERATOR, QUERY_REASONER) if f".{one}." in key), None)
+    return folder / "clara.safetensors" if adapter is None else folder / adapter / "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
 def test_a_folder_without_weights_is_told(models, folder, tmp_path, name):
     shutil.copytree(folder / name, tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").unlink()
+    weights_file(tmp_path / "broken", name).unlink()
     with pytest.raises(
         OSError, match=r"broken has no weights \(model.safetensors\): saving was interrupted, or .*; give"
     ):
@@ -394,7 +408,7 @@ def test_a_folder_without_weights_is_told(models, folder, tmp_path, name):
 @pytest.mark.parametrize("name", ["full-untied", "adapter-untied"])
 def test_a_file_that_was_not_written_to_its_end_is_told(models, folder, tmp_path, name):
     shutil.copytree(folder / name, tmp_path / "broken")
-    path = tmp_path / "broken" / "model.safetensors"
+    path = weights_file(tmp_path / "broken", name)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OSError, match="the weights of .*broken, or of its base, are damaged or were not written to"):
         AutoModel.from_pretrained(tmp_path / "broken")
@@ -425,10 +439,12 @@ def test_a_folder_of_a_plain_decoder_is_told(base, caplog):
 @pytest.mark.parametrize("key", ["lora_B.compressor", "memory_embeddings", "lora_A.generator"])
 def test_a_missing_weight_is_named(models, folder, tmp_path, caplog, name, key):
     shutil.copytree(folder / name, tmp_path / "broken")
-    path = tmp_path / "broken" / "model.safetensors"
+    dropped = next(one for one in sorted(models[name].state_dict()) if key in one)
+    path, key = weights_file(tmp_path / "broken", name, dropped), dropped
+    if name.startswith("adapter") and ".lora_" in dropped:
+        key = re.sub(r"^decoder\.(.*)\.\w+\.weight$", r"base_model.model.\1.weight", dropped)
     state = load_file(path)
-    dropped = next(one for one in sorted(state) if key in one)
-    del state[dropped]
+    del state[key]
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(
         ValueError, match=f"1 weights are missing, '{dropped}' among them; the checkpoint is incomplete"

@@ -18,10 +18,10 @@ from original_checkpoint import (
     write_original,
     write_prompts,
 )
-from transformers import AutoModel
 
 from clara_hf.original.convert import convert, main
 from clara_hf.original.export import to_original
+from clara_hf.original.methods import OriginalCLaRa
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.configuration_clara import DEFAULT_PROMPTS
 
@@ -391,7 +391,9 @@ def test_hub_ids_convert_and_load_in_a_fresh_process(home, converted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "base        someone/base" in done.stdout and "added tokens kept" in done.stdout
     code = (
-        "import json, sys; from transformers import AutoModel\n"
+        "import json, sys\n"
+        "sys.modules['modeling_clara'] = sys.modules['clara_hf'] = None  # as where neither is installed\n"
+        "from transformers import AutoModel\n"
         "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "questions, documents = json.loads(sys.argv[2])\n"
         "texts, indices = model.generate_from_questions(questions=questions, documents=documents, max_new_tokens=6)\n"
@@ -400,7 +402,7 @@ def test_hub_ids_convert_and_load_in_a_fresh_process(home, converted, tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "ours"), json.dumps([QUESTIONS, DOCUMENTS])]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model = AutoModel.from_pretrained(converted)
+    model = OriginalCLaRa.from_pretrained(converted)
     texts, indices = model.generate_from_questions(questions=QUESTIONS, documents=DOCUMENTS, max_new_tokens=6)
     assert json.loads(done.stdout) == [texts, indices.tolist()]
 
@@ -409,7 +411,7 @@ def test_hub_ids_convert_and_load_in_a_fresh_process(home, converted, tmp_path):
 
 
 def test_published_methods_are_the_verbs_under_other_names(converted):
-    model = load(converted)
+    model = OriginalCLaRa.from_pretrained(converted)
     flat = [text for row in DOCUMENTS for text in row]
     assert torch.equal(model.compress_documents(flat), model.compress(flat))
     generated = model.generate(questions=QUESTIONS, documents=DOCUMENTS, max_new_tokens=6)
@@ -421,7 +423,7 @@ def test_published_methods_are_the_verbs_under_other_names(converted):
 
 
 def test_published_methods_change_neither_top_k_nor_the_mode(converted):
-    model = load(converted)
+    model = OriginalCLaRa.from_pretrained(converted)
     model.train()
     first = model.generate_from_text(questions=QUESTIONS, documents=DOCUMENTS, max_new_tokens=6)
     assert model.generate_from_text(questions=QUESTIONS, documents=DOCUMENTS, max_new_tokens=6) == first
@@ -430,7 +432,7 @@ def test_published_methods_change_neither_top_k_nor_the_mode(converted):
 
 
 def test_paraphrases_read_no_question_but_one_is_needed_for_each_entry(converted):
-    model = load(converted)
+    model = OriginalCLaRa.from_pretrained(converted)
     assert len(model.generate_from_paraphrase(questions=["", ""], documents=DOCUMENTS, max_new_tokens=3)) == 2
     with pytest.raises(ValueError, match="2 lists for 1 questions"):
         model.generate_from_paraphrase(questions=[""], documents=DOCUMENTS)

@@ -1,6 +1,7 @@
 """The method names of the paper's release, each a few lines over `compress` and `generate`.
 
-For code that was written for a published checkpoint and runs on a converted one. New code has the three verbs.
+For code that was written for a published checkpoint and runs on a converted one: the converter writes this file beside
+the checkpoint's other code, where `auto_map` names its class. New code has the verbs.
 """
 
 import random
@@ -8,11 +9,12 @@ from itertools import islice
 
 import torch
 
-from .processing_clara import index_matrix
+from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara.processing_clara import index_matrix
 
 
-class OriginalMethods:
-    """Mixin with the published names. Nothing is changed lastingly: neither `top_k` nor the training mode.
+class OriginalCLaRa(CLaRaForRetrievalGeneration):
+    """A model with the published names too. Nothing is changed lastingly: neither `top_k` nor the training mode.
 
     Decoding is greedy. Texts are returned as they are decoded, with the space that some tokenizers put first.
     """
