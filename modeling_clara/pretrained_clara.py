@@ -283,7 +283,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """Write weights (in the configuration's `checkpoint_format`), configuration, code and processor.
 
         Raises:
-            ValueError: a full save of a quantized base, or a `variant` of adapters.
+            ValueError: a full save of a quantized base, a `variant` of adapters, or offloaded adapters.
         """
         adapters = None
         if self.config.checkpoint_format != "full":
@@ -319,6 +319,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         if state_dict is not None and ADDED_INPUT_ROWS in state_dict:
             return state_dict
+        self._check_all_at_hand(state_dict)
         ends = [f"decoder.{key}" for key in embedding_keys(self.decoder) if key is not None]
         if state_dict is None:
             wanted = {key for key in self.state_dict() if _is_own_weight(key) or key in ends}
@@ -331,6 +332,15 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if self._base_sample is not None:
             kept[BASE_SAMPLE] = self._base_sample.clone()
         return kept
+
+    def _check_all_at_hand(self, state_dict: dict | None = None) -> None:
+        """Raise a `ValueError` if weights are offloaded (`device_map`), so that their values cannot be read."""
+        state = self.state_dict() if state_dict is None else state_dict
+        if away := next((key for key, value in state.items() if value.is_meta), None):
+            raise ValueError(
+                f"{away} is offloaded by device_map: its values are needed to save adapters and to tell whose memories "
+                "a store holds; load the model without offloading."
+            )
 
     def load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Put back the adapters and memory embeddings of an `adapter_state_dict`, in place; the base stays as it is.
@@ -351,7 +361,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
         Any change of the first three changes it. Of every frozen tensor only some 64 values are looked at, evenly
         spread: another base is told, but not one in which a few other values were changed.
+
+        Raises:
+            ValueError: weights are offloaded (`device_map`).
         """
+        self._check_all_at_hand()
         config = self.config
         geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
         geometry += ("split_control_tokens",) if config.split_control_tokens else ()

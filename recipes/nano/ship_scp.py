@@ -15,6 +15,7 @@ from modeling_clara import CLaRaForRetrievalGeneration
 
 
 ROOT = Path(__file__).resolve().parents[2]
+CARD = "README.md"
 OUT = ROOT / "recipes" / "nano" / "pretrained" / "scp"
 
 
@@ -33,6 +34,8 @@ def ship(source: str | Path, out: Path = OUT) -> None:
         values = read_json(beside / name)
         values.pop("auto_map", None)
         write_json(beside / name, values)
+    if (out / CARD).exists():
+        shutil.copy(out / CARD, beside / CARD)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(beside, out)
 

@@ -160,3 +160,21 @@ def test_loading_options_are_the_same_for_both_kinds_of_checkpoints(checkpoint_f
     assert torch.allclose(loaded.compress(TEXTS).float(), clara.compress(TEXTS), atol=1e-5)
     with pytest.raises(TypeError, match="torch_dtpye"):
         CLaRaForRetrievalGeneration.from_pretrained(tmp_path, torch_dtpye=torch.float64)
+
+
+def test_offloaded_layers_compress_exactly_and_are_named_where_their_values_are_needed(clara, tmp_path):
+    expected = clara.compress(TEXTS)
+    clara.save_pretrained(tmp_path / "clara")
+    places = {"memory_embeddings": "cpu", "decoder.lm_head": "cpu", "decoder.model.embed_tokens": "cpu"}
+    places |= {"decoder.model.norm": "cpu", "decoder.model.rotary_emb": "cpu", "decoder.model.layers.0": "cpu"}
+    places["decoder.model.layers.1"] = "disk"
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(
+        tmp_path / "clara", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(loaded.compress(TEXTS), expected)
+    with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
+        loaded.compressor_fingerprint()
+    loaded.config.checkpoint_format = "adapter"
+    with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
+        loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
