@@ -195,6 +195,17 @@ def test_text_answers_are_those_of_the_causal_model_alone_whatever_the_batch(cla
     assert texts_of(answers) == expected and [answer.prompt_tokens for answer in answers] == lengths
 
 
+def test_a_decoder_that_knows_the_added_tokens_never_writes_one(clara, examples):
+    reader = TextReader(clara.decoder, clara.processor, max_new_tokens=6, doc_max_length=256)
+    asked = QUESTIONS, [one.gold for one in examples]
+    reader.prepare([document for one in examples for document in one.gold])
+    expected = texts_of(reader.answer(*asked))
+    favoured = torch.zeros(clara.config.vocab_size)
+    favoured[clara.config.added_token_ids] = 1e4
+    clara.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits + favoured)
+    assert any(expected) and texts_of(reader.answer(*asked)) == expected
+
+
 def test_the_decoder_without_its_adapters_answers_as_the_base(clara, base, examples, tmp_path):
     clara.save_pretrained(tmp_path)
     model, processor = load_text_model(None, str(tmp_path))
