@@ -1,25 +1,27 @@
-"""`python -m clara_hf.serving ask|serve`, which `clara ask` and `clara serve` are short for."""
+"""`python -m clara_hf.serving ask|serve`: the commands `clara ask` and `clara serve`."""
 
 import argparse
 import sys
 
+from clara_hf.program import run_program
 from clara_hf.serving import ask, serve
 
 
+COMMANDS = {"ask": ask.main, "serve": serve.main}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="clara", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, module in (("ask", ask), ("serve", serve)):
-        command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(main=module.main)
-    options = parser.parse_args(arguments)
-    try:
-        options.main(options)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"clara: {' '.join(str(error).split())}")
+    """Calls a command as a program.
+
+    Raises:
+        SystemExit: always, with the command's exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m clara_hf.serving", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(arguments[:1]).command
+    sys.argv[0] = f"clara {name}"
+    run_program(lambda: COMMANDS[name](arguments[1:]))
 
 
 if __name__ == "__main__":

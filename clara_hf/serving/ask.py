@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from clara_hf.program import UsageError
 from clara_hf.serving.decoding import TextStream
 from clara_hf.serving.documents import Skipped, SourceFile, Unreadable, find_files, read_file
 from clara_hf.serving.library import CHUNK, FileEntry, Hit, Library
@@ -31,14 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="With --once: one JSON object on stdout.")
 
 
-def main(options: argparse.Namespace) -> None:
-    """Runs `clara ask` with parsed options.
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `clara ask`.
 
     Raises:
-        OSError, ValueError: a path, model or store is not what it must be.
+        UsageError, OSError, ValueError: a path, model or store is not what it must be.
     """
+    parser = argparse.ArgumentParser(prog="clara ask", description=__doc__)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
     if options.json and options.once is None:
-        raise ValueError("--json is for --once QUESTION: give both")
+        raise UsageError("--json is for --once QUESTION: give both")
     first = Path(options.paths[0])
     store = Path(options.store) if options.store else first.resolve().with_name(first.resolve().name + ".clara")
     files, skipped = find_files(options.paths, leave_out=store)
@@ -47,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
         skipped += take_in(library, files, show_progress=sys.stderr.isatty())
         tell_skipped(skipped)
         if len(library) == 0:
-            raise ValueError(f"nothing in {' '.join(options.paths)} can be asked: all of it was skipped")
+            raise UsageError(f"nothing in {' '.join(options.paths)} can be asked: all of it was skipped")
         if options.once is not None:
             answer_once(library, options, skipped)
         else:
@@ -60,11 +64,11 @@ def open_library(store: Path, name: str | None) -> Library:
     """The collection at `store` with its model, whose name it remembers.
 
     Raises:
-        ValueError: no model is named, and none is remembered.
+        UsageError: no model is named, and none is remembered.
     """
     name = name or Library.remembered(store, MODEL)
     if name is None:
-        raise ValueError(f"--model is needed to build {store}: give a checkpoint's folder, or its name on the Hub")
+        raise UsageError(f"--model is needed to build {store}: give a checkpoint's folder, or its name on the Hub")
     library = Library.open(store, load_model(name))
     library.remember(MODEL, str(Path(name).resolve()) if Path(name).exists() else name)
     return library

@@ -178,9 +178,13 @@ def error_response(
     status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
-    # Half a surrogate pair of a client's must not break the reply about it.
-    clean = message.encode("utf-8", "backslashreplace").decode()
-    return JSONResponse({"error": {"message": clean, "type": kind, "param": param, "code": code}}, status)
+    error = {"message": _clean(message), "type": kind, "param": param and _clean(param), "code": code}
+    return JSONResponse({"error": error}, status)
+
+
+def _clean(text: str) -> str:
+    """One line without halves of surrogate pairs: what a client sent must not break the reply about it."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -192,8 +196,7 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
     elif first["type"] == "json_invalid":
         place, reason = "", f"the body is no valid JSON ({first.get('ctx', {}).get('error', '')})"
     text = f"{place}: {reason}" if place else reason
-    clean = place.encode("utf-8", "backslashreplace").decode()
-    return error_response(400, text[:600], param=clean or None)
+    return error_response(400, text[:600], param=place or None)
 
 
 def add_error_handlers(app: FastAPI) -> None:

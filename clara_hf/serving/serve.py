@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from clara_hf.program import UsageError
 from clara_hf.serving.answers import Service
 from clara_hf.serving.app import build_app
 from clara_hf.serving.engine import Engine, Metrics
@@ -147,22 +148,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=120.0, help="Time limit of a request (default: 120).")
 
 
-def main(options: argparse.Namespace) -> None:
-    """Runs `clara serve` with parsed options.
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `clara serve`.
 
     Raises:
-        OSError, ValueError: as [`run`].
+        UsageError, OSError, ValueError: an option is wrong; as [`run`].
     """
-    values = vars(options).copy()
+    parser = argparse.ArgumentParser(prog="clara serve", description=__doc__)
+    add_arguments(parser)
+    values = vars(parser.parse_args(arguments))
     engine = values.pop("engine")
     if engine != ["local"]:
         if len(engine) != 2 or engine[0] != "vllm":
-            raise ValueError(f"--engine is {' '.join(engine)!r}; it must be 'local', or 'vllm' and the server's URL")
+            raise UsageError(f"--engine is {' '.join(engine)!r}; it must be 'local', or 'vllm' and the server's URL")
         values["vllm"] = engine[1].rstrip("/").removesuffix("/v1")
     for name in ("max_queue", "max_batch"):
         if values[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
-    values["name"] = values["name"] or Path(options.model).name
-    known = ServeArguments.__dataclass_fields__
+            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
+    values["name"] = values["name"] or Path(values["model"]).name
     logging.basicConfig(level=logging.WARNING)
-    run(ServeArguments(**{name: value for name, value in values.items() if name in known}))
+    run(ServeArguments(**values))

@@ -98,12 +98,12 @@ def requests(draw):
                     place = place[name]
                     continue
                 if kind == "replace":
-                    place[name] = draw(ODD)
+                    place[name] = copy.deepcopy(draw(ODD))  # what is drawn may be shared
                 else:
                     del place[name]
                 break
         elif kind == "add":
-            body[draw(st.text(max_size=8))] = draw(ODD)
+            body[draw(st.text(max_size=8))] = copy.deepcopy(draw(ODD))
         elif kind == "path":
             path = draw(
                 st.sampled_from([f"{path}/x", f"{path}/%00", f"{path}/..%2f", "/v1/%ff", f"{path}//", "/v1/models/%20"])
@@ -165,6 +165,7 @@ def test_malformed_requests_get_one_clear_sentence_and_the_server_goes_on(server
         ("/v1/chat/completions", {"messages": []}, ["messages", "at least 1"]),
         ("/v1/chat/completions", {"messages": [{"role": "system", "content": "x"}]}, ["messages.0.role", "'user'"]),
         ("/v1/chat/completions", {"tools": []}, ["tools", "not supported"]),
+        ("/v1/chat/completions", {"to\nols": []}, ["to ols", "not supported"]),
         ("/v1/chat/completions", {"max_tokens": 1024}, ["max_tokens", "1024", "tokens"]),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "<SEP>"}]}, ["<SEP>", "reserves"]),
         ("/v1/chat/completions", {"stop": [""]}, ["stop"]),
@@ -176,6 +177,8 @@ def test_malformed_requests_get_one_clear_sentence_and_the_server_goes_on(server
 )
 def test_a_refusal_names_the_field_and_what_is_right(http, path, change, facts):
     known = GOOD.get(path) or GOOD["/v1/vector_stores/documents/search"]
-    made = http.post(path, json={**known, **change})
+    body = json.dumps({**known, **change})  # with half a surrogate pair, as httpx would not send it
+    made = http.post(path, content=body, headers={"content-type": "application/json"})
     assert made.status_code in (400, 404)
-    assert all(fact in made.json()["error"]["message"] for fact in facts)
+    message = made.json()["error"]["message"]
+    assert all(fact in message for fact in facts) and "\n" not in message
