@@ -64,7 +64,7 @@ def make_collection(args: ServingArguments, model, path: Path) -> dict[str, str]
 @contextmanager
 def service(args: ServingArguments, store: Path, max_batch: int):
     """URL of a service in a process of its own."""
-    command = [sys.executable, "-m", "clara_hf.serving", "serve", "--model", args.model, "--name", "m", "--port", "0"]
+    command = [sys.executable, "-m", "clara_hf.cli", "serve", "--model", args.model, "--name", "m", "--port", "0"]
     command += ["--store", str(store), "--read-only", "--max-batch", str(max_batch)]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
     with subprocess.Popen(command, **quiet) as program:

@@ -24,6 +24,8 @@ COMMANDS = {
     "convert": ("clara_hf.original.convert:main", "train", "Convert a published checkpoint."),
     "eval": ("clara_hf.evaluation.run:main", "eval", "Compare a model with the alternatives on questions."),
     "analyze": ("clara_hf.evaluation.analyze:main", "eval", "Draw and explain what an evaluation found."),
+    "ask": ("clara_hf.serving.ask:main", "serve", "Ask one's own files in the terminal."),
+    "serve": ("clara_hf.serving.serve:main", "serve", "Serve a model and a collection, in OpenAI's form."),
 }
 TRAINING = ("scp", "instruct", "joint", "contrastive", "text-lora")
 # Options of `accelerate launch` that a training command hands on.

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("bs4")
 
+from clara_hf.cli import main
 from clara_hf.memory_store import MemoryStore
 from clara_hf.serving import ask
 from clara_hf.serving import library as library_module
-from clara_hf.serving.__main__ import main
 from clara_hf.serving.library import FileEntry, Library, PassageRow
 
 

@@ -223,7 +223,7 @@ def process(served_model, tmp_path):
     started = []
 
     def start():
-        command = [sys.executable, "-m", "clara_hf.serving", "serve", "--port", "0", "--name", "tiny"]
+        command = [sys.executable, "-m", "clara_hf.cli", "serve", "--port", "0", "--name", "tiny"]
         command += ["--model", str(tmp_path / "model"), "--store", str(tmp_path / "store")]
         log = open(tmp_path / "log", "w")
         program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ})
