@@ -1,6 +1,6 @@
 """The generator as a plain causal language model: its adapter merged into the base, for servers without CLaRa.
 
-python -m clara_hf.hub.export CKPT OUT
+clara export-generator CKPT OUT
 
 What is written has the vocabulary and tokenizer of the checkpoint, so that prompts keep their ids.
 """
