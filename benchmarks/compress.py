@@ -18,7 +18,7 @@ from common import BenchmarkArguments, build_model, natural_documents, run_bench
 from transformers import HfArgumentParser
 
 from clara_hf.program import run_program
-from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
 from modeling_clara.processing_clara import ENCODER_MARKERS
@@ -59,11 +59,21 @@ def compress_padded(
     return torch.cat(parts)
 
 
+def compress_unmerged(model: CLaRaForRetrievalGeneration, documents: list[str], batch_size: int) -> torch.Tensor:
+    """`compress` with the adapter's two narrow products per token, as PEFT runs it."""
+    merge_from, adapters_clara.MERGE_FROM = adapters_clara.MERGE_FROM, float("inf")
+    try:
+        return model.compress(documents, batch_size=batch_size)
+    finally:
+        adapters_clara.MERGE_FROM = merge_from
+
+
 def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -> dict[str, Callable[[], torch.Tensor]]:
     documents = natural_documents(args.documents)
     padded = partial(compress_padded, model, documents, args.batch_size)
     return {
         "compress": lambda: model.compress(documents, batch_size=args.batch_size),
+        "adapter applied to every token": partial(compress_unmerged, model, documents, args.batch_size),
         "padded to the budget": lambda: padded(head=False, all_layers=False),
         "padded, head, all layers": lambda: padded(head=True, all_layers=True),
     }

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, use_adapter
+from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, merged_adapter
 from .functional_clara import (
     check_document_index,
     check_finite,
@@ -293,7 +293,7 @@ class CLaRaGeneration:
         selected = memories[rows[rows >= 0]].to(self.device)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         options = self._generation_options(generate_kwargs, input_ids.shape[1])
-        with self._inference(), use_adapter(self.decoder, GENERATOR):
+        with self._inference(), merged_adapter(self.decoder, GENERATOR):
             output = self.decoder.generate(
                 inputs_embeds=self._prompt_embeddings(input_ids, selected),
                 attention_mask=attention_mask,

@@ -14,6 +14,7 @@ from .adapters_clara import (
     adapter_parameters,
     add_adapter,
     copy_adapter,
+    merged_adapter,
     remove_adapter,
     use_adapter,
 )
@@ -115,7 +116,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
     def _hidden_states(self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers."""
-        with use_adapter(self.decoder, adapter):
+        run_under = use_adapter if torch.is_grad_enabled() else merged_adapter
+        with run_under(self.decoder, adapter):
             return self.decoder.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

@@ -278,3 +278,45 @@ def test_a_removed_adapter_leaves_the_others_as_they_were_and_can_be_added_again
     pairs = zip(clara.part_parameters("query_reasoner"), clara.part_parameters("compressor"), strict=True)
     assert all(torch.equal(new, old) for new, old in pairs)
     assert torch.equal(clara.encode_questions(texts), read_by_compressor)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gemma"])
+def test_merging_while_a_layer_runs_gives_the_same_states_and_leaves_the_weights_alone(
+    bases, architecture, monkeypatch
+):
+    model = build_clara(bases[architecture]).double()
+    monkeypatch.setattr("modeling_clara.adapters_clara.MERGE_FROM", 1)
+    embeddings = torch.randn(3, 7, 32, dtype=torch.float64)
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    states = {}
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            for name in model.adapter_names:
+                states[dtype, name] = model._hidden_states(name, embeddings.to(dtype), mask)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not any("forward" in layer.__dict__ for layer in lora_layers(model.decoder))
+    for name in model.adapter_names:
+        torch.testing.assert_close(
+            states[torch.float32, name].double(), states[torch.float64, name], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_layers_merge_only_where_that_is_exact_enough_and_pays(clara, monkeypatch):
+    calls = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: calls.append(1) or addmm(*args, **options))
+    layers = len(list(lora_layers(clara.decoder)))
+
+    def run(dtype=torch.float32, rows=64, grad=False):
+        calls.clear()
+        inputs = torch.randn(rows, 8, 32).to(dtype), torch.ones(rows, 8, dtype=torch.int64)
+        with torch.set_grad_enabled(grad):
+            clara.to(dtype)._hidden_states("compressor", *inputs)
+        return len(calls)
+
+    assert run() == layers
+    assert run(rows=4) == 0  # too few tokens
+    assert run(grad=True) == 0  # a training step needs the adapter's gradient
+    assert run(dtype=torch.bfloat16) == 0  # the sum would lose most of the update
