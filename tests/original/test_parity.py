@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from clara_hf.original.convert import convert
-from modeling_clara import CLaRaForRetrievalGeneration, straight_through_topk
+from clara_hf.original.methods import OriginalCLaRa
+from modeling_clara import straight_through_topk
 
 
 SHARED = Path(os.environ.get("CLARA_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -45,7 +46,7 @@ def case(request, tmp_path_factory) -> SimpleNamespace:
     folder = PARITY / request.param
     out = tmp_path_factory.mktemp(request.param) / "converted"
     convert(str(folder / "checkpoint"), str(out), prompts=str(PARITY / "prompts.json"))
-    model = CLaRaForRetrievalGeneration.from_pretrained(out, dtype=torch.float32)
+    model = OriginalCLaRa.from_pretrained(out, dtype=torch.float32)
     record = json.loads((folder / "golden.json").read_text())
     model.config.prompts["paraphrase"]["user"] = paraphrase_templates(model, record)
     return SimpleNamespace(
