@@ -131,6 +131,6 @@ def test_two_processes_add_overlapping_documents_while_a_third_reads(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0] and reads > 0
     store = MemoryStore.open(path, SpectrumModel())
-    assert len(store) == 420 and near(store.get(store.keys(TEXTS[:420])), range(420))
+    assert len(store) == 440 and near(store.get(store.keys(TEXTS[:440])), range(440))
     store.compact()
-    assert store.columns(store.keys(TEXTS[:420]), ["number"])["number"] == list(range(420))
+    assert store.columns(store.keys(TEXTS[:440]), ["number"])["number"] == list(range(440))
