@@ -24,12 +24,12 @@ from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through
 
 
 BACKENDS = ("http", "transformers", "cloze")
+# What is written of the finished items, which an earlier version recorded as part of the run.
+WRITING = ("keep_uncovered", "validation_share")
 # Arguments that may change between a call and the next one, which goes on with the run.
 FREE = (
+    *WRITING,
     "output_dir",
-    # What is written of the finished items.
-    "keep_uncovered",
-    "validation_share",
     # What stands at these paths is told by a digest instead.
     "corpus",
     "dataset",
@@ -213,7 +213,7 @@ def claim(store: RunStore, settings: dict[str, Any]) -> None:
         store.set_meta(settings=settings)
         store.commit()
         return
-    changed = sorted(name for name in {*before, *settings} - {*FREE} if before.get(name) != settings.get(name))
+    changed = sorted(name for name in {*before, *settings} - {*WRITING} if before.get(name) != settings.get(name))
     if changed:
         name = changed[0]
         values = [shown_value(state.get(name)) for state in (before, settings)]

@@ -105,9 +105,10 @@ def test_documents_are_read_once_also_where_cutting_them_was_stopped(corpus, tmp
 
 def start(corpus: str, out: Path, url: str) -> subprocess.Popen:
     arguments = ["--corpus", corpus, "--out", str(out), "--model", "scripted", "--base-url", url, "--concurrency", "4"]
+    shared = ["--max_rounds", "1", "--validation_share", "0"]
     environment = {**os.environ, "OPENAI_API_KEY": KEY}
     return subprocess.Popen(
-        [sys.executable, "recipes/synthesize.py", *arguments, "--min_passage_tokens", "8", "--max_rounds", "1"],
+        [sys.executable, "recipes/synthesize.py", *arguments, "--min_passage_tokens", "8", *shared],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
