@@ -53,8 +53,8 @@ class Service:
         given = {"temperature": request.temperature, "top_p": request.top_p, "max_tokens": max_tokens, "n": request.n}
         given = {name: value for name, value in given.items() if value is not None}
         decoding = Decoding(**given, seed=request.seed, stop=tuple(stop))
-        top_k = request.top_k or self.engine.model.config.top_k
-        return Ask(question, top_k, decoding, documents, request.query_words, bool(request.stream))
+        n_docs = request.n_docs or self.engine.model.config.top_k
+        return Ask(question, n_docs, decoding, documents, request.query_words, bool(request.stream))
 
 
 @dataclass(frozen=True)

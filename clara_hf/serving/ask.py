@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("paths", nargs="+", metavar="FOLDER|FILE", help="Text, Markdown, HTML and PDF files, and folders of them.")
     add("--model", help="Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known.")
     add("--store", help="Folder of the collection (default: beside the first path, its name with .clara).")
-    add("--top-k", type=int, help="Passages that an answer is made from (default: the model's).")
+    add("--n-docs", type=int, help="Passages that an answer is made from (default: the model's).")
     add("--max-tokens", type=int, default=64, help="Maximum number of tokens per answer (default: 64).")
     add("--once", metavar="QUESTION", help="Answer this question and end.")
     add("--json", action="store_true", help="With --once: one JSON object on stdout.")
@@ -141,7 +141,7 @@ def answer(library: Library, question: str, options: argparse.Namespace, out=Non
     """
     model = library.model
     model.processor.check_user_texts([question], "questions")
-    hits = library.search([question], options.top_k or model.config.top_k)[0]
+    hits = library.search([question], options.n_docs or model.config.top_k)[0]
     memories = library.memories([hit.key for hit in hits])
     streamer = None if out is None else Terminal(model, out)
     made = model.generate(

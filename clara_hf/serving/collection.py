@@ -52,7 +52,7 @@ def add_vectors(app: FastAPI, service: Service) -> None:
 
         def rank() -> list[tuple[int, float]]:
             found = model.retrieve(
-                [body.query], engine.compress(texts), top_k=min(body.top_n or len(texts), len(texts))
+                [body.query], engine.compress(texts), n_docs=min(body.top_n or len(texts), len(texts))
             )
             return list(zip(found.indices[0].tolist(), found.scores[0].tolist(), strict=True))
 

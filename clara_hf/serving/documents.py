@@ -140,7 +140,7 @@ def read_bytes(name: str, data: bytes) -> list[Document]:
         title, text = _html(data)
     else:
         text = decode(data)
-        title = _heading(text) if ending in (".md", ".markdown") else ""
+        title, text = _heading(text) if ending in (".md", ".markdown") else ("", text)
     return read_text(name, text, title)
 
 
@@ -192,9 +192,10 @@ def decode(data: bytes) -> str:
         return data.decode(best.encoding, "replace")
 
 
-def _heading(text: str) -> str:
-    first = text.lstrip().split("\n", 1)[0]
-    return first.lstrip("# ").strip() if first.startswith("# ") else ""
+def _heading(text: str) -> tuple[str, str]:
+    """A Markdown text's first heading, where it begins with one, and the rest."""
+    first, _, rest = text.lstrip().partition("\n")
+    return (first.lstrip("# ").strip(), rest) if first.startswith("# ") and rest.strip() else ("", text)
 
 
 def _html(data: bytes) -> tuple[str, str]:

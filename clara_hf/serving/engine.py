@@ -108,7 +108,7 @@ class Ask:
 
     Args:
         question: its text.
-        top_k: documents in the prompt.
+        n_docs: documents in the prompt.
         documents: candidates; the collection's passages without them.
         words: how many words of the query to name (logit lens).
         stream: whether pieces are wanted, or the whole answer.
@@ -116,7 +116,7 @@ class Ask:
     """
 
     question: str
-    top_k: int
+    n_docs: int
     decoding: Decoding = Decoding()
     documents: list[str] | None = None
     words: int = 0
@@ -279,18 +279,18 @@ class Engine:
         from_store = [ask for ask in batch if ask.documents is None]
         if from_store:
             with self.metrics.timed("retrieve"):
-                rows = self.library.search([ask.question for ask in from_store], max(a.top_k for a in from_store))
+                rows = self.library.search([ask.question for ask in from_store], max(a.n_docs for a in from_store))
             for ask, hits in zip(from_store, rows, strict=True):
-                hits = hits[: ask.top_k]
+                hits = hits[: ask.n_docs]
                 found[id(ask)] = hits, self.library.memories([hit.key for hit in hits])
         given = [ask for ask in batch if ask.documents is not None]
         if given:
             memories = [self.compress(ask.documents) for ask in given]
             with self.metrics.timed("retrieve"):
-                ranked = self.model.retrieve([a.question for a in given], memories, max(a.top_k for a in given))
+                ranked = self.model.retrieve([a.question for a in given], memories, max(a.n_docs for a in given))
             rows = zip(given, memories, ranked.indices.tolist(), ranked.scores.tolist(), strict=True)
             for ask, memory, indices, scores in rows:
-                best = [pair for pair in zip(indices, scores, strict=True) if pair[0] >= 0][: ask.top_k]
+                best = [pair for pair in zip(indices, scores, strict=True) if pair[0] >= 0][: ask.n_docs]
                 hits = [self._given_hit(ask.documents[index], index, score) for index, score in best]
                 found[id(ask)] = hits, memory[[index for index, _ in best]]
         return [(*found[id(ask)], self._words(ask)) for ask in batch]
@@ -312,7 +312,7 @@ class Engine:
         if room < ask.decoding.max_tokens:
             return memories, Refused(
                 f"the prompt has {tokens} tokens, which leaves room for {max(room, 0)}, but max_tokens is "
-                f"{ask.decoding.max_tokens}: shorten the question, or lower top_k or max_tokens",
+                f"{ask.decoding.max_tokens}: shorten the question, or lower n_docs or max_tokens",
                 code="context_length_exceeded",
             )
         return memories, Found(hits, tokens, words)

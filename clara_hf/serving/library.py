@@ -102,7 +102,7 @@ class Library:
     library = Library.open("notes.clara", model)
     rows, _ = library.split(read_text("a.txt", "Mara keeps bees. Oren reads."))
     library.add([FileEntry("a.txt", rows, bytes=28)])
-    library.search(["Who keeps bees?"], top_k=1)[0][0].filename  # "a.txt"
+    library.search(["Who keeps bees?"], n_docs=1)[0][0].filename  # "a.txt"
     ```
     """
 
@@ -313,7 +313,7 @@ class Library:
         self._places = {key: number for number, key in enumerate(wanted)}
         self._stale = False
 
-    def search(self, questions: Sequence[str], top_k: int) -> list[list[Hit]]:
+    def search(self, questions: Sequence[str], n_docs: int) -> list[list[Hit]]:
         """The best passages for each question, best first; none where the collection is empty.
 
         Scores are the exact ones of [`model.retrieve`]. A collection too large for the memory is searched by
@@ -322,13 +322,13 @@ class Library:
         self._refresh()
         if not self._keys:
             return [[] for _ in questions]
-        top_k = min(top_k, len(self._keys))
+        n_docs = min(n_docs, len(self._keys))
         if self._is_resident:
-            found = self.model.retrieve(list(questions), self._bank, top_k=top_k)
+            found = self.model.retrieve(list(questions), self._bank, n_docs=n_docs)
             keys = [[self._keys[index] for index in row if index >= 0] for row in found.indices.tolist()]
         else:
             strays = len(self.store) - len(self._keys)  # memories of files that a crash kept from being recorded
-            found = self.store.search(list(questions), top_k=top_k + strays)
+            found = self.store.search(list(questions), top_k=n_docs + strays)
             keys = found.keys
         distinct = list(dict.fromkeys(key for row in keys for key in row if key in self._places))
         texts = dict(zip(distinct, self.store.columns(distinct, ["text"])["text"], strict=True))
@@ -341,7 +341,7 @@ class Library:
             ]
             for row, scores in zip(keys, found.scores.tolist(), strict=True)
         ]
-        return [row[:top_k] for row in hits]
+        return [row[:n_docs] for row in hits]
 
     def _place(self, key: str) -> tuple:
         return self._database.execute(

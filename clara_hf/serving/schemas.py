@@ -9,7 +9,7 @@ MAX_QUESTION = 8_000  # characters
 MAX_TEXT = 4_000_000
 MAX_DOCUMENTS = 100
 MAX_TOKENS = 1024
-MAX_TOP_K = 50
+MAX_N_DOCS = 50
 
 Question = Annotated[str, Field(min_length=1, max_length=MAX_QUESTION)]
 DocumentText = Annotated[str, Field(min_length=1, max_length=100_000)]
@@ -55,7 +55,7 @@ class StreamOptions(Request):
 
 
 class Sampling(Request):
-    """Options of an answer. `top_k` counts documents in the prompt, not tokens to sample from."""
+    """Options of an answer; `n_docs` is the number of documents in the prompt."""
 
     model: str = Field(max_length=500)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
@@ -67,7 +67,7 @@ class Sampling(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     documents: Documents | None = None
-    top_k: int | None = Field(None, ge=1, le=MAX_TOP_K)
+    n_docs: int | None = Field(None, ge=1, le=MAX_N_DOCS)
     query_words: int = Field(0, ge=0, le=50)
     # Fields that clients send at their neutral values.
     user: str | None = Field(None, max_length=1000)
@@ -137,7 +137,7 @@ class RankingOptions(Request):
 
 class SearchRequest(Request):
     query: Question | Annotated[list[Question], Field(min_length=1, max_length=16)]
-    max_num_results: int = Field(10, ge=1, le=MAX_TOP_K)
+    max_num_results: int = Field(10, ge=1, le=MAX_N_DOCS)
     ranking_options: RankingOptions | None = None
     rewrite_query: Literal[False] | None = None
 

@@ -73,7 +73,7 @@ def test_a_second_run_needs_no_model_name_and_takes_up_only_what_changed(folder,
     assert compressed == [["Otto mends clocks."]]
     (folder / "new.txt").write_text("Otto mends watches.")
     os.utime(folder / "new.txt", (1, 1))
-    found = asked(capsys, folder, "--top-k", 50)
+    found = asked(capsys, folder, "--n-docs", 50)
     assert {one["filename"] for one in found["documents"]} == {"mara.md", "new.txt"}
     assert [one["text"] for one in found["documents"] if one["filename"] == "new.txt"] == ["Otto mends watches."]
 

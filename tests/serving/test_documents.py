@@ -95,11 +95,13 @@ def test_html_gives_its_visible_text_and_title():
 
 def test_a_markdown_heading_is_the_title_and_long_texts_come_in_parts(monkeypatch):
     monkeypatch.setattr(documents, "BLOCK", 50)
-    text = "# Bees\n\n" + "\n\n".join(f"Paragraph {number} about bees." for number in range(9))
-    found = read_bytes("a.md", text.encode())
+    text = "\n\n".join(f"Paragraph {number} about bees." for number in range(9))
+    found = read_bytes("a.md", f"# Bees\n{text}".encode())
     assert {one.title for one in found} == {"Bees"}
     assert [one.place for one in found] == [f"part {number}" for number in range(1, len(found) + 1)]
     assert "".join(one.text for one in found) == text and len(found) > 3
+    (only,) = read_bytes("b.md", b"# A heading alone")
+    assert (only.title, only.text) == ("", "# A heading alone")
 
 
 def test_a_folder_of_two_hundred_mixed_files_is_walked_and_what_is_left_out_has_its_reason(tmp_path):

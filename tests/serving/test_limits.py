@@ -265,7 +265,7 @@ def test_kill_during_adds_loses_nothing_that_was_acknowledged(process):
     _, url = process()
     found = {one["id"]: one["passages"] for one in httpx.get(url + FILES).json()["data"]}
     assert {name: found.get(name) for name, _ in acknowledged} == dict(acknowledged)
-    assert httpx.post(url + CHAT, json=chat(top_k=5), timeout=60).status_code == 200
+    assert httpx.post(url + CHAT, json=chat(n_docs=5), timeout=60).status_code == 200
     last = f"n{len(acknowledged)}"
     made = httpx.post(url + FILES, json={"text": "Again.", "file_id": last}, timeout=60)
     assert made.status_code in (200, 409)  # 409: it was taken in, and only its acknowledgement was lost

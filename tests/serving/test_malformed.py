@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "Who keeps bees?"}]
 GOOD = {
     "/v1/chat/completions": {
         **{"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "seed": 1, "n": 1},
-        **{"stop": ["x"], "stream": False, "documents": ["A text.", {"text": "B", "title": "t"}], "top_k": 1},
+        **{"stop": ["x"], "stream": False, "documents": ["A text.", {"text": "B", "title": "t"}], "n_docs": 1},
         **{"query_words": 2, "user": "me", "metadata": {"a": "b"}, "logprobs": False},
     },
     "/v1/completions": {"model": "tiny", "prompt": ["Who?"], "max_tokens": 1, "stop": "x", "echo": False},

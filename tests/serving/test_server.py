@@ -109,8 +109,10 @@ def test_requests_that_come_together_get_their_own_answers_whatever_their_length
 def test_documents_in_the_request_take_the_place_of_the_collection(http, other_model):
     documents = ["Selma paints doors.", {"title": "Otto", "text": "Otto mends clocks."}]
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Who mends clocks?"}], "documents": documents}
-    made = http.post("/v1/chat/completions", json={**body, "top_k": 1}).json()
-    wanted = other_model.generate(["Who mends clocks?"], [["Selma paints doors.", "Otto\nOtto mends clocks."]], top_k=1)
+    made = http.post("/v1/chat/completions", json={**body, "n_docs": 1}).json()
+    wanted = other_model.generate(
+        ["Who mends clocks?"], [["Selma paints doors.", "Otto\nOtto mends clocks."]], n_docs=1
+    )
     assert made["choices"][0]["message"]["content"] == wanted.texts[0]
     assert [one["number"] for one in made["clara"]["documents"]] == wanted.indices[0].tolist()
 
@@ -158,7 +160,7 @@ def test_rerank_orders_documents_as_retrieve_does(http, other_model):
     texts = ["Selma paints doors.", "Otto mends clocks.", "Velholm is a town."]
     body = {"model": "tiny", "query": "Who mends clocks?", "documents": texts, "top_n": 2, "return_documents": True}
     results = http.post("/v1/rerank", json=body).json()["results"]
-    wanted = other_model.retrieve(["Who mends clocks?"], other_model.compress(texts), top_k=2)
+    wanted = other_model.retrieve(["Who mends clocks?"], other_model.compress(texts), n_docs=2)
     assert [one["index"] for one in results] == wanted.indices[0].tolist()
     assert [one["relevance_score"] for one in results] == pytest.approx(wanted.scores[0].tolist(), abs=1e-6)
     assert [one["document"]["text"] for one in results] == [texts[one["index"]] for one in results]
