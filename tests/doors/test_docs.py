@@ -11,7 +11,16 @@ from pytest_examples import CodeExample, find_examples
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # Blocks over a checkpoint, a store or a server of the reader's own.
-PLACEHOLDERS = ('"OUT"', "user/", '"PATH"', "me/", "hf://", "localhost", 'store = MemoryStore.open("corpus"')
+PLACEHOLDERS = (
+    '"OUT"',
+    "user/",
+    '"PATH"',
+    "me/",
+    "hf://",
+    "localhost",
+    "127.0.0.1",
+    'store = MemoryStore.open("corpus"',
+)
 
 
 def blocks(page: Path) -> list[CodeExample]:
