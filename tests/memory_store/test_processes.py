@@ -93,7 +93,8 @@ def test_a_forked_process_is_refused(store):
 @pytest.mark.parametrize(("online", "context"), [(False, "forkserver"), (True, None)])
 def test_workers_of_a_training_that_reads_a_store_are_not_forked(online, context, base, tmp_path):
     trainer = make_trainer("joint", base, tmp_path, online=online, dataloader_num_workers=1, max_steps=2)
-    assert trainer.args.dataloader_multiprocessing_context == context
+    started = trainer.get_train_dataloader().base_dataloader.multiprocessing_context
+    assert (started and started.get_start_method()) == context
     trainer.train()
     assert trainer.state.global_step == 2
 
