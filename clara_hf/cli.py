@@ -19,7 +19,7 @@ COMMANDS = {
     "synthesize": ("clara_hf.synthesis.synthesize:main", "synthesis", "Make SCP data from documents by a teacher."),
     "instruct-data": ("clara_hf.synthesis.instruct_data:main", "synthesis", "Make stage 2 data by a teacher."),
     "joint-data": ("clara_hf.synthesis.joint_data:main", "synthesis", "Make stage 3 data from synthesized pairs."),
-    "pools": ("clara_hf.data.candidates:main", "eval", "Find candidates for questions in a corpus."),
+    "pools": ("clara_hf.data.pools:main", "eval", "Find candidates for questions in a corpus."),
     "convert-data": ("clara_hf.data.convert:main", "data", "Convert a published data set."),
     "convert": ("clara_hf.original.convert:main", "train", "Convert a published checkpoint."),
     "export-generator": ("clara_hf.hub.export:main", "train", "Write the generator as a plain causal model."),

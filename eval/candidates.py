@@ -5,7 +5,7 @@ python eval/candidates.py --questions q.jsonl --corpus corpus.jsonl --output poo
 
 import sys
 
-from clara_hf.data.candidates import main
+from clara_hf.data.pools import main
 
 
 if __name__ == "__main__":

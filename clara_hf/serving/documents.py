@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from clara_hf.synthesis.documents import Document
+from clara_hf.data.documents import Document
 from clara_hf.synthesis.text import damage
 
 

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import torch
 
+from clara_hf.data.documents import Document
 from clara_hf.memory_store import MemoryStore
 from clara_hf.serving.documents import Unreadable
-from clara_hf.synthesis.documents import Document
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.passages import PassageMaker
 

@@ -23,8 +23,7 @@ check_installed()
 
 from transformers import HfArgumentParser
 
-from clara_hf.data.candidates import MODES, build_candidates, check_pools
-from clara_hf.data.corpus import distinct_passages
+from clara_hf.data.pools import MODES, build_candidates, check_pools, distinct_passages
 from clara_hf.data.schema import read_jsonl
 from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, split_of
 

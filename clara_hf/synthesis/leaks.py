@@ -1,6 +1,5 @@
 """Texts that must not get into the data, above all evaluation sets: their n-grams, and whether a text holds one."""
 
-import gzip
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -8,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clara_hf.data.sources import read_rows
+from clara_hf.data.files import open_unpacked, unpacked_name
+from clara_hf.data.sources import ENDINGS, kind_of, read_rows
 from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.text import words
 
@@ -23,7 +23,7 @@ class LeakIndex:
     Memory: 8 bytes per gram. Grams are compared by 64-bit hashes.
 
     Args:
-        files: JSON files, of which `question` is taken (else `text`), or text files, of which every line is.
+        files: data files, of which `question` is taken (else `text`), or text files, of which every line is.
         n: words of a gram.
 
     Raises:
@@ -65,11 +65,11 @@ def excluded_texts(file: str) -> Iterator[str]:
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"--exclude: there is no file {file}.")
-    if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as lines:
+    if kind_of(path) == "text" or Path(unpacked_name(path)).suffix.lower() not in ENDINGS:
+        with open_unpacked(path) as lines:
             for line in lines:
                 if b"\0" in line:
-                    raise UsageError(f"--exclude: {file} is no text: JSONL and text files (.gz too) can be excluded.")
+                    raise UsageError(f"--exclude: {file} is no text: data files and text files can be excluded.")
                 yield line.decode("utf-8", "replace")
         return
     for _, row in read_rows(path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clara_hf.synthesis.documents import Document
+from clara_hf.data.documents import Document
 from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.text import clean_line, clean_text, damage, letter_share

@@ -22,9 +22,9 @@ check_installed()
 
 from tqdm import tqdm
 
+from clara_hf.data.documents import Columns, Document, corpus_files, read_dataset, read_files
 from clara_hf.synthesis.backends.cloze import cloze_passage
 from clara_hf.synthesis.checks import PassageChecks
-from clara_hf.synthesis.documents import Columns, Document, corpus_files, read_dataset, read_files
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.outputs import OUTPUTS, Writing, as_written, check_name, push, write_outputs
 from clara_hf.synthesis.passages import PassageMaker, estimated_starts, tokenizer_file, tokenizer_starts

@@ -9,10 +9,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from clara_hf.data.candidates import main as build_pools
 from clara_hf.data.convert import Conversion, main
 from clara_hf.data.converters import CONVERTERS
 from clara_hf.data.files import write_jsonl
+from clara_hf.data.pools import main as build_pools
 from clara_hf.data.schema import load_examples, load_scp
 from clara_hf.data.sources import read_rows
 

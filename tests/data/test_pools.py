@@ -9,9 +9,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from clara_hf.data import retrievers
-from clara_hf.data.candidates import build_candidates, distinct_passages, main
-from clara_hf.data.corpus import read_corpus, read_questions
 from clara_hf.data.files import write_jsonl
+from clara_hf.data.pools import build_candidates, distinct_passages, main, read_corpus, read_questions
 from clara_hf.data.retrievers import BiEncoderRetriever, BM25Retriever, random_rows
 from clara_hf.data.schema import DataError, load_examples
 from tests.conftest import build_tokenizer

@@ -7,10 +7,10 @@
 A corpus row has a `text`, optionally a `title`, which is put in front of it, and an `id` (default: the row's number). A
 question row has `question`, `answers` and, where known, its `positives`: ids of the corpus. Instead of these it may
 have `docs` and `pos_index`, as evaluation data do: the gold documents are its positives, and join the corpus where it
-lacks them. Without --corpus, the corpus is all `docs` of the questions. Files are of any kind that `eval/data_files.py`
-reads.
+lacks them. Without --corpus, the corpus is all `docs` of the questions. Files are of any kind that
+`clara_hf.data.sources` reads.
 
-Beside the output, `<output>.report.json` tells what the pools give away: see `eval/leak_checks.py`.
+Beside the output, `<output>.report.json` tells what the pools give away: see `clara_hf.data.leak_checks`.
 """
 
 import json
@@ -19,20 +19,23 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from clara_hf.data.corpus import distinct_passages, read_corpus, read_questions, same_text_key
-from clara_hf.data.files import write_jsonl, write_text
+from clara_hf.data.files import DataError, shown, write_jsonl, write_text
 from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
 from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
-from clara_hf.data.schema import DataError, parse_example
+from clara_hf.data.schema import check_text, check_texts, parse_example
+from clara_hf.data.sources import read_rows, unit_of
 
 
 MODES = ("oracle", "normal")
+TEXTS = ("text", "contents", "content")
 
 
 class PoolError(ValueError):
@@ -152,6 +155,104 @@ def _check_options(size, mode):
 def _named(questions):
     for number, question in enumerate(questions, start=1):
         yield str(number if question.get("id") is None else question["id"]), question
+
+
+def read_corpus(source: str | Path, show_progress: bool = False) -> dict[str, str]:
+    """Passages by id: `text` (or `contents`, `content`) behind its `title`, if it has one, and a line break.
+
+    Raises:
+        DataError: a row has no text, an id is used twice, or there is no row at all.
+    """
+    corpus: dict[str, str] = {}
+    unit = unit_of(source)
+    rows = read_rows(source)
+    for number, row in tqdm(rows, desc="reading the corpus", unit=" passages", disable=not show_progress, leave=False):
+        try:
+            # An id that is null is none, as in eval/data.py.
+            name = str(next((row[key] for key in ("id", "_id") if row.get(key) is not None), number))
+            field_name = next((name for name in TEXTS if name in row), "text")
+            check_text(field_name, row.get(field_name))
+            if name in corpus:
+                raise ValueError(f"id {name!r} is already used.")
+            corpus[name] = f"{row['title']}\n{row[field_name]}" if row.get("title") else row[field_name]
+        except ValueError as error:
+            raise DataError(f"{source}, {unit} {number}: {error}") from error
+    if not corpus:
+        raise DataError(f"{source}: the file holds no passage.")
+    return corpus
+
+
+def read_questions(source: str | Path, corpus: dict[str, str], pooled: bool = False) -> list[dict[str, Any]]:
+    """Questions for [`build_candidates`], whose gold documents become `positives`.
+
+    Args:
+        source: rows with `question` and optionally `answers`, `id` and `positives`, or `docs` and `pos_index`.
+        corpus: passages by id; gold documents that it lacks are added under new ids, so that they are candidates of
+            other questions, too.
+        pooled: all `docs` are added, not the gold ones alone.
+
+    Raises:
+        DataError: a row breaks the schema, an id is used twice, or there is no question at all.
+    """
+    ids = {same_text_key(text): name for name, text in corpus.items()}
+    unit, questions, numbers = unit_of(source), [], {}
+    for number, row in read_rows(source):
+        try:
+            question = _question(row, str(number))
+            if question["id"] in numbers:
+                raise ValueError(f"id {question['id']!r} is already used in {unit} {numbers[question['id']]}.")
+        except ValueError as error:
+            raise DataError(f"{source}, {unit} {number}: {error}") from error
+        numbers[question["id"]] = number
+        gold = [question["docs"][position] for position in question.pop("pos_index")]
+        for text in [*gold, *(question["docs"] if pooled else ())]:
+            if (key := same_text_key(text)) not in ids:
+                ids[key] = _unused_id(corpus)
+                corpus[ids[key]] = text
+        question["positives"] = question["positives"] or [ids[same_text_key(text)] for text in gold]
+        del question["docs"]
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{source}: the file holds no question.")
+    return questions
+
+
+def _unused_id(corpus):
+    return next(name for number in count(len(corpus)) if (name := f"doc:{number}") not in corpus)
+
+
+def _question(row, default_id):
+    positives = row.get("positives") or []
+    if not isinstance(positives, list) or any(type(name) not in (str, int) for name in positives):
+        raise ValueError(f"'positives' must be a list of ids, but is {shown(positives)}.")
+    if row.get("docs"):
+        example = parse_example(row, default_id, needs_answers=False)
+        checked = {"docs": example.docs, "pos_index": example.pos_index or [], "id": example.id}
+    else:
+        if "question" not in row:
+            raise ValueError("the field 'question' is missing.")
+        check_text("question", row["question"])
+        if row.get("answers", []) != []:
+            check_texts("answers", row["answers"])
+        checked = {"docs": [], "pos_index": [], "id": default_id if row.get("id") is None else str(row["id"])}
+    return {"answers": [], **row, **checked, "positives": [str(name) for name in positives]}
+
+
+def distinct_passages(corpus: Mapping[str, str]) -> tuple[list[str], list[str], dict[str, int]]:
+    """Texts of the corpus without copies, the ids of their first occurrence, and for every id the row of its text."""
+    texts, ids, rows_of, seen = [], [], {}, {}
+    for name, text in corpus.items():
+        row = seen.setdefault(same_text_key(text), len(texts))
+        rows_of[name] = row
+        if row == len(texts):
+            texts.append(text)
+            ids.append(name)
+    return texts, ids, rows_of
+
+
+def same_text_key(text: str) -> str:
+    """What two texts share when they differ only in case and white space."""
+    return " ".join(text.casefold().split())
 
 
 @dataclass
