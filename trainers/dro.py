@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from clara_hf.data.copies import distinct_docs
+from clara_hf.data.schema import distinct_docs
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
 from modeling_clara.control_tokens_clara import ControlTokens
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix, left_pad

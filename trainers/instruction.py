@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from clara_hf.data.copies import distinct_docs
+from clara_hf.data.schema import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 
 from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from clara_hf.data.copies import distinct_docs
+from clara_hf.data.schema import distinct_docs
 from clara_hf.memory_store.keys import Maker
 from clara_hf.memory_store.store import MemoryStore
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor

@@ -11,7 +11,7 @@ import yaml
 from datasets import Dataset
 from transformers.utils import logging
 
-from clara_hf.data.copies import distinct_docs
+from clara_hf.data.schema import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS

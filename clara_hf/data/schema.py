@@ -7,7 +7,7 @@ among them, `target` is the answer to train on (default: the first of `answers`)
 `pos_index`, `target` and `type` are optional; further keys are kept in `QAExample.extra`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clara_hf.data.sources import read_jsonl, read_rows, unit_of
 __all__ = [
     "DataError",
     "QAExample",
+    "distinct_docs",
     "iter_examples",
     "iter_scp",
     "load_examples",
@@ -177,6 +178,21 @@ def parse_example(row: dict[str, Any], default_id: str, needs_answers: bool = Tr
         target=row.get("target"),
         extra={name: row[name] for name in row if name not in (*REQUIRED, "id", "type", "target", "pos_index")},
     )
+
+
+def distinct_docs(docs: Sequence[str], pos_index: Iterable[int] = ()) -> tuple[list[str], list[int]]:
+    """The distinct texts of `docs`, each at the place of its first copy, and the gold positions among them.
+
+    A text is gold if any of its copies is.
+
+    >>> distinct_docs(["A", "A", "B"], [1, 2])
+    (['A', 'B'], [0, 1])
+
+    Raises:
+        IndexError: a gold position beyond `docs`.
+    """
+    place = {text: number for number, text in enumerate(dict.fromkeys(docs))}
+    return list(place), sorted({place[docs[index]] for index in pos_index})
 
 
 def check_text(name: str, value: Any) -> None:
