@@ -303,6 +303,24 @@ class CLaRaGeneration:
         texts = self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return CLaRaGenerationOutput([text.strip() for text in texts], sequences=sequences, generation=generation)
 
+    def prompt_embeddings(self, question: str, memories: torch.Tensor) -> torch.Tensor:
+        """The prompt of a question as another server of the generator takes it.
+
+        Args:
+            question: its text.
+            memories (`[k, l, H]`): in the order of the prompt's slots.
+
+        Returns:
+            `[L, H]` in the model's dtype.
+
+        Raises:
+            ValueError: memories of another shape; a question that is empty or holds a token that the model reserves.
+        """
+        check_memories(memories, self._memory_shape, "memories")
+        input_ids = self.processor.encode_prompts([question], [len(memories)])["input_ids"].to(self.device)
+        with self._inference():
+            return self._prompt_embeddings(input_ids, memories.to(self.device))[0]
+
     def _generation_options(self, generate_kwargs: dict, width: int) -> dict:
         """`generate_kwargs` with the defaults of this model, for prompts of `width` tokens."""
         options = {**generate_kwargs}

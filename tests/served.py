@@ -13,7 +13,7 @@ from conftest import build_clara
 
 from clara_hf.serving.documents import read_text
 from clara_hf.serving.library import FileEntry, Library
-from clara_hf.serving.serve import ServeArguments, build
+from clara_hf.serving.serve import ServeArguments, build, server_config
 
 
 NOTES = {
@@ -35,7 +35,7 @@ def fill(library: Library, notes: dict[str, str] = NOTES) -> None:
 def serving(model, store, **options):
     """Base URL of a service, which ends with the block."""
     app = build(ServeArguments("tiny", str(store), "tiny", **options), model)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20))
+    server = uvicorn.Server(server_config(app, seconds=20))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(128)

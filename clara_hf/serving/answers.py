@@ -79,9 +79,8 @@ def add_answers(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         ask = service.ask(body, body.question, "messages", body.max_completion_tokens or body.max_tokens)
         head = _head("chatcmpl", "chat.completion", service)
-        unused = len(body.messages) - 1
         if body.stream:
-            return await _streamed(service, ask, request, body, head, _chat_delta, unused)
+            return await _streamed(service, ask, request, body, head, _chat_delta, body.unread)
         answer = await while_there(request, _whole(service.answerer, ask))
         choices = [
             {
@@ -98,7 +97,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
             for done in answer.choices
         ]
         counts = _count(service, [answer])
-        return JSONResponse({**head, "choices": choices, "usage": counts, "clara": _source(answer.found, unused)})
+        return JSONResponse({**head, "choices": choices, "usage": counts, "clara": _source(answer.found, body.unread)})
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -109,7 +108,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
         if body.stream:
             if len(asks) > 1:
                 raise Refused("stream=true answers one prompt: send several requests", param="prompt")
-            return await _streamed(service, asks[0], request, body, head, _completion_delta, 0)
+            return await _streamed(service, asks[0], request, body, head, _completion_delta, None)
 
         work = asyncio.gather(*(_whole(service.answerer, ask) for ask in asks))
         answers = await while_there(request, work)
@@ -123,7 +122,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
             }
             for number, done in rows
         ]
-        sources = [_source(answer.found, 0) for answer in answers]
+        sources = [_source(answer.found, None) for answer in answers]
         extension = sources[0] if len(sources) == 1 else sources
         return JSONResponse({**head, "choices": choices, "usage": _count(service, answers), "clara": extension})
 
@@ -132,10 +131,11 @@ def _head(prefix: str, kind: str, service: Service) -> dict:
     return {"id": f"{prefix}-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": service.name}
 
 
-def _source(found: Found, unused: int) -> dict:
-    """The extension field: passages in the order of their slots, and what of the request was not read."""
-    source = {"documents": [asdict(hit) for hit in found.hits], "unused_messages": unused}
-    return {**source, "query_words": found.words} if found.words else source
+def _source(found: Found, unread: str | None) -> dict:
+    """The extension field: passages in the order of their slots, words of the query, what was not read."""
+    words = {"query_words": found.words} if found.words else {}
+    note = {"note": unread} if unread else {}
+    return {"documents": [asdict(hit) for hit in found.hits], **words, **note}
 
 
 def _annotations(hits: list[Hit]) -> list[dict]:
@@ -163,7 +163,7 @@ def _completion_delta(choice: int, text: str | None, reason: str | None, found: 
     return {"index": choice, "text": text or "", "logprobs": None, "finish_reason": reason}
 
 
-async def _streamed(service: Service, ask: Ask, request: Request, body: Sampling, head, delta, unused) -> Response:
+async def _streamed(service: Service, ask: Ask, request: Request, body: Sampling, head, delta, unread) -> Response:
     events = service.answerer.answer(ask)
     # What refuses the request is told by its status; from here on, only in the stream.
     found: Found = await while_there(request, anext(events))
@@ -173,7 +173,7 @@ async def _streamed(service: Service, ask: Ask, request: Request, body: Sampling
         answer = Answer(found, [])
         try:
             for choice in range(ask.decoding.n):
-                first = {**head, "choices": [delta(choice, None, None, found)], "clara": _source(found, unused)}
+                first = {**head, "choices": [delta(choice, None, None, found)], "clara": _source(found, unread)}
                 yield _line(first)
             async for event in events:
                 if isinstance(event, Piece):

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -24,6 +25,8 @@ from clara_hf.serving.library import Hit, Library
 logger = logging.get_logger(__name__)
 
 CACHED_DOCUMENTS = 4096
+# A call switches the model's adapters, and is not over when its answer is sent: engines of one model take turns.
+_turns: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -138,6 +141,8 @@ class Call:
 class Engine:
     """Runs [`Ask`]s and calls in one thread, questions that wait together in one batch.
 
+    The model belongs to the engines that were made with it: no other thread may use it while one of them is open.
+
     Args:
         library: the collection, with the model.
         max_queue: requests that may wait; more are refused as [`Busy`].
@@ -149,6 +154,7 @@ class Engine:
     def __init__(self, library: Library, max_queue: int, max_batch: int, wait: float, metrics: Metrics):
         self.library, self.model, self.metrics = library, library.model, metrics
         self.max_queue, self.max_batch, self.wait = max_queue, max_batch, wait
+        self._turn = _turns.setdefault(self.model, threading.Lock())
         self._queue: deque[Ask | Call] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -223,10 +229,11 @@ class Engine:
             began = time.monotonic()
             batch = [job for job in batch if not job.cancelled]
             try:
-                if batch and isinstance(batch[0], Call):
-                    batch[0].put(batch[0].function())
-                elif batch:
-                    self._answer(batch)
+                with self._turn:
+                    if batch and isinstance(batch[0], Call):
+                        batch[0].put(batch[0].function())
+                    elif batch:
+                        self._answer(batch)
             except (ValueError, KeyError, OSError) as error:
                 for job in batch:
                     job.put(error)
@@ -266,7 +273,7 @@ class Engine:
         decoded = []
         for ask, memories, event in found:
             if isinstance(event, Found) and not ask.decode_here:
-                event = replace(event, embeddings=self._prompt(ask, memories))
+                event = replace(event, embeddings=self.model.prompt_embeddings(ask.question, memories).cpu())
             ask.put(event)
             if isinstance(event, Found) and ask.decode_here:
                 decoded.append((ask, memories))
@@ -316,11 +323,6 @@ class Engine:
                 code="context_length_exceeded",
             )
         return memories, Found(hits, tokens, words)
-
-    @torch.no_grad()
-    def _prompt(self, ask: Ask, memories: torch.Tensor) -> torch.Tensor:
-        batch = self.model.processor.encode_prompts([ask.question], [len(memories)]).to(self.model.device)
-        return self.model._prompt_embeddings(batch["input_ids"], memories)[0].cpu()
 
     def _decode(self, asked: list[tuple[Ask, torch.Tensor]]) -> None:
         rows, questions, memories = [], [], []

@@ -1,5 +1,6 @@
 """What clients may send: OpenAI's shapes, with the fields that a CLaRa model has a meaning for; others are refused."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,11 +27,14 @@ class TextPart(Request):
 
 
 class Message(Request):
-    """`content` is a text or a list of text parts; the last user message is the question."""
+    """`content` is a text or a list of text parts; the last message is the question, earlier ones are not read."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=10 * MAX_QUESTION)] | list[TextPart]
     name: str | None = Field(None, max_length=200)
+    # What a client sends back when it appends the answer's message to the conversation.
+    refusal: Literal[None] = None
+    annotations: list[dict[str, Any]] | None = Field(None, max_length=MAX_N_DOCS)
 
     @property
     def text(self) -> str:
@@ -90,6 +94,13 @@ class ChatRequest(Sampling):
     @property
     def question(self) -> str:
         return self.messages[-1].text
+
+    @property
+    def unread(self) -> str | None:
+        """What of the conversation the answer does not depend on, in a sentence."""
+        roles = Counter("system" if one.role == "developer" else one.role for one in self.messages[:-1])
+        counts = ", ".join(f"{count} {role}" for role, count in sorted(roles.items()))
+        return f"messages not read: {counts}; the model answers the last one by its own prompt" if counts else None
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> "ChatRequest":

@@ -3,7 +3,9 @@
 import argparse
 import asyncio
 import logging
+import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +64,7 @@ def load_model(name: str) -> CLaRaForRetrievalGeneration:
 
 
 def build(args: ServeArguments, model: CLaRaForRetrievalGeneration | None = None) -> FastAPI:
-    """The application; `model` is loaded where it is not given.
+    """The application; `model` is loaded where it is not given, and is the service's own from then on.
 
     Raises:
         OSError, ValueError: model, store, keys or the vLLM server are not what they must be.
@@ -92,12 +94,30 @@ def build(args: ServeArguments, model: CLaRaForRetrievalGeneration | None = None
     return app
 
 
+def server_config(app: FastAPI, seconds: float) -> uvicorn.Config:
+    """How uvicorn serves the application; what runs at its end has `seconds` to finish.
+
+    By h11, whatever else is installed: httptools refuses a method that it does not know in its own words, not in ours.
+    """
+    return uvicorn.Config(
+        app,
+        http="h11",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(seconds),
+        h11_max_incomplete_event_size=64 * 2**10,
+    )
+
+
 def run(args: ServeArguments) -> None:
     """Serves until SIGTERM or SIGINT; what runs then is finished first.
 
     Raises:
         OSError, ValueError: as [`build`]; or the address cannot be bound.
+        SystemExit: of code 0, after SIGTERM.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has shut down
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,14 +126,7 @@ def run(args: ServeArguments) -> None:
         except OSError as error:
             raise OSError(f"--host {args.host} --port {args.port} cannot be bound: {error.strerror}") from error
         app = build(args)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(args.seconds),
-            h11_max_incomplete_event_size=64 * 2**10,
-        )
+        config = server_config(app, args.seconds)
         listener.listen(512)
         shown = f"[{args.host}]" if ":" in args.host else args.host
         print(f"Serving {args.name} at http://{shown}:{listener.getsockname()[1]}", flush=True)

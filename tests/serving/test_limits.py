@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from clara_hf.memory_store import MemoryStore
 from clara_hf.serving.engine import Ask, Busy, Engine, Metrics
 from clara_hf.serving.guards import Keys
 from clara_hf.serving.library import Library
@@ -28,6 +30,13 @@ FILES = "/v1/vector_stores/documents/files"
 
 def chat(question="Who keeps bees?", **options):
     return {"model": "tiny", "messages": [{"role": "user", "content": question}], **options}
+
+
+@pytest.fixture
+def expected_alone(other_model, store_path):
+    store = MemoryStore.open(store_path)
+    made = other_model.generate(["Who keeps bees?"], memories=store.get(list(store)), max_new_tokens=8)
+    return made.texts[0]
 
 
 @pytest.fixture
@@ -227,6 +236,7 @@ def process(served_model, tmp_path):
         command += ["--model", str(tmp_path / "model"), "--store", str(tmp_path / "store")]
         log = open(tmp_path / "log", "w")
         program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ})
+        program.log = tmp_path / "log"
         started.append(program)
         line = next((line for line in program.stdout if "http" in line), "")
         assert "http://127.0.0.1:" in line, (tmp_path / "log").read_text()
@@ -271,16 +281,30 @@ def test_kill_during_adds_loses_nothing_that_was_acknowledged(process):
     assert made.status_code in (200, 409)  # 409: it was taken in, and only its acknowledgement was lost
 
 
-def test_sigterm_finishes_a_running_answer(process):
+def test_sigterm_finishes_what_runs_and_what_waits_and_ends_with_code_0(process):
     program, url = process()
     httpx.post(url + FILES, json={"text": "Mara keeps bees."}, timeout=60)
-    options = chat(stream=True, max_tokens=400, temperature=2.0, seed=1)
-    with httpx.stream("POST", url + CHAT, json=options, timeout=60) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: ")
-        program.send_signal(signal.SIGTERM)
-        rest = list(lines)
+    options = chat(max_tokens=400, temperature=2.0, seed=1)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with httpx.stream("POST", url + CHAT, json={**options, "stream": True}, timeout=60) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            waiting = [pool.submit(httpx.post, url + CHAT, json=options, timeout=60) for _ in range(4)]
+            while httpx.get(url + "/metrics").text.count("clara_queue 4.0") == 0:
+                time.sleep(0.01)
+            program.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert [one.result().status_code for one in waiting] == [200] * 4
     assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
     reasons = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest if line.startswith("data: {")]
     assert reasons[-1] in ("stop", "length") and len(reasons) > 5
-    assert program.wait(60) in (0, -signal.SIGTERM)
+    assert program.wait(60) == 0
+    assert "Traceback" not in Path(program.log).read_text()
+
+
+def test_services_of_one_model_in_one_process_take_turns(serve, served_model, store_path, expected_alone):
+    with serve(served_model, store_path, read_only=True) as one, serve(served_model, store_path, read_only=True) as two:
+        urls = [one, two] * 10
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda url: httpx.post(url + CHAT, json=chat(max_tokens=8), timeout=60), urls))
+    assert {one.json()["choices"][0]["message"]["content"] for one in made} == {expected_alone}

@@ -163,7 +163,8 @@ def test_malformed_requests_get_one_clear_sentence_and_the_server_goes_on(server
     [
         ("/v1/chat/completions", {"max_tokens": 0}, ["max_tokens", "greater than or equal to 1"]),
         ("/v1/chat/completions", {"messages": []}, ["messages", "at least 1"]),
-        ("/v1/chat/completions", {"messages": [{"role": "system", "content": "x"}]}, ["messages.0.role", "'user'"]),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, ["messages.0.role", "'user'"]),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": "x"}]}, ["messages", "'user'"]),
         ("/v1/chat/completions", {"tools": []}, ["tools", "not supported"]),
         ("/v1/chat/completions", {"to\nols": []}, ["to ols", "not supported"]),
         ("/v1/chat/completions", {"max_tokens": 1024}, ["max_tokens", "1024", "tokens"]),

@@ -80,6 +80,26 @@ def test_a_stream_gives_the_same_answer_in_pieces_with_its_documents_first(clien
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
 
 
+def test_system_messages_and_earlier_turns_change_nothing_and_are_told(client, expected):
+    first = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Why?"}])
+    assert not hasattr(first, "note") and "note" not in first.clara
+    messages = [
+        {"role": "system", "content": "Answer in French."},
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "Why?"},
+        first.choices[0].message,  # as a client keeps a conversation
+        {"role": "user", "content": QUESTION},
+    ]
+    made = client.chat.completions.create(model="tiny", messages=messages)
+    alone = client.chat.completions.create(model="tiny", messages=messages[-1:])
+    assert made.choices[0].message.content == alone.choices[0].message.content == expected(QUESTION).texts[0]
+    assert made.usage == alone.usage
+    note = made.clara["note"]
+    assert all(fact in note for fact in ("not read", "2 system", "1 user", "1 assistant"))
+    chunk = next(iter(client.chat.completions.create(model="tiny", messages=messages, stream=True)))
+    assert chunk.clara["note"] == note
+
+
 def test_completions_answer_several_prompts_each_its_own(client, expected):
     made = client.completions.create(model="tiny", prompt=QUESTIONS, max_tokens=7)
     assert [one.index for one in made.choices] == list(range(len(QUESTIONS)))
@@ -262,6 +282,7 @@ def test_metrics_count_requests_tokens_stages_and_remembered_documents(http):
 
 
 def _metrics(http) -> dict[str, float]:
+    http.get("/v1/vector_stores/documents/files")  # the worker's turn: the batch before it is over
     lines = (line for line in http.get("/metrics").text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 

@@ -101,10 +101,8 @@ def test_the_merged_generator_continues_a_prompt_as_the_model_does(merged, serve
     for question in ("Who keeps bees?", "Why?"):
         memories = served_model.compress(["Mara keeps bees.", "Oren writes."])
         wanted = served_model.generate([question], memories=memories, rerank=False, max_new_tokens=12)
-        batch = served_model.processor.encode_prompts([question], [2])
-        with torch.no_grad():
-            prompt = served_model._prompt_embeddings(batch["input_ids"], memories)
-        made = plain.generate(inputs_embeds=prompt, max_new_tokens=12, do_sample=False)
+        prompt = served_model.prompt_embeddings(question, memories)
+        made = plain.generate(inputs_embeds=prompt[None], max_new_tokens=12, do_sample=False)
         assert made.tolist() == wanted.sequences.tolist()
 
 
@@ -140,8 +138,8 @@ def test_a_server_that_fails_or_breaks_off_is_told_and_prompts_that_are_not_fini
         made = httpx.post(here + CHAT, json=chat("Why?", max_tokens=14), timeout=60)
         assert made.status_code == 502 and "finished" in made.json()["error"]["message"]
         sent = len(app.state.bodies)
-        plain = type(other_model)._prompt_embeddings
-        monkeypatch.setattr(type(other_model), "_prompt_embeddings", lambda *args: plain(*args) * float("nan"))
+        plain = type(other_model).prompt_embeddings
+        monkeypatch.setattr(type(other_model), "prompt_embeddings", lambda *args: plain(*args) * float("nan"))
         made = httpx.post(here + CHAT, json=chat("Why?"), timeout=60)
         assert made.status_code == 502 and "not finite" in made.json()["error"]["message"]
         assert len(app.state.bodies) == sent
