@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import lance
 import pytest
 from conftest import TEXTS
 from processes import in_process
@@ -219,8 +218,7 @@ def test_a_run_of_another_number_of_processes_is_refused_with_its_global_batch(t
 def damage_silently(path: Path) -> None:
     """Changes one byte of a stored memory, but neither size nor time of its file."""
     store = MemoryStore.open(path)
-    dataset = lance.dataset(str(path))
-    memory = store.get([dataset.to_table(columns=["key"])["key"][0].as_py()]).numpy().tobytes()
+    memory = store.get([next(iter(store))]).numpy().tobytes()
     (file,) = (path / "data").glob("*.lance")
     content, stat = file.read_bytes(), file.stat()
     assert content.count(memory) == 1
@@ -231,13 +229,13 @@ def damage_silently(path: Path) -> None:
 def test_memories_outlive_failed_and_overwritten_runs_and_are_mended_on_demand(
     config, qa_file, tmp_path, monkeypatch, capsys
 ):
-    compressed, original = [], CLaRaForRetrievalGeneration.compress
+    compressed, original = [], CLaRaForRetrievalGeneration.compress_encoded
 
-    def counting(self, documents, **options):
-        compressed.extend(documents)
-        return original(self, documents, **options)
+    def counting(self, rows, *arguments, **options):
+        compressed.extend(rows)
+        return original(self, rows, *arguments, **options)
 
-    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress", counting)
+    monkeypatch.setattr(CLaRaForRetrievalGeneration, "compress_encoded", counting)
 
     def joint_run(*arguments, **changes) -> tuple[int | str | None, str, int]:
         before = len(compressed)
