@@ -645,6 +645,21 @@ class MemoryStore:
             raise ValueError(f"the memory store at {self.path} has no sketches: call fit() first")
         return self._searcher.sketch.of_queries(self._queries(questions, batch_size))
 
+    @property
+    def sketch_dims(self) -> int | None:
+        """Width of the sketches; None where [`fit`] has made none."""
+        return None if self._searcher.sketch is None else self._searcher.sketch.dims
+
+    def sketch_memories(self, memories: torch.Tensor) -> torch.Tensor:
+        """Memories `[n, l, H]` as sketches, float32 `[n, dims]`, as they are stored.
+
+        Raises:
+            ValueError: the store has no sketches.
+        """
+        if self._searcher.sketch is None:
+            raise ValueError(f"the memory store at {self.path} has no sketches: call fit() first")
+        return self._searcher.sketch.of_memories(memories.flatten(1)).float()
+
     def recode(self, form: str) -> None:
         """Stores all memories in another form, made from how they are stored now; nothing is compressed again.
 

@@ -27,12 +27,18 @@ def add_vectors(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         texts = [body.input] if isinstance(body.input, str) else body.input
         service.check_texts(texts, "input")
-        width = model.config.num_memory_tokens * model.config.hidden_size
-        if body.dimensions not in (None, width):
-            raise Refused(f"dimensions is {body.dimensions}; this model's memories have {width}", param="dimensions")
+        store, by_sketch = engine.library.store, body.vector == "sketch"
 
-        def embed() -> list[list[float]]:
-            found = engine.compress(texts) if body.input_type == "document" else model.encode_questions(texts)
+        def embed() -> torch.Tensor:
+            width = store.sketch_dims if by_sketch else model.config.num_memory_tokens * model.config.hidden_size
+            if width is None:
+                raise Refused("vector is 'sketch', but the collection has none: run clara store fit", param="vector")
+            if body.dimensions not in (None, width):
+                raise Refused(f"dimensions is {body.dimensions}; a {body.vector} has {width}", param="dimensions")
+            is_query = body.input_type == "query"
+            found = model.encode_questions(texts) if is_query else engine.compress(texts)
+            if by_sketch:
+                return (store.sketch_questions(found) if is_query else store.sketch_memories(found)).cpu()
             return torch.nn.functional.normalize(found.flatten(1).float(), dim=1).cpu()
 
         vectors = await while_there(request, engine.call(embed))

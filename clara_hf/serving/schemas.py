@@ -121,13 +121,17 @@ class CompletionRequest(Sampling):
 
 
 class EmbeddingRequest(Request):
-    """`input_type` says which adapter reads: the compressor ("document") or the query reasoner ("query")."""
+    """`input_type` says which adapter reads: the compressor ("document") or the query reasoner ("query").
+
+    `vector` is the flattened memory, or its sketch in the collection's principal dimensions.
+    """
 
     model: str = Field(max_length=500)
     input: DocumentText | Annotated[list[DocumentText], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     input_type: Literal["document", "query"] = "document"
+    vector: Literal["memory", "sketch"] = "memory"
     user: str | None = Field(None, max_length=1000)
 
 

@@ -176,6 +176,29 @@ def test_embeddings_are_flattened_memories_of_unit_length_by_the_adapter_asked_f
     assert found.usage.total_tokens == sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
+def test_embeddings_of_a_fitted_collection_are_its_sketches_too(serve, served_model, other_model, http, tmp_path):
+    body = {"model": "tiny", "input": ["Note 7.", "Why?"], "vector": "sketch"}
+    made = http.post("/v1/embeddings", json=body)
+    assert made.status_code == 400 and "fit" in made.json()["error"]["message"]
+    store = MemoryStore.open(tmp_path / "fitted", other_model)
+    store.add([f"Note {number}." for number in range(1000)], show_progress=False)
+    store.fit(show_progress=False)
+    with serve(served_model, tmp_path / "fitted") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+        for kind, wanted in (
+            ("document", store.sketch_memories(other_model.compress(body["input"]))),
+            ("query", store.sketch_questions(body["input"])),
+        ):
+            options = {"vector": "sketch", "input_type": kind}
+            found = client.embeddings.create(
+                model="tiny", input=body["input"], dimensions=store.sketch_dims, extra_body=options
+            )
+            # Float16 in the store.
+            assert np.allclose([one.embedding for one in found.data], wanted, atol=2e-3)
+        with pytest.raises(openai.BadRequestError, match="dimensions is 3"):
+            client.embeddings.create(model="tiny", input="a", dimensions=3, extra_body={"vector": "sketch"})
+
+
 def test_rerank_orders_documents_as_retrieve_does(http, other_model):
     texts = ["Selma paints doors.", "Otto mends clocks.", "Velholm is a town."]
     body = {"model": "tiny", "query": "Who mends clocks?", "documents": texts, "top_n": 2, "return_documents": True}
