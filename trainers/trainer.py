@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from pyarrow.compute import list_value_length
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -327,6 +327,10 @@ class CLaRaTrainer(CheckpointTrainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = list_value_length(ids).to_pylist()
         return LengthSampler(lengths, batch_size, self.args.order_seed, self.current_epoch)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        # Rows come in their order: the Trainer groups evaluation by the lengths of a column that not every stage has.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     # The loss and its log
 
