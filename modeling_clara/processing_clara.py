@@ -36,10 +36,11 @@ def listed(texts: Iterable[str], argument: str) -> list[str]:
     """The strings of a list, tuple, NumPy array, or column of pandas or datasets, as a list.
 
     Raises:
-        TypeError: one string, something without an order or a length, or no collection at all.
+        TypeError: one string, something without an order or a length, a table, or no collection at all.
     """
     is_collection = isinstance(texts, Iterable) and isinstance(texts, Sized)
-    if isinstance(texts, (str, bytes, Mapping, Set)) or not is_collection:
+    is_table = getattr(texts, "ndim", 1) != 1  # a pandas table would give the names of its columns
+    if isinstance(texts, (str, bytes, Mapping, Set)) or is_table or not is_collection:
         raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
     return texts if isinstance(texts, list) else list(texts)
 

@@ -38,7 +38,7 @@ class Work:
     Attributes:
         questions: per data file, those that are asked; candidates with equal texts are one.
         checkpoints: what is to be known of the CLaRa checkpoints, by the option that names them.
-        hashes: digests of the local models, by their folders.
+        hashes: digests of the local models, by their folders, and the form of the memory store.
 
     Raises:
         UsageError: a model is not there or not whole, a text cannot be put to it, or a file has nothing to score.
@@ -61,6 +61,8 @@ class Work:
         self._describe_models()
         store = options.memory_store
         self._store_form = None if store is None else loading.store_form(store, model)
+        if store is not None:
+            self.hashes[store] = " ".join(self._store_form[1:])
         for name in self.questions:
             reasons = {spec.label: self.why_unscored(name, spec) for spec in self.plan}
             if None not in reasons.values():

@@ -150,6 +150,11 @@ class MemoryStore:
         """In which the memories are stored now."""
         return self._table.form.name
 
+    @property
+    def stored_as(self) -> str:
+        """Tells apart all that memories can be stored as: their form, and the hash of what was fitted for it."""
+        return self._table.memory_column
+
     def __len__(self) -> int:
         return len(self._table)
 

@@ -468,6 +468,21 @@ def test_memories_of_a_store_give_the_same_answers_and_are_added_once(tmp_path, 
     assert costs["total_ms"] == pytest.approx(costs["compress_ms"] + costs["total_ms_stored"])
 
 
+def test_a_recoded_store_reuses_no_answer_of_its_earlier_form(tmp_path, checkpoint, data):
+    arguments = ["--model", checkpoint, "--data", data, "--systems", "clara,gold", "--max_new_tokens", "4"]
+    arguments += ["--memory_store", str(tmp_path / "store"), "--output_dir"]
+    assert main([*arguments, str(tmp_path / "plain")]) == 0
+    MemoryStore.open(tmp_path / "store", CLaRaForRetrievalGeneration.from_pretrained(checkpoint)).recode("rotated2")
+    assert main([*arguments, str(tmp_path / "fresh")]) == 0
+    assert main([*arguments, str(tmp_path / "plain")]) == 2
+    assert main([*arguments, str(tmp_path / "plain"), "--overwrite", "true"]) == 0
+    plain, fresh = (
+        {path.relative_to(tmp_path / name): path.read_text() for path in (tmp_path / name).rglob("predictions/*.jsonl")}
+        for name in ("plain", "fresh")
+    )
+    assert plain and plain == fresh
+
+
 def test_a_store_of_another_compressor_is_one_sentence(tmp_path, checkpoint, base, data, capsys):
     MemoryStore.open(tmp_path / "store", build_clara(base, seed=5))
     arguments = ["--model", checkpoint, "--data", data, "--memory_store", str(tmp_path / "store")]

@@ -243,10 +243,11 @@ def model_fingerprint(model) -> str:
 
 
 def store_form(path: str, model) -> list:
-    """What is to be known of a memory store besides its model: where it is, and the type of its memories.
+    """What is to be known of a memory store besides its model: where it is, and in which form it holds memories, to
+    the bases that were fitted for it.
 
     Args:
-        path: its folder; of a new store, the type is what `MemoryStore.open` will choose.
+        path: its folder; of a new store, the form is what `MemoryStore.open` will choose.
         model: the CLaRa model that makes its memories.
     """
     # Imported here: the store is an extra.
@@ -254,6 +255,7 @@ def store_form(path: str, model) -> list:
 
     place = Path(path).resolve()
     if place.exists():
-        return [str(place), str(MemoryStore.open(place).dtype)]
+        store = MemoryStore.open(place)
+        return [str(place), str(store.dtype), store.stored_as]
     dtype = str((model.config if is_object(model) else _clara_config(model)).dtype)
-    return [str(place), "torch.bfloat16" if dtype.endswith("bfloat16") else "torch.float16"]
+    return [str(place), "torch.bfloat16" if dtype.endswith("bfloat16") else "torch.float16", "memory"]
