@@ -135,6 +135,29 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             "tokens to the base and its tokenizer, save both, and call from_base on them."
         )
 
+    def add_adapter(self, *arguments, **options):
+        """Refused, as are `load_adapter` and `peft.get_peft_model`: no forward pass would use a further adapter.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a CLaRa model has adapters of its own, and would not use another one: set their shape (lora_r, "
+            "lora_target_modules, ...) in from_base, and train them as they are. After get_peft_model, which has "
+            "changed it, load the model again."
+        )
+
+    load_adapter = add_adapter
+
+    @property
+    def peft_config(self):
+        # PEFT sets it after it put its adapters in: what it had done would else be silently without effect.
+        raise AttributeError("a CLaRa model is none of PEFT's")
+
+    @peft_config.setter
+    def peft_config(self, value):
+        self.add_adapter()
+
     def initialize_weights(self):
         # Left to the decoder's own rule, a missing lora_B would be drawn at random instead of being zero.
         for layer in lora_layers(self.decoder):

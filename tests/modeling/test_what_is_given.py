@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
@@ -130,6 +131,19 @@ def test_columns_arrays_and_tuples_are_lists_of_texts(untouched_clara):
     for wrong in (set(TEXTS), dict.fromkeys(TEXTS), "one text", (text for text in TEXTS)):
         with pytest.raises(TypeError, match=f"documents.*{type(wrong).__name__}"):
             untouched_clara.compress(wrong)
+    table = pytest.importorskip("pandas").DataFrame({"text": TEXTS})
+    for wrong in (table, np.array([TEXTS])):
+        with pytest.raises(TypeError, match=f"documents.*{type(wrong).__name__}"):
+            untouched_clara.compress(wrong)
+
+
+def test_peft_is_refused(clara):
+    config = LoraConfig(target_modules="all-linear")
+    for attempt in (lambda: get_peft_model(clara, config), lambda: clara.add_adapter(config, "mine")):
+        with pytest.raises(ValueError, match="adapters of its own"):
+            attempt()
+    with pytest.raises(ValueError, match="adapters of its own"):
+        clara.load_adapter("folder")
 
 
 def test_processor_takes_what_every_processor_takes(untouched_clara, batch):
