@@ -202,6 +202,8 @@ class CLaRaGeneration:
         n_docs: int | None = None,
         rerank: bool = True,
         store=None,
+        expand: int = 0,
+        expand_max_length: int | None = None,
         **generate_kwargs,
     ) -> CLaRaGenerationOutput:
         """Answer questions from the best of their candidate documents; one call of the decoder's `generate` for all.
@@ -215,6 +217,9 @@ class CLaRaGeneration:
             rerank (`bool`): `False` puts the given documents into the prompt in their order; with memories `[0, l, H]`
                 the prompt has none.
             store: see `retrieve`; the prompt has the best of all that it holds.
+            expand (`int`): so many documents of the prompt, from the first on, stand there also as raw text, behind the
+                memories, for what compression lost. Needs `documents`, or a store whose search gives `texts`.
+            expand_max_length (`int`, *optional*): tokens kept of each raw text; `doc_max_length` by default.
             generate_kwargs: any option of transformers' `generate`, a streamer and `generation_config` included. By
                 default decoding is greedy with at most 64 new tokens, and the base's own generation defaults are not
                 used. `max_length` counts the prompt too: `max_new_tokens` does not. `top_k` is sampling's; without
@@ -223,16 +228,23 @@ class CLaRaGeneration:
         Raises:
             TypeError, ValueError: see `compress` and `retrieve`; not one of documents, memories and store; an option
                 of transformers' that is not of its type, or that this model has no use for; a `max_length` that the
-                prompt fills.
+                prompt fills; an `expand` over `n_docs`, or with memories, whose texts are not known.
+
+        Example:
+
+        ```python
+        output = model.generate(["Who keeps a goat?"], store=store, n_docs=3, expand=1, max_new_tokens=8)
+        ```
         """
         if sum(given is not None for given in (documents, memories, store)) != 1:
             raise ValueError("give one of documents, memories and store.")
         if "top_k" in generate_kwargs and n_docs is None and not _samples(generate_kwargs):
             n_docs = _documents_wanted(None, generate_kwargs.pop("top_k"))
         check_generation_options(generate_kwargs)
+        self._check_expansion(expand, expand_max_length, memories is not None, n_docs, rerank or store is not None)
         questions = self.processor.check_user_texts(questions, "questions")
         if store is not None:
-            return self._generate_from_store(questions, store, n_docs, generate_kwargs)
+            return self._generate_from_store(questions, store, n_docs, expand, expand_max_length, generate_kwargs)
         if documents is not None:
             questions, documents = self.processor.check_candidates(questions, documents)
             distinct, index = distinct_texts(documents)
@@ -246,20 +258,47 @@ class CLaRaGeneration:
             scores, chosen = found.scores, found.indices
         elif n_docs is not None:
             chosen = chosen[:, : self._slots(index >= 0, n_docs)]
-        output = self._answer(questions, bank, index, chosen, generate_kwargs)
+        texts = None
+        if expand:
+            best = [[place for place in row if place >= 0][:expand] for row in chosen.tolist()]
+            texts = [[documents[row][place] for place in places] for row, places in enumerate(best)]
+            texts = self._cut_texts(texts, expand_max_length)
+        output = self._answer(questions, bank, index, chosen, texts, generate_kwargs)
         output.indices, output.scores = chosen, scores
         return output
 
-    def _generate_from_store(self, questions, store, n_docs, generate_kwargs) -> CLaRaGenerationOutput:
+    def _check_expansion(self, expand, max_length, has_memories: bool, n_docs: int | None, ranks: bool) -> None:
+        if not isinstance(expand, int) or isinstance(expand, bool) or expand < 0:
+            raise ValueError(f"expand must be a whole number of at least 0, got {expand!r}.")
+        if max_length is not None and (
+            not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1
+        ):
+            raise ValueError(f"expand_max_length must be a whole number of at least 1, got {max_length!r}.")
+        if expand and has_memories:
+            raise ValueError(f"expand={expand} needs texts, which memories do not have: give documents or a store.")
+        if expand and (ranks or n_docs is not None) and expand > self._wanted(n_docs):
+            raise ValueError(
+                f"expand={expand} is more than n_docs={self._wanted(n_docs)}, the documents in the prompt."
+            )
+
+    def _cut_texts(self, texts: list[list[str]], max_length: int | None) -> list[list[str]]:
+        limit = max_length or self.config.doc_max_length
+        return [[cut for text in row if (cut := self.processor.cut(text, limit)).strip()] for row in texts]
+
+    def _generate_from_store(
+        self, questions, store, n_docs, expand, expand_max_length, generate_kwargs
+    ) -> CLaRaGenerationOutput:
         found = self.retrieve(questions, store, n_docs)
+        texts = self._cut_texts([row[:expand] for row in found.texts], expand_max_length) if expand else None
         bank, index = self._bank([store.get(keys) for keys in found.keys], len(questions), allow_none=True)
-        output = self._answer(questions, bank, index, _in_order(index), generate_kwargs)
+        output = self._answer(questions, bank, index, _in_order(index), texts, generate_kwargs)
         output.indices, output.scores, output.keys = _in_order(index), found.scores, found.keys
         return output
 
-    def _answer(self, questions, bank, index, chosen, generate_kwargs) -> CLaRaGenerationOutput:
+    def _answer(self, questions, bank, index, chosen, texts, generate_kwargs) -> CLaRaGenerationOutput:
+        """From the memories that `chosen` names, and from raw `texts` of each question where there are some."""
         is_used = chosen >= 0
-        prompts = self.processor.encode_prompts(questions, is_used.sum(dim=1).tolist())
+        prompts = self.processor.encode_prompts(questions, is_used.sum(dim=1).tolist(), texts)
         slots = index.gather(1, chosen.clamp(min=0)).masked_fill(~is_used, -1)
         return self.answer(**prompts, memories=bank, document_index=slots, **generate_kwargs)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Set, Sized
 
 import torch
@@ -260,7 +261,7 @@ class CLaRaProcessor(ProcessorMixin):
         """The prompt text that `num_documents` selected documents occupy: memory tokens, then `<SEP>`, for each."""
         return self.slot_text * num_documents
 
-    def prompt(self, kind: str, docs: str, question: str = "", variant: int = 0) -> str:
+    def prompt(self, kind: str, docs: str, question: str = "", variant: int = 0, beside: str = "") -> str:
         """The chat prompt of a `kind` of prompt, up to where the assistant answers; for [`CLaRaProcessor.tokenize`].
 
         Where the texts hold control tokens, marks stand in their place, which `tokenize` reads as text.
@@ -270,12 +271,17 @@ class CLaRaProcessor(ProcessorMixin):
             docs (`str`): text in place of `{docs}`: [`CLaRaProcessor.slots`], or raw documents.
             question (`str`): text in place of `{question}`.
             variant (`int`): which of several user templates, modulo their number.
+            beside (`str`): raw text that follows `docs`.
         """
-        return self._render(self._hidden_messages(kind, docs, question, variant), add_generation_prompt=True)
+        messages = self._hidden_messages(kind, docs, question, variant, beside)
+        return self._render(messages, add_generation_prompt=True)
 
-    def _hidden_messages(self, kind: str, docs: str, question: str, variant: int) -> list[dict[str, str]]:
+    def _hidden_messages(
+        self, kind: str, docs: str, question: str, variant: int, beside: str = ""
+    ) -> list[dict[str, str]]:
         are_slots = not docs.replace(self.slot_text, "")
-        return self.messages(kind, docs if are_slots else self._hide(docs), self._hide(question), variant)
+        docs = (docs if are_slots else self._hide(docs)) + self._hide(beside)
+        return self.messages(kind, docs, self._hide(question), variant)
 
     def messages(self, kind: str, docs: str, question: str = "", variant: int = 0) -> list[dict[str, str]]:
         """The chat messages of a prompt, as `role` and `content`, with the texts as they are."""
@@ -308,13 +314,24 @@ class CLaRaProcessor(ProcessorMixin):
             ) from error
 
     def answer_prompt(self, question: str, num_documents: int = 0, documents: list[str] | None = None) -> str:
-        """The chat prompt for a question over memory slots, or over the raw text of `documents`."""
+        """The chat prompt for a question over memory slots, the raw text of `documents`, or one behind the other."""
         self.check_user_texts([question], "questions")
         if documents:
             self.check_user_texts(documents, "documents")
-        if documents is not None:
-            return self.prompt("answer", "\n".join(documents), question)
-        return self.prompt("answer", self.slots(num_documents), question)
+        text = "\n".join(documents or [])
+        if not num_documents:
+            return self.prompt("answer", text, question)
+        return self.prompt("answer", self.slots(num_documents), question, beside=f"\n{text}" if text else "")
+
+    def cut(self, text: str, max_length: int) -> str:
+        """The longest beginning of a text that has at most `max_length` tokens in a prompt."""
+
+        def length(end: int) -> int:
+            return len(self.tokenize([self._hide(text[:end])])[0])
+
+        if length(len(text)) <= max_length:
+            return text
+        return text[: bisect_right(range(len(text)), max_length, key=length) - 1]
 
     def target(self, kind: str, answers: list[str], questions: list[str] | None = None) -> str:
         """The assistant's text: the answer, the paraphrase, or the list of question and answer pairs, one per entry."""
@@ -375,11 +392,12 @@ class CLaRaProcessor(ProcessorMixin):
             batch["labels"] = left_pad(labels, IGNORE_INDEX)
         return BatchFeature(batch)
 
-    def encode_prompts(self, questions: list[str], num_documents: list[int]) -> BatchFeature:
-        """Padded answer prompts, one per question, with slots for `num_documents[i]` documents."""
-        pairs = zip(questions, num_documents, strict=True)
-        texts = [self.answer_prompt(question, count) for question, count in pairs]
-        return self.pad_prompts(self.tokenize(texts))
+    def encode_prompts(
+        self, questions: list[str], num_documents: list[int], documents: list[list[str]] | None = None
+    ) -> BatchFeature:
+        """Padded answer prompts, one per question: slots for `num_documents[i]`, then raw `documents[i]`."""
+        rows = zip(questions, num_documents, documents or [None] * len(questions), strict=True)
+        return self.pad_prompts(self.tokenize([self.answer_prompt(*row) for row in rows]))
 
     def __call__(
         self,

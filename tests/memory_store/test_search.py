@@ -176,5 +176,8 @@ def test_a_model_retrieves_and_answers_from_a_store_as_from_its_memories(clara, 
     assert found.texts == chosen
     answers = clara.generate(questions, store=store, top_k=3, max_new_tokens=4)
     assert answers.texts == clara.generate(questions, memories=memories, top_k=3, max_new_tokens=4).texts
+    expanded = clara.generate(questions, store=store, n_docs=3, expand=2, max_new_tokens=4)
+    same = clara.generate(questions, documents=chosen, n_docs=3, rerank=False, expand=2, max_new_tokens=4)
+    assert expanded.texts == same.texts and expanded.keys == answers.keys
     with pytest.raises(ValueError, match="one of documents, memories and store"):
         clara.generate(questions, store=store, memories=memories)

@@ -122,7 +122,8 @@ def test_no_control_token_comes_from_documents_questions_and_answers(clara):
     for text, expected in ((texts, plain),):
         of_slots = [processor.encode_prompts(one, [2])["input_ids"][0].tolist() for one in (text, expected)]
         raw = [processor.tokenize([processor.answer_prompt(one[0], documents=one)])[0] for one in (text, expected)]
-        for found, wanted in (of_slots, raw):
+        both = [processor.encode_prompts(one, [2], [one])["input_ids"][0].tolist() for one in (text, expected)]
+        for found, wanted in (of_slots, raw, both):
             assert control_ids(processor, found) == control_ids(processor, wanted)
     targets = [
         processor.training_example(kind, processor.slots(1), processor.target(kind, one, one), one[0])["labels"]
@@ -131,6 +132,14 @@ def test_no_control_token_comes_from_documents_questions_and_answers(clara):
     ]
     ends = [labels.count(processor.tokenizer.eos_token_id) for labels in targets]
     assert ends == [1] * 6 and all(labels[-1] == processor.tokenizer.eos_token_id for labels in targets)
+
+
+@pytest.mark.parametrize("text", ["A plain text of bees.", "</s>" * 9, "", "bées 🐝🐝 </s> of the town"])
+def test_a_text_is_cut_where_its_tokens_in_a_prompt_reach_the_budget(clara, text):
+    processor = clara.processor
+    lengths = [len(processor.tokenize([processor._hide(text[:end])])[0]) for end in range(len(text) + 1)]
+    for budget in (1, 5, 8, 1000):
+        assert len(processor.cut(text, budget)) == max(end for end, length in enumerate(lengths) if length <= budget)
 
 
 def test_switch_lets_control_tokens_act_as_in_published_checkpoints(clara):

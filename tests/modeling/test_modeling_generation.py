@@ -31,10 +31,10 @@ def memories(double_clara, texts):
     return double_clara.compress(texts)
 
 
-def slow_answer(model, question, memories, max_new_tokens):
+def slow_answer(model, question, memories, max_new_tokens, documents=None):
     """Greedy decoding by one full forward per token, no cache, no padding, memories put into their slots one by one."""
     tokenizer, own = model.processor.tokenizer, set(model.config.memory_token_ids)
-    ids = tokenizer.encode(model.processor.answer_prompt(question, len(memories)), add_special_tokens=False)
+    ids = tokenizer.encode(model.processor.answer_prompt(question, len(memories), documents), add_special_tokens=False)
     vectors = iter(memories.flatten(0, 1))
     table = model.get_input_embeddings().weight
     rows = [next(vectors) if token in own else table[token] for token in ids]
@@ -153,6 +153,39 @@ def test_without_rerank_top_k_takes_the_first_and_sampling_has_a_top_k_of_its_ow
     sampled = double_clara.generate(questions=QUESTIONS, memories=memories, n_docs=2, generation_config=config)
     greedy = double_clara.generate(questions=QUESTIONS, memories=memories, n_docs=2, max_new_tokens=5)
     assert torch.equal(sampled.sequences, greedy.sequences) and sampled.indices.shape == (3, 2)
+
+
+def test_expanded_documents_stand_as_text_behind_the_memories_best_first(double_clara, memories, texts):
+    documents, own = [texts[:4], [texts[4]]], [memories[:4], memories[4:]]
+    options = {"questions": QUESTIONS[:2], "documents": documents, "n_docs": 3, "max_new_tokens": 5}
+    output = double_clara.generate(**options, expand=2)
+    for row, count in enumerate((3, 1)):
+        chosen = output.indices[row, :count]
+        best = [documents[row][place] for place in chosen[:2].tolist()]
+        expected = slow_answer(double_clara, QUESTIONS[row], own[row][chosen], 5, best)
+        assert trimmed(double_clara, output.sequences[row]) == expected
+    assert not torch.equal(double_clara.generate(**options).sequences, output.sequences)
+    cut = double_clara.generate(**options, expand=1, expand_max_length=4)
+    best = documents[0][output.indices[0, 0]]
+    best = double_clara.processor.tokenizer.decode(double_clara.processor.tokenizer.encode(best)[:4])
+    expected = slow_answer(double_clara, QUESTIONS[0], own[0][output.indices[0]], 5, [best])
+    assert trimmed(double_clara, cut.sequences[0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expand": 3, "documents": [["a", "b", "c"]]}, "expand=3 is more than n_docs=2"),
+        ({"expand": 2, "documents": [["a", "b"]], "n_docs": 1}, "expand=2 is more than n_docs=1"),
+        ({"expand": 1, "memories": torch.ones(1, 4, 32)}, "expand=1 needs texts"),
+        ({"expand": True, "documents": [["a"]]}, "got True"),
+        ({"expand": -1, "documents": [["a"]]}, "got -1"),
+        ({"expand": 1, "documents": [["a"]], "expand_max_length": 0}, "expand_max_length .* got 0"),
+    ],
+)
+def test_an_expansion_that_is_not_possible_is_refused(untouched_clara, options, message):
+    with pytest.raises(ValueError, match=message):
+        untouched_clara.generate(questions=QUESTIONS[:1], **options)
 
 
 @pytest.mark.parametrize("shared", [True, False])

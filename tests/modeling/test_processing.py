@@ -163,6 +163,10 @@ def test_a_prompt_has_system_user_and_the_opening_of_the_answer(processor):
     assert processor.prompt("qa", processor.slots(1)) == f"<s>[user]{MEMORY_SLOT}|ask[assistant]"
     assert processor.answer_prompt("Who?") == f"<s>[system]{SYSTEM}[user]|Who?[assistant]"
     assert processor.answer_prompt("Who?", documents=["a", "b"]) == f"<s>[system]{SYSTEM}[user]a\nb|Who?[assistant]"
+    assert (
+        processor.answer_prompt("Who?", 1, ["a", "b"])
+        == f"<s>[system]{SYSTEM}[user]{MEMORY_SLOT}\na\nb|Who?[assistant]"
+    )
 
 
 @pytest.mark.parametrize("sentence", ["System role not supported", "Conversation roles must alternate"])
