@@ -332,7 +332,7 @@ class CLaRaGeneration:
         selected = memories[rows[rows >= 0]].to(self.device)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         options = self._generation_options(generate_kwargs, input_ids.shape[1])
-        with self._inference(), merged_adapter(self.decoder, GENERATOR):
+        with self._inference(), merged_adapter(self.decoder, GENERATOR), _options_named(generate_kwargs):
             output = self.decoder.generate(
                 inputs_embeds=self._prompt_embeddings(input_ids, selected),
                 attention_mask=attention_mask,
@@ -377,6 +377,8 @@ class CLaRaGeneration:
         if "max_length" not in known:
             defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         defaults = {name: value for name, value in defaults.items() if name not in known}
+        if "stop_strings" in known:
+            options.setdefault("tokenizer", self.processor.tokenizer)
         if given is None:
             return options | defaults
         # transformers takes either a configuration or single options.
@@ -401,6 +403,18 @@ def _documents_wanted(n_docs: int | None, top_k: int | None) -> int | None:
 def _samples(options: dict) -> bool:
     """Whether an option says to sample, so that `top_k` is sampling's."""
     return bool(options.get("do_sample")) or options.get("generation_config") is not None
+
+
+@contextmanager
+def _options_named(options: dict) -> Iterator[None]:
+    """Name the options given, where what transformers does with them fails in its own code."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if not options:
+            raise
+        given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
+        raise TypeError(f"generate failed with {given}: one of them is not of its type ({error}).") from error
 
 
 def check_generation_options(options: dict) -> None:

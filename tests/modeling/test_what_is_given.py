@@ -1,6 +1,7 @@
 """What `forward`, `generate` and `compress` are given: taken in the forms that people have, or refused by name."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_columns_arrays_and_tuples_are_lists_of_texts(untouched_clara):
     for wrong in (table, np.array([TEXTS])):
         with pytest.raises(TypeError, match=f"documents.*{type(wrong).__name__}"):
             untouched_clara.compress(wrong)
+
+
+@pytest.mark.parametrize("option", [{"streamer": 3}, {"eos_token_id": "x"}, {"logits_processor": 5}])
+def test_options_that_fail_within_transformers_are_named(option, untouched_clara):
+    ((name, value),) = option.items()
+    with pytest.raises(TypeError, match=f"{name}={value!r}"):
+        untouched_clara.generate(QUESTIONS[:1], documents=[TEXTS[:2]], **option)
+
+
+def test_stop_strings_end_an_answer(untouched_clara):
+    arguments = {"questions": QUESTIONS[:1], "documents": [TEXTS[:2]], "max_new_tokens": 12}
+    (text,) = untouched_clara.generate(**arguments).texts
+    word = re.search("[a-z]{3}", text, re.IGNORECASE)[0]  # random weights write broken characters too
+    (stopped,) = untouched_clara.generate(**arguments, stop_strings=[word]).texts
+    assert stopped and len(stopped) < len(text) and text.startswith(stopped)
 
 
 def test_peft_is_refused(clara):
