@@ -186,6 +186,31 @@ def summary(scores: dict) -> dict:
     return rows
 
 
+def plot_growth(rows: list[dict], path: Path) -> None:
+    """Draws what a query, an added document and a stored one cost at each size."""
+    from matplotlib.figure import Figure
+
+    lines = {
+        "ms per query": {"median": "search_p50_ms", "95th percentile": "search_p95_ms"},
+        "ms per added document": {"": "add_ms"},
+        "bytes per document": {"": "bytes_per_document"},
+    }
+    rows = [row | {"add_ms": 1e3 * row["add_seconds"] / row["added"]} for row in rows if "search_p50_ms" in row]
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(1, 3), lines.items(), strict=True):
+        for label, name in series.items():
+            axes.plot([row["documents"] for row in rows], [row[name] for row in rows], "o-", label=label)
+        axes.set(
+            xscale="log",
+            xlabel="documents",
+            title=title,
+            ylim=(0, 1.1 * max(line.get_ydata().max() for line in axes.lines)),
+        )
+        if len(series) > 1:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000)
@@ -198,10 +223,13 @@ def main() -> None:
     parser.add_argument("--others", help="Questions whose documents are in the store too, to be fitted to.")
     parser.add_argument("--other_documents", type=int, default=3000)
     parser.add_argument("--folder", help="Where the stores are made, and removed; a temporary folder by default.")
+    parser.add_argument("--plot", type=Path, help="PNG of what queries, additions and documents cost at each size.")
     parser.add_argument("--out", required=True, help="JSON file with the figures.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures = compare_forms(args, Path(folder)) if args.nano else grow(args, Path(folder))
+    if args.plot and not args.nano:
+        plot_growth(figures, args.plot)
     Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
 
 
