@@ -15,7 +15,7 @@ from clara_hf.serving.answers import Service, add_answers
 from clara_hf.serving.collection import add_files, add_vectors
 from clara_hf.serving.engine import Refused
 from clara_hf.serving.guards import add_error_handlers
-from clara_hf.serving.schemas import FeedbackRequest
+from clara_hf.serving.schemas import ErrorReply, FeedbackRequest
 
 
 PAGE = Path(__file__).parent / "templates" / "page.html"
@@ -28,7 +28,8 @@ def build_app(service: Service, page: bool) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(service.engine.close)
 
-    app = FastAPI(title="CLaRa", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+    app = FastAPI(title="CLaRa", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
     add_error_handlers(app)
 
     add_answers(app, service)

@@ -185,6 +185,19 @@ class FeedbackRequest(Request):
     correction: Question | None = None
 
 
+class Fault(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """Whatever is wrong, in OpenAI's shape."""
+
+    error: Fault
+
+
 def usage(prompt: int, completion: int | None = None) -> dict[str, Any]:
     """OpenAI's usage block: prompt tokens once, completion tokens of all choices."""
     counts = {"prompt_tokens": prompt, "total_tokens": prompt + (completion or 0)}

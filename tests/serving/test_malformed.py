@@ -158,6 +158,17 @@ def test_malformed_requests_get_one_clear_sentence_and_the_server_goes_on(server
         assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
 
 
+def test_the_schema_lists_errors_in_the_shape_that_they_have(http):
+    schema = http.get("/openapi.json").json()
+    for path in GOOD:
+        listed = schema["paths"][path.replace("/documents/", "/{collection}/")]["post"]["responses"]
+        assert "422" not in listed and listed["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith(
+            "ErrorReply"
+        )
+    made = http.post("/v1/rerank", json={}).json()
+    assert set(made) == {"error"} and set(made["error"]) == set(schema["components"]["schemas"]["Fault"]["required"])
+
+
 @pytest.mark.parametrize(
     ("path", "change", "facts"),
     [
