@@ -6,6 +6,7 @@ import os
 import sys
 
 from clara_hf.program import UsageError, run_program
+from clara_hf.program.machine import keep_freed_memory
 
 
 # Name: module and function, the extra whose packages it needs, and what it does. Imported only when it is called.
@@ -14,6 +15,7 @@ COMMANDS = {
     "instruct": ("clara_hf.program.stages:instruct", "train", "Train stage 2: answer from given memories."),
     "joint": ("clara_hf.program.stages:joint", "train", "Train stage 3: retrieve and answer, from answers alone."),
     "contrastive": ("clara_hf.program.stages:contrastive", "train", "Train the retriever from relevance labels."),
+    "dro": ("clara_hf.program.dro:main", "train", "Train the baseline that retrieves and answers in raw text."),
     "text-lora": ("clara_hf.program.text_lora:main", "train", "Train the baseline on raw text."),
     "cost": ("clara_hf.program.cost:main", "train", "Compute memory, time and size that a recipe needs."),
     "synthesize": ("clara_hf.synthesis.synthesize:main", "synthesis", "Make SCP data from documents by a teacher."),
@@ -29,7 +31,7 @@ COMMANDS = {
     "ask": ("clara_hf.serving.ask:main", "serve", "Ask one's own files in the terminal."),
     "serve": ("clara_hf.serving.serve:main", "serve", "Serve a model and a collection, in OpenAI's form."),
 }
-TRAINING = ("scp", "instruct", "joint", "contrastive", "text-lora")
+TRAINING = ("scp", "instruct", "joint", "contrastive", "dro", "text-lora")
 # Options of `accelerate launch` that a training command hands on.
 LAUNCH = ("--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip")
 LAUNCH += ("--main_process_port",)
@@ -52,7 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
     if launch and name in TRAINING:
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "clara_hf.cli", name, *rest]
         os.execv(sys.executable, command)
-    run_program(lambda: load(name)(arguments[1:]))
+    run_program(lambda: call(name, arguments[1:]))
+
+
+def call(name: str, arguments: list[str]) -> int | None:
+    """Import a command and call it."""
+    function = load(name)
+    keep_freed_memory()  # PyTorch is loaded only now
+    return function(arguments)
 
 
 def launch_options(arguments: list[str]) -> tuple[list[str], list[str]]:

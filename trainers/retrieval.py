@@ -147,7 +147,7 @@ _START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_me
 _Context = type(multiprocessing.get_context(_START_METHOD))
 
 
-class WorkerProcess(_Context.Process):
+class WorkerProcess(_Context.Process):  # type: ignore[name-defined]
     """A data-loader worker from a process that has not used Lance, which can hang in forked ones.
 
     Unlike other such processes it does not run the user's script a second time, so that the script needs no main guard,

@@ -227,7 +227,8 @@ class Analysis:
         with loading("--projection", self.settings.projection):
             points = project(np.concatenate([texts, memories]), self.settings.projection, self.settings.seed)
         method = {"pca": "principal component", "tsne": "t-SNE dimension"}[self.settings.projection]
-        files = plots.plot_means(*np.split(points, 2), method, self.folder, f"means-{file_name(dataset)}")
+        texts, memories = np.split(points, 2)
+        files = plots.plot_means(texts, memories, method, self.folder, f"means-{file_name(dataset)}")
         self._show(
             files,
             "Mean hidden state of a document's tokens, and mean of its memory vectors.",

@@ -36,6 +36,7 @@ class WeightFiles:
     def __init__(self, source: str, subfolder: str = "", local_files_only: bool = False):
         self._options = {"subfolder": subfolder, "local_files_only": local_files_only}
         self._source = source
+        self.file_of: dict[str, str]
         try:
             # An index beside a single file is one of an earlier save.
             with self._open(SAFE_WEIGHTS_NAME) as file:
@@ -43,7 +44,7 @@ class WeightFiles:
         except OSError:
             index = self._path(SAFE_WEIGHTS_INDEX_NAME)
             with open(index, encoding="utf-8") as file:
-                self.file_of: dict[str, str] = json.load(file)["weight_map"]
+                self.file_of = json.load(file)["weight_map"]
             for tensor, name in self.file_of.items():
                 if not is_plain_name(name):
                     raise ConversionError(

@@ -8,7 +8,6 @@ What is in `output_dir` is loaded by `trainers.DRO.from_pretrained`.
 from dataclasses import dataclass, field
 
 from clara_hf.program import parse
-from clara_hf.program.machine import keep_freed_memory
 from clara_hf.program.stages import ANSWERS, RECALLS, load_split, nano_recipe, read_questions
 from clara_hf.program.training import (
     DataArguments,
@@ -35,7 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     types = (DataArguments, DROConfig, BaseArguments)
     data_args, training_args, model_args = parse(types, arguments, nano_recipe("dro"), __doc__.split("\n")[0])
     quieten(training_args)
-    keep_freed_memory()
     check_arguments(data_args, training_args, {"loss", *ANSWERS, *RECALLS})
     folder = run_folder(data_args, model_args, training_args)
     with claimed(folder, training_args):

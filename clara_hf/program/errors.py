@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+from clara_hf.program.machine import keep_freed_memory
+
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # Errors whose message is written for users. Those of libraries that need not be installed are known by name.
@@ -35,6 +37,7 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
         SystemExit: always.
     """
     print_what_can_be_printed()
+    keep_freed_memory()
     name = Path(sys.argv[0]).name
     before = signal.signal(signal.SIGINT, stop_quietly_unless(os.getpid()))
     try:

@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample, iter_examples, iter_scp
 from clara_hf.program import UsageError, parse
-from clara_hf.program.machine import keep_freed_memory
 from clara_hf.program.models import CLaRaModelArguments, load_model
 from clara_hf.program.training import (
     DataArguments,
@@ -94,7 +93,6 @@ def train(stage: Stage, arguments: list[str] | None) -> None:
     data_args, training_args, model_args = parse(types, arguments, nano_recipe(stage.yaml), stage.trainer.__doc__)
     quieten(training_args)
     move_settings(model_args, training_args)
-    keep_freed_memory()
     check_arguments(data_args, training_args, stage.scores)
     folder = run_folder(data_args, model_args, training_args)
     with claimed(folder, training_args):

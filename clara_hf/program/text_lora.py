@@ -12,7 +12,6 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from clara_hf.program import parse
-from clara_hf.program.machine import keep_freed_memory
 from clara_hf.program.stages import load_split, nano_recipe, read_questions
 from clara_hf.program.training import (
     DataArguments,
@@ -47,7 +46,6 @@ def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
     data_args, training_args, model_args = parse(types, arguments, nano_recipe("text_lora"), __doc__.split("\n")[0])
-    keep_freed_memory()
     check_arguments(data_args, training_args)
     folder = run_folder(data_args, model_args, training_args)
     with claimed(folder, training_args):

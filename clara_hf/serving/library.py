@@ -185,7 +185,10 @@ class Library:
             f"LEFT JOIN passages ON passages.file = files.id {where} GROUP BY files.id ORDER BY files.rowid",
             values,
         )
-        return [StoredFile(*row[:5], json.loads(row[5]), row[6]) for row in rows]
+        return [
+            StoredFile(id_, name, size, created, changed, json.loads(attributes), passages)
+            for id_, name, size, created, changed, attributes, passages in rows
+        ]
 
     def split(self, documents: Iterable[Document]) -> tuple[list[PassageRow], list[str]]:
         """Passages of a file's documents within the compressor's budget, and what cannot be used, with the reason."""

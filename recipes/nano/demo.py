@@ -6,6 +6,7 @@
 A second call goes on where an interrupted one stopped, and says what it reuses. `--overwrite true` starts again.
 """
 
+import contextlib
 import shutil
 import time
 import warnings
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import matplotlib
 import world
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from clara_hf.evaluation.results import Results
 from clara_hf.evaluation.run import EvalSettings
 from clara_hf.evaluation.run import run as evaluate
 from clara_hf.program import UsageError, parse, read_json, run_program, stages, text_lora, write_json
+from clara_hf.program.machine import choose_threads
 
 
 matplotlib.use("Agg")
@@ -45,6 +49,7 @@ TITLES = {
     "evaluation": "Evaluation on questions over unseen documents",
 }
 SECONDS_FILE = "seconds.json"
+LOG = "demo.log"
 
 
 @dataclass
@@ -167,6 +172,13 @@ def evaluate_nano(args: DemoArguments) -> Results:
     return evaluate(settings)
 
 
+def train_quietly(args: DemoArguments, stage: str) -> None:
+    """Train one stage: the terminal shows its bar with the time left, `demo.log` what the Trainer prints."""
+    with open(Path(args.output_dir, LOG), "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        print(f"\n{TITLES[stage]}")
+        STAGES[stage](stage_arguments(args, stage))
+
+
 def make_data(folder: Path) -> None:
     """Write the data files unless they are there; either is told."""
     wrote = world.ensure(folder, progress=lambda items, name: tqdm(items, desc=f"Writing {name}", leave=False))
@@ -180,7 +192,8 @@ def report(out: Path, results: Results) -> None:
     print("\n" + results.to_text())
     print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items()), end="")
     print(f"; in all {sum(spent.values()):.0f}.")
-    print(f"In {out}: results.json, table.md, predictions/, joint.png, losses.png; checkpoints in {', '.join(STAGES)}.")
+    print(f"In {out}: results.json, table.md, predictions/, joint.png, losses.png, {LOG};", end="")
+    print(f" checkpoints in {', '.join(STAGES)}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -197,10 +210,14 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(out / "demo.json", settings)
     # TRL and the YAML use names that newer transformers warn of; older ones know no others.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    if threads := choose_threads():
+        print(threads, flush=True)
     found = []
     work = {
         "data": lambda: make_data(out / "data"),
-        **{stage: lambda stage=stage: STAGES[stage](stage_arguments(args, stage)) for stage in STAGES},
+        **{stage: lambda stage=stage: train_quietly(args, stage) for stage in STAGES},
         "evaluation": lambda: found.append(evaluate_nano(args)),
     }
     for number, (name, step) in enumerate(work.items(), start=1):

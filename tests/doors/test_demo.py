@@ -60,6 +60,7 @@ def test_demo_is_interrupted_goes_on_and_is_reused(small_world, base, tmp_path, 
     assert {"scp", "joint", "evaluation"} <= set(results["stage_seconds"])
     for name in ("table.md", "joint.png", "losses.png"):
         assert (out / name).stat().st_size > 100
+    assert "'eval_loss'" in (out / demo.LOG).read_text() and "'eval_loss'" not in printed
 
     # 2 steps of SCP, 1 + the interrupted one, 1 resumed, 2 each of joint, contrastive and text.
     steps = len(calls)

@@ -1,9 +1,11 @@
 """Exit codes, and output on terminals that lack letters."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 
 PROGRAM = """
@@ -46,3 +48,23 @@ def test_the_kernel_imports_neither_torch_nor_transformers():
     code = "import sys, clara_hf.program; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_freed_memory_is_kept_where_pytorch_runs_on_a_cpu_and_malloc_is_not_set():
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        pytest.skip("for glibc and a CPU")
+    code = (
+        "import torch\nfrom clara_hf.program import run_program\n"
+        "def pages(): return int(open('/proc/self/statm').read().split()[1])\n"
+        "def main():\n"
+        "    held = torch.ones(1 << 25)\n    full = pages()\n    del held\n    print(full - pages())\n"
+        "run_program(main)"
+    )
+    freed = {}
+    for name, environment in {"ours": {}, "the user's": {"MALLOC_ARENA_MAX": "2"}}.items():
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**kept, **environment}
+        )
+        freed[name] = int(done.stdout)
+    assert freed["ours"] < 1000 < 30_000 < freed["the user's"]  # pages of 4 KiB, of 128 MiB
