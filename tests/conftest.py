@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import tempfile
 
 
 # One thread, here and in the processes that tests start: results that must be equal bit for bit then do not depend on
@@ -10,6 +11,10 @@ import signal
 os.environ["OMP_NUM_THREADS"] = "1"
 # Read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Rows and examples that tests write are read by no later run. Processes that tests start have the same folder.
+if "HF_DATASETS_CACHE" not in os.environ:
+    ROWS = tempfile.TemporaryDirectory(prefix="clara-rows-", ignore_cleanup_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = ROWS.name
 # Else DeepSpeed, which transformers imports where it is installed, tells every process's stdout that there is no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # What a shell starts in the background ignores interrupts, and so would the programs that tests start and interrupt.

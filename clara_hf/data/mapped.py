@@ -23,7 +23,11 @@ WRITTEN_ROWS = 100  # at a time: twenty documents of 100 kB each make 200 MB
 
 
 def training_rows(
-    source: str | Path, kind: str = "questions", limit: int | None = None, cache_dir: str | Path | None = None
+    source: str | Path,
+    kind: str = "questions",
+    limit: int | None = None,
+    targets: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> "Dataset":
     """Checked rows of a source, memory-mapped: no process holds more of them than it reads.
 
@@ -32,10 +36,10 @@ def training_rows(
 
     Args:
         source: of any kind that [`~clara_hf.data.sources.read_rows`] reads.
-        kind: `"questions"`: columns `id`, `question`, `answers` (the `target` first, where there is one), `docs`,
-            `pos_index` (empty: not known). `"labelled"`: the same, `answers` may be empty. `"scp"`: `data_type`,
-            `question` (a list), `answers`, `docs`.
+        kind: `"questions"`: columns `id`, `question`, `answers`, `docs`, `pos_index` (empty: not known). `"labelled"`:
+            the same, `answers` may be empty. `"scp"`: `data_type`, `question` (a list), `answers`, `docs`.
         limit: take only so many rows from the start.
+        targets: a question's `target` comes first among its answers; `False`: it is none of them, for evaluation.
         cache_dir: instead of the cache of `datasets`.
 
     Raises:
@@ -55,29 +59,30 @@ def training_rows(
     else:
         columns = {"id": datasets.Value("string"), "question": datasets.Value("large_string"), **columns}
         columns["pos_index"] = datasets.List(datasets.Value("int64"))
-    name = xxhash.xxh3_128_hexdigest(repr((FORM, kind, limit, os.fspath(source), digest_of(source))).encode())
+    name = xxhash.xxh3_128_hexdigest(repr((FORM, kind, limit, targets, os.fspath(source), digest_of(source))).encode())
     try:
         return datasets.Dataset.from_generator(
             _rows,
             features=datasets.Features(columns),
-            gen_kwargs={"source": os.fspath(source), "kind": kind, "limit": limit},
+            gen_kwargs={"source": os.fspath(source), "kind": kind, "limit": limit, "targets": targets},
             cache_dir=None if cache_dir is None else str(cache_dir),
             fingerprint=name,
             writer_batch_size=WRITTEN_ROWS,
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError | OSError):
-            raise error.__cause__ from error
-        raise
+        told = error.__cause__
+        if not isinstance(told, DataError | OSError):
+            raise
+    raise told  # out here: raised from `error`, which it caused, it would be its own cause
 
 
-def _rows(source: str, kind: str, limit: int | None) -> Iterator[dict]:
+def _rows(source: str, kind: str, limit: int | None, targets: bool) -> Iterator[dict]:
     if kind == "scp":
         yield from islice(iter_scp(source), limit)
         return
     for example in islice(iter_examples(source, needs_answers=kind == "questions"), limit):
         answers = example.answers
-        if example.target is not None:
+        if targets and example.target is not None:
             answers = [example.target, *(answer for answer in answers if answer != example.target)]
         row = {"id": example.id, "question": example.question, "answers": answers, "docs": example.docs}
         yield {**row, "pos_index": example.pos_index or []}

@@ -8,7 +8,7 @@ What is in `output_dir` is loaded by `trainers.DRO.from_pretrained`.
 from dataclasses import dataclass, field
 
 from clara_hf.program import parse
-from clara_hf.program.stages import ANSWERS, RECALLS, load_split, nano_recipe, read_questions
+from clara_hf.program.stages import ANSWERS, RECALLS, load_split, nano_recipe
 from clara_hf.program.training import (
     DataArguments,
     begin,
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         checkpoint = checkpoint_to_resume(data_args, training_args)
         with training_args.main_process_first(desc="loading data"):
-            train, validation = load_split(data_args, read_questions)
+            train, validation = load_split(data_args, "questions")
         begin(folder, training_args)
         trainer = DROTrainer(
             model=model_args.model_name_or_path, args=training_args, train_dataset=train, eval_dataset=validation

@@ -1,15 +1,14 @@
 """The training stages as programs: what `clara joint`, `recipes/joint.py` and their sisters run."""
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset
 from transformers import set_seed
 from transformers.utils import logging
 
-from clara_hf.data.schema import QAExample, iter_examples, iter_scp
+from clara_hf.data.mapped import distinct_texts, shared_questions, training_rows
 from clara_hf.program import UsageError, parse
 from clara_hf.program.models import CLaRaModelArguments, load_model
 from clara_hf.program.training import (
@@ -43,44 +42,37 @@ class Stage:
     Parameters:
         trainer, config: the trainer and its arguments.
         yaml: the recipe of the nano world, which is read where no other is given.
-        read: gives a file's rows.
+        rows: kind of its rows, as of [`~clara_hf.data.mapped.training_rows`].
         scores: names that evaluation may give.
     """
 
     trainer: type[CLaRaTrainer]
     config: type[CLaRaTrainingArguments]
     yaml: str
-    read: Callable[[str], Iterable[dict]]
+    rows: Literal["scp", "questions", "labelled"]
     scores: frozenset[str] | set[str]
 
 
 def scp(arguments: list[str] | None = None) -> None:
     """Stage 1: compressor, generator and memory embeddings learn to compress."""
-    train(Stage(SCPTrainer, SCPConfig, "scp", iter_scp, {"loss", "token_accuracy"}), arguments)
+    train(Stage(SCPTrainer, SCPConfig, "scp", "scp", {"loss", "token_accuracy"}), arguments)
 
 
 def instruct(arguments: list[str] | None = None) -> None:
     """Stage 2: compressor and generator learn to answer from given documents."""
     scores = {"loss", *ANSWERS}
-    train(Stage(InstructionTrainer, InstructionConfig, "instruct", read_questions, scores), arguments)
+    train(Stage(InstructionTrainer, InstructionConfig, "instruct", "questions", scores), arguments)
 
 
 def joint(arguments: list[str] | None = None) -> None:
     """Stage 3: query reasoner and generator learn from the answer's loss, over candidates."""
     scores = {"loss", *ANSWERS, *RECALLS}
-    train(Stage(JointTrainer, JointConfig, "joint", read_questions, scores), arguments)
+    train(Stage(JointTrainer, JointConfig, "joint", "questions", scores), arguments)
 
 
 def contrastive(arguments: list[str] | None = None) -> None:
     """Instead of stage 3: the query reasoner learns from relevance labels."""
-    stage = Stage(
-        ContrastiveTrainer,
-        ContrastiveConfig,
-        "contrastive",
-        read_labelled_questions,
-        {"loss", *RECALLS},
-    )
-    train(stage, arguments)
+    train(Stage(ContrastiveTrainer, ContrastiveConfig, "contrastive", "labelled", {"loss", *RECALLS}), arguments)
 
 
 def train(stage: Stage, arguments: list[str] | None) -> None:
@@ -101,11 +93,11 @@ def train(stage: Stage, arguments: list[str] | None) -> None:
         checkpoint = checkpoint_to_resume(data_args, training_args)
         # The first process may write what all read.
         with training_args.main_process_first(desc="loading data"):
-            train_rows, validation = load_split(data_args, stage.read)
+            train_rows, validation = load_split(data_args, stage.rows)
         # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
         set_seed(training_args.seed)
         model = load_model(model_args)
-        check_user_texts(model.processor, {data_args.train_file: train_rows, data_args.validation_file: validation})
+        check_user_texts(model.processor, [(data_args.train_file, train_rows), (data_args.validation_file, validation)])
         # What an overwritten run left: the memories are used again if this model's compressor made them.
         options = {"replace_memories": data_args.overwrite} if hasattr(training_args, "memory_store") else {}
         begin(folder, training_args)
@@ -140,48 +132,30 @@ def nano_recipe(stage: str) -> str | None:
     return str(path) if path.is_file() else None
 
 
-def read_questions(path: str) -> Iterator[dict]:
-    """Rows of the question-answering schema, checked line by line."""
-    return map(qa_row, iter_examples(path))
-
-
-def read_labelled_questions(path: str) -> Iterator[dict]:
-    """The same for training a retriever from labels: rows need no answers."""
-    return map(qa_row, iter_examples(path, needs_answers=False))
-
-
-def qa_row(example: QAExample) -> dict:
-    return {
-        "id": example.id,
-        "question": example.question,
-        "answers": example.answers,
-        "docs": example.docs,
-        "pos_index": example.pos_index or [],
-    }
-
-
-def load_split(data: DataArguments, read: Callable[[str], Iterable[dict]]) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data, up to their limits."""
-    train_rows = Dataset.from_list(list(islice(read(data.train_file), data.train_limit)))
+def load_split(data: DataArguments, kind: str) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data of a kind, up to their limits, memory-mapped."""
+    train_rows = training_rows(data.train_file, kind, data.train_limit)
     if data.validation_file is None:
         return train_rows, None
-    return train_rows, Dataset.from_list(list(islice(read(data.validation_file), data.validation_limit)))
+    validation = training_rows(data.validation_file, kind, data.validation_limit, targets=False)
+    if shared := shared_questions(train_rows, validation):
+        logger.warning(
+            f"validation_file {data.validation_file}: {shared} of {len(validation)} rows ask what rows of train_file "
+            f"{data.train_file} ask, too, so that its scores say little about new questions."
+        )
+    return train_rows, validation
 
 
-def check_user_texts(processor, files: dict[str | None, Dataset | None]) -> None:
+def check_user_texts(processor, files: list[tuple[str | None, Dataset | None]]) -> None:
     """Raise where a text holds a token that the model reserves.
 
     Raises:
         UsageError: names file, row (from 1) and token.
     """
-    for file, rows in files.items():
-        seen: set[str] = set()
+    for file, rows in files:
         for name in ("question", "answers", "docs") if rows is not None else ():
-            for number, given in enumerate(rows[name][:], start=1):
-                texts = [text for text in ([given] if isinstance(given, str) else given) if text not in seen]
+            for number, texts in distinct_texts(rows, name):
                 try:
-                    if texts:
-                        processor.check_user_texts(texts, name)
+                    processor.check_user_texts(texts, name)
                 except ValueError as error:
                     raise UsageError(f"{file}, row {number}: {error}") from error
-                seen.update(texts)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from clara_hf.program import parse
-from clara_hf.program.stages import load_split, nano_recipe, read_questions
+from clara_hf.program.stages import load_split, nano_recipe
 from clara_hf.program.training import (
     DataArguments,
     begin,
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             return
         checkpoint = checkpoint_to_resume(data_args, training_args)
         processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
-        train, validation = load_split(data_args, read_questions)
+        with training_args.main_process_first(desc="loading data"):
+            train, validation = load_split(data_args, "questions")
         begin(folder, training_args)
         trainer = SFTTrainer(
             model=model_args.model_name_or_path,

@@ -24,6 +24,8 @@ def test_rows_are_mapped_from_the_cache_and_limited(tmp_path):
     )
     rows = training_rows(tmp_path / "q.jsonl", limit=3, cache_dir=tmp_path / "cache")
     assert rows["answers"][:] == [["b", "a"], ["c", "a", "b"], ["a", "b"]] and rows["id"][:] == ["1", "2", "3"]
+    plain = training_rows(tmp_path / "q.jsonl", limit=3, targets=False, cache_dir=tmp_path / "cache")
+    assert plain["answers"][:] == [["a", "b"]] * 3
     assert rows["pos_index"][:] == [[0], [], [0]] and rows["docs"][2] == ["d2", "same"]
     assert (
         all(Path(file["filename"]).is_relative_to(tmp_path / "cache") for file in rows.cache_files) and rows.cache_files
@@ -49,8 +51,12 @@ def test_a_file_is_read_once_until_what_it_holds_changes(tmp_path, monkeypatch):
 def test_a_broken_row_is_named_and_leaves_nothing_in_the_cache(tmp_path):
     write_jsonl(tmp_path / "q.jsonl", [*ROWS, {"question": "Who?"}])
     for _ in range(2):
-        with pytest.raises(DataError, match=r"q\.jsonl, line 10: .*'answers'"):
+        with pytest.raises(DataError, match=r"q\.jsonl, line 10: .*'answers'") as told:
             training_rows(tmp_path / "q.jsonl", cache_dir=tmp_path / "cache")
+        chain = [told.value]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            assert cause not in chain, "no error is its own cause"
+            chain.append(cause)
     assert len(training_rows(tmp_path / "q.jsonl", limit=9, cache_dir=tmp_path / "cache")) == 9
     with pytest.raises(DataError, match=r"none\.jsonl"):
         training_rows(tmp_path / "none.jsonl")

@@ -15,15 +15,17 @@ from conftest import TEXTS
 from processes import in_process
 from transformers import Trainer
 
+from clara_hf.data.schema import iter_examples
 from clara_hf.memory_store.store import MemoryStore
 from clara_hf.program import UsageError, run_program, write_json
 from clara_hf.program.errors import one_sentence
 from clara_hf.program.folders import RunFolder
 from clara_hf.program.models import CLaRaModelArguments, load_model
-from clara_hf.program.stages import load_split, read_questions
+from clara_hf.program.stages import load_split
 from clara_hf.program.training import DataArguments, difference
 from modeling_clara import CLaRaForRetrievalGeneration
 from recipes import instruct, joint, scp
+from trainers.trainer import CLaRaTrainer
 
 
 @pytest.fixture
@@ -366,7 +368,17 @@ def test_full_disk_is_said_and_leaves_nothing_that_looks_finished(config, tmp_pa
     assert (tmp_path / "run" / "config.json").exists()
 
 
-def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
+def test_three_stages_hand_their_checkpoints_on_and_train_from_mapped_rows(config, qa_file, tmp_path, monkeypatch):
+    files, reads, prepare = [], [], CLaRaTrainer.prepare
+
+    def watched(self, rows):
+        examples = prepare(self, rows)
+        files.append([data.cache_files[0]["filename"] for data in (rows, examples)])
+        return examples
+
+    monkeypatch.setattr(CLaRaTrainer, "prepare", watched)
+    monkeypatch.setattr("clara_hf.data.mapped.iter_examples", lambda *a, **k: reads.append(a) or iter_examples(*a, **k))
+
     def stage(main, start, out, **changes):
         path = config(model_name_or_path=str(start), output_dir=str(tmp_path / out), clara_config=None, **changes)
         main(["--config", path])
@@ -374,6 +386,9 @@ def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
     scp.main(["--config", config(output_dir=str(tmp_path / "scp"))])
     stage(instruct.main, tmp_path / "scp", "instruct", train_file=str(qa_file))
     stage(joint.main, tmp_path / "instruct", "joint", train_file=str(qa_file), top_k=2, learning_rate=1e-3)
+    (_, made_scp), (rows, made_instruct), (rows_again, made_joint) = files
+    assert rows == rows_again and len(reads) == 1, "two stages share what was read and written once"
+    assert len({made_scp, made_instruct, made_joint}) == 3
     model = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "joint")
     assert model.config.query_reasoner and model.config.top_k == 2
     assert CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "instruct").config.query_reasoner is False
@@ -382,7 +397,10 @@ def test_three_stages_hand_their_checkpoints_on(config, qa_file, tmp_path):
 
 def test_limits_take_rows_from_the_start_of_the_files(qa_file, monkeypatch, capsys, config):
     data = DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
-    train, validation = load_split(data, read_questions)
+    told = []
+    monkeypatch.setattr("clara_hf.program.stages.logger.warning", told.append)
+    train, validation = load_split(data, "questions")
     assert (len(train), len(validation)) == (3, 2)
+    assert len(told) == 1 and "2 of 2 rows" in told[0], "validation asks what training asks"
     code, error = program(monkeypatch, capsys, scp.main, "--config", config(), "--train_limit", "0")
     assert code == 2 and "train_limit is 0; it must be at least 1" in error
