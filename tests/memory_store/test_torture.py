@@ -17,7 +17,12 @@ from clara_hf.memory_store.store import MemoryStore
 
 
 # pytest drops the filter that modeling_clara sets for it at import.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:lance is not fork-safe")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:lance is not fork-safe"),
+    # Minutes of processes and kills at moments of chance: not of the default suite.
+    pytest.mark.skipif("CLARA_STORE_KILLS" not in os.environ, reason="set CLARA_STORE_KILLS=20 to kill a store"),
+]
 
 KILLS = int(os.environ.get("CLARA_STORE_KILLS", 6))
 TEXTS = [f"document number {index}" for index in range(1100)]

@@ -13,7 +13,7 @@ from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
-from clara_hf.data.schema import load_scp
+from clara_hf.data.schema import DataError, load_scp
 from clara_hf.synthesis import joint_data, synthesize
 from clara_hf.synthesis.backends import client as client_module
 from clara_hf.synthesis.errors import UsageError, check_installed
@@ -339,7 +339,7 @@ def test_arguments_that_cannot_be_used(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "a.txt").write_text("Words.", encoding="utf-8")
-    with pytest.raises((UsageError, OSError), match=words):
+    with pytest.raises((UsageError, DataError, OSError), match=words):
         synthesize.main(["--out", "out", "--model", "m", *options])
     # Nothing was cut before.
     assert not (tmp_path / "out" / STORE_FILE).is_file() or not finished_or_begun(tmp_path / "out")
