@@ -2,6 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -154,13 +155,15 @@ except OSError as error:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
 def test_a_store_that_cannot_be_written_to_is_read_and_added_to_as_long_as_nothing_is_missing(store, path):
     store.add(DOCUMENTS[:3], show_progress=False)
-    shared = shutil.copytree(path, f"/tmp/read-only-{os.getpid()}")
+    # Not below pytest's own folder, which other users may not enter.
+    home = tempfile.mkdtemp()
+    shared = shutil.copytree(path, os.path.join(home, "store"))
     try:
-        subprocess.run(["chmod", "-R", "a+rX,go-w", shared], check=True)
+        subprocess.run(["chmod", "-R", "a+rX,go-w", home], check=True)
         command = [sys.executable, "-c", ADD_AS_NOBODY, shared, "", os.path.dirname(os.path.dirname(__file__)), "."]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": "/tmp"})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HOME": home})
     finally:
-        shutil.rmtree(shared)
+        shutil.rmtree(home)
     assert "read-only" in done.stdout and "1 documents" in done.stdout, done.stderr[-1000:]
 
 
