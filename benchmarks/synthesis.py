@@ -22,8 +22,8 @@ import psutil
 from scripted_teacher import FactTeacher, fact_document
 from transformers import HfArgumentParser
 
+from clara_hf.program import run_program
 from clara_hf.synthesis import session, synthesize
-from clara_hf.synthesis.errors import run_program
 
 
 @dataclass

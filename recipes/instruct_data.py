@@ -3,7 +3,7 @@
 python recipes/instruct_data.py --questions pools.jsonl --out instruct/ --model qwen3-32b --base-url URL --top_k 5
 """
 
-from clara_hf.synthesis.errors import run_program
+from clara_hf.program import run_program
 from clara_hf.synthesis.instruct_data import main
 
 

@@ -3,7 +3,7 @@
 python recipes/joint_data.py --scp scp/ --out joint/
 """
 
-from clara_hf.synthesis.errors import run_program
+from clara_hf.program import run_program
 from clara_hf.synthesis.joint_data import main
 
 

@@ -3,7 +3,7 @@
 python recipes/synthesize.py --corpus docs.jsonl --out scp/ --model qwen3-32b --base-url http://localhost:8000/v1
 """
 
-from clara_hf.synthesis.errors import run_program
+from clara_hf.program import run_program
 from clara_hf.synthesis.synthesize import main
 
 

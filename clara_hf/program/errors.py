@@ -75,9 +75,11 @@ def stop_quietly_unless(process: int) -> Callable:
 
 def was_interrupted(error: BaseException | None) -> bool:
     """Whether `error` is, or came while handling, Ctrl-C: libraries that are stopped may raise errors of their own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    seen: set[int] = set()  # an error may be raised again from one that it caused
+    while error is not None and not isinstance(error, KeyboardInterrupt) and id(error) not in seen:
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return isinstance(error, KeyboardInterrupt)
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_hf.synthesis.errors import UsageError, check_installed
+from clara_hf.program import UsageError
+from clara_hf.synthesis.errors import check_installed
 
 
 check_installed()

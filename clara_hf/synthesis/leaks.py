@@ -9,7 +9,7 @@ import numpy as np
 
 from clara_hf.data.files import open_unpacked, unpacked_name
 from clara_hf.data.sources import ENDINGS, kind_of, read_rows
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.text import words
 
 

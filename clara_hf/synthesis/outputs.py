@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, Hf
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader
 
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.prompts import DEFAULT_FOLDER
 from clara_hf.synthesis.store import RunStore, digest_of
 

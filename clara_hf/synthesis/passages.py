@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clara_hf.data.documents import Document
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.text import clean_line, clean_text, damage, letter_share
 

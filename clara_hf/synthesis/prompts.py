@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import json_repair
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.text import clean_line, prompt_text
 
 

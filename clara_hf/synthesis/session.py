@@ -15,9 +15,9 @@ import xxhash
 import yaml
 from transformers import HfArgumentParser
 
+from clara_hf.program import UsageError
 from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
 from clara_hf.synthesis.backends.secrets import masked
-from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.prompts import Prompts
 from clara_hf.synthesis.store import STORE_FILE, RunStore
 from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 
 
 STORE_FILE = "run.sqlite"

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clara_hf.synthesis.errors import UsageError, check_installed
+from clara_hf.program import UsageError
+from clara_hf.synthesis.errors import check_installed
 
 
 check_installed()

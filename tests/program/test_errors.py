@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from clara_hf.program.errors import was_interrupted
+
 
 PROGRAM = """
 from clara_hf.program import UsageError, run_program
@@ -68,3 +70,11 @@ def test_freed_memory_is_kept_where_pytorch_runs_on_a_cpu_and_malloc_is_not_set(
         )
         freed[name] = int(done.stdout)
     assert freed["ours"] < 1000 < 30_000 < freed["the user's"]  # pages of 4 KiB, of 128 MiB
+
+
+def test_errors_that_name_each_other_as_causes_end():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert not was_interrupted(first)
+    second.__cause__ = KeyboardInterrupt()
+    assert was_interrupted(first)

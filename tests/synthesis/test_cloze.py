@@ -7,10 +7,10 @@ import pytest
 from synthesis_runs import files, rows
 
 from clara_hf.data.schema import load_scp
+from clara_hf.program import UsageError
 from clara_hf.synthesis import instruct_data, synthesize
 from clara_hf.synthesis.backends.cloze import BLANK, MAX_PAIRS, cloze_passage, sentences, spans
 from clara_hf.synthesis.checks import PassageChecks
-from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.prompts import Prompts
 

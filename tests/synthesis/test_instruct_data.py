@@ -7,8 +7,8 @@ from scripted_endpoint import Endpoint, Say
 
 from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, sentence
 from clara_hf.data.schema import load_examples
+from clara_hf.program import UsageError
 from clara_hf.synthesis import instruct_data
-from clara_hf.synthesis.errors import UsageError
 
 
 def question_row(number: int, **changes) -> dict:

@@ -7,8 +7,8 @@ from scripted_endpoint import Endpoint
 
 from benchmarks.scripted_teacher import fact_document
 from clara_hf.data.schema import load_examples
+from clara_hf.program import UsageError
 from clara_hf.synthesis import joint_data, synthesize
-from clara_hf.synthesis.errors import UsageError
 
 
 @pytest.fixture(scope="module")

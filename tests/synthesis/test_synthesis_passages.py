@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from clara_hf.data.documents import Columns, Document, corpus_files, read_dataset, read_files
 from clara_hf.data.files import DataError
-from clara_hf.synthesis.errors import UsageError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.passages import PassageMaker, estimated_starts, tokenizer_starts
 

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi
 from scripted_endpoint import Endpoint
 
 from benchmarks.scripted_teacher import fact_document
+from clara_hf.program import UsageError
 from clara_hf.synthesis import outputs
-from clara_hf.synthesis.errors import UsageError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,5 +143,5 @@ def test_an_upload_without_a_token_is_refused_before_the_work(monkeypatch):
 def test_a_refused_upload_leaves_the_data_and_is_one_sentence(tmp_path):
     with Hub(refuse=True) as hub:
         done = push(tmp_path, hub)
-    assert done.returncode == 1 and "not uploaded" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "not uploaded" in done.stderr and "Traceback" not in done.stderr
     assert "hf_test" not in done.stderr and (tmp_path / "scp" / "scp.jsonl").is_file()

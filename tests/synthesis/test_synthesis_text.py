@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from clara_hf.data.files import DataError
+from clara_hf.program import UsageError
 from clara_hf.synthesis.checks import PassageChecks, QuestionAnswer
-from clara_hf.synthesis.errors import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.prompts import (
     DEFAULT_FOLDER,

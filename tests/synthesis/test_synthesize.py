@@ -14,9 +14,10 @@ from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.data.schema import DataError, load_scp
+from clara_hf.program import UsageError
 from clara_hf.synthesis import joint_data, synthesize
 from clara_hf.synthesis.backends import client as client_module
-from clara_hf.synthesis.errors import UsageError, check_installed
+from clara_hf.synthesis.errors import check_installed
 from clara_hf.synthesis.outputs import OUTPUTS, VALIDATION
 from clara_hf.synthesis.store import STORE_FILE, RunStore
 from recipes import scp
@@ -303,8 +304,9 @@ def test_what_the_user_can_mend_is_one_sentence_without_a_key_or_a_traceback(cor
     with Endpoint(lambda *_: echo) as endpoint:
         fixed = ["--out", str(tmp_path / "scp"), "--model", "m", "--min_passage_tokens", "8"]
         done = program("--corpus", corpus, "--base-url", endpoint.url, "--api_key_env", "MY_KEY", *fixed, MY_KEY=KEY)
-    assert done.returncode == 1 and KEY not in done.stdout + done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("synthesize.py: 127.0.0.1") and "--api_key_env" in done.stderr
+    assert done.returncode == 2 and KEY not in done.stdout + done.stderr and "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert "127.0.0.1" in said and "401" in said and "--api_key_env" in said
     for path in (tmp_path / "scp").iterdir():
         assert KEY.encode() not in path.read_bytes()
 

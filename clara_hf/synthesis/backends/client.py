@@ -15,8 +15,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
+from clara_hf.program import UsageError
 from clara_hf.synthesis.backends.secrets import secrets_of
-from clara_hf.synthesis.errors import RequestFailed, UsageError
+from clara_hf.synthesis.errors import RequestFailed
 from clara_hf.synthesis.text import clean_line, clean_text
 
 
