@@ -20,21 +20,26 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" $(MAKEFILE_LIST)
 
+# Twice quiet: errors are printed, notes of pip and setuptools are not.
+PIP_INSTALL := -m pip install -qq
+
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@
+	@echo "Making the environment in $(VENV), with everything that the tests need: 2.5 GB, some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) --upgrade pip
+	@$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	@$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
+	@touch $@
 
 # The whole environment where it is there; else one with torch, transformers and PEFT.
 ifeq ($(wildcard $(VENV)/.installed),)
 QUICK := $(VENV)-quickstart
 $(QUICK)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(QUICK)
-	$(QUICK)/bin/python -m pip install --quiet "$(TORCH)"
-	$(QUICK)/bin/python -m pip install --quiet --editable .
-	touch $@
+	@echo "Making an environment in $(QUICK), with torch, transformers and PEFT: 1.2 GB, some minutes."
+	@$(PYTHON) -m venv $(QUICK)
+	@$(QUICK)/bin/python $(PIP_INSTALL) "$(TORCH)"
+	@$(QUICK)/bin/python $(PIP_INSTALL) --editable .
+	@touch $@
 else
 QUICK := $(VENV)
 endif
@@ -42,7 +47,7 @@ quickstart: $(QUICK)/.installed
 	@$(QUICK)/bin/python recipes/nano/quickstart.py $(QUICKSTART_ARGS)
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@$(BIN)/python $(PIP_INSTALL) --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Else DeepSpeed, which the demo does not use, says in the middle of it that there is no GPU.

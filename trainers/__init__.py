@@ -1,5 +1,5 @@
 """Trainers of the CLaRa stages: SCP, instruction tuning, joint training,
-joint training's supervised twin, and DRO, joint training on text."""
+joint training's supervised baseline, and DRO, joint training on text."""
 
 from .contrastive import ContrastiveConfig, ContrastiveTrainer
 from .dro import DRO, DROConfig, DROTrainer

@@ -1,4 +1,4 @@
-"""The supervised twin of joint training: the query reasoner learns from relevance labels (Sup- in arXiv 2511.18659).
+"""The supervised baseline of joint training: the query reasoner learns from labels (Sup- in arXiv 2511.18659).
 
 Rows: `{"question": str, "docs": [...], "pos_index": [...]}` with the candidates in `docs` and the positions of the
 relevant ones in `pos_index`; answers are not needed. Compressor and generator stay as the starting checkpoint has them.

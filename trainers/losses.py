@@ -23,7 +23,8 @@ def contrastive_loss(
     `logsumexp_{i in candidates}(s_i / τ) - logsumexp_{i in positives}(s_i / τ)`
 
     the negative log of the probability that a softmax over the candidates gives to the positives together: one positive
-    that is found is enough. It is the loss of the supervised twin in arXiv 2511.18659. With one positive it is InfoNCE.
+    that is found is enough. It is the loss of Sup-, the supervised baseline of arXiv 2511.18659;
+    with one positive, InfoNCE.
 
     Args:
         scores (`[B, N]`, floating): similarity of question and candidate; any value, -inf included, where there is no

@@ -44,7 +44,7 @@ TITLES = {
     "scp": "SCP: learning to compress",
     "instruct": "Instruction tuning: answering from given memories",
     "joint": "Joint training: retrieval learned from answers alone",
-    "contrastive": "Supervised twin: the same retriever, learned from relevance labels",
+    "contrastive": "Supervised baseline: the same retriever, learned from relevance labels",
     "text-lora": "Baseline: the plain base on raw text, with a LoRA of its own",
     "evaluation": "Evaluation on questions over unseen documents",
 }
@@ -64,7 +64,10 @@ class DemoArguments:
     base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "Decoder of the raw-text baseline."})
     joint_start: str = field(
         default="scp",
-        metadata={"help": "Stage that joint training and its twin start from.", "choices": ["scp", "instruct"]},
+        metadata={
+            "help": "Stage that joint training and its supervised baseline start from.",
+            "choices": ["scp", "instruct"],
+        },
     )
     max_steps: int | None = field(default=None, metadata={"help": "Steps of every stage, for a quick look."})
     limit: int | None = field(default=None, metadata={"help": "Test questions to take, for a quick look."})
