@@ -3,10 +3,9 @@
 python eval/analyze.py --runs runs/eval/joint-test --output_dir runs/analysis
 """
 
-import sys
-
 from clara_hf.evaluation.analyze import main
+from clara_hf.program import run_program
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

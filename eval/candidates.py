@@ -3,10 +3,9 @@
 python eval/candidates.py --questions q.jsonl --corpus corpus.jsonl --output pools.jsonl
 """
 
-import sys
-
 from clara_hf.data.pools import main
+from clara_hf.program import run_program
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

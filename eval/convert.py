@@ -3,10 +3,9 @@
 python eval/convert.py --format nq-open --input NQ-open.dev.jsonl --output questions.jsonl
 """
 
-import sys
-
 from clara_hf.data.convert import main
+from clara_hf.program import run_program
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

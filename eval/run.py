@@ -3,10 +3,9 @@
 python eval/run.py --model runs/nano/joint --data questions.jsonl.gz
 """
 
-import sys
-
 from clara_hf.evaluation.run import main
+from clara_hf.program import run_program
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

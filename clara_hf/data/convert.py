@@ -11,12 +11,11 @@ reads. Every malformed row is named; then nothing is written, unless `--skip_mal
 one question needs, a row with the list of its questions and the answers that stand in it.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -31,10 +30,11 @@ from clara_hf.data.converters import (
     two_wiki,
     unfolded,
 )
-from clara_hf.data.files import DataError, write_jsonl
+from clara_hf.data.files import DataError, check_output, write_jsonl
 from clara_hf.data.leak_checks import AnswerFinder
 from clara_hf.data.schema import check_text, check_texts, parse_example, parse_scp
 from clara_hf.data.sources import read_rows, unit_of
+from clara_hf.program import UsageError, parse
 
 
 SHOWN_ERRORS = 20
@@ -153,53 +153,57 @@ def _sound(conversion, skip_malformed):
         raise DataError(f"{conversion.source}: there is no row to write.")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Brings published data sets into the evaluation schema.")
-    parser.add_argument("--format", required=True, choices=CONVERTERS, help="What the input is.")
-    parser.add_argument("--input", required=True, help="A file, a folder or hf://datasets/USER/NAME#SPLIT.")
-    parser.add_argument("--output", required=True, help="A .jsonl or .jsonl.gz file.")
-    parser.add_argument("--to", default="questions", choices=("questions", "scp"), help="What the output is.")
-    parser.add_argument("--aliases", help="2WikiMultihopQA's id_aliases.json.")
-    parser.add_argument("--qrels", help="BEIR's qrels/SPLIT.tsv.")
-    parser.add_argument("--skip_malformed", action="store_true", help="Write the sound rows, naming the others.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier output.")
-    given = parser.parse_args(arguments)
-    if not given.output.endswith((".jsonl", ".jsonl.gz")):
-        parser.error(f"--output must end in .jsonl or .jsonl.gz, but is {given.output}")
-    if given.aliases and given.format != "2wikimultihopqa":
-        parser.error("--aliases is for the format 2wikimultihopqa")
-    if bool(given.qrels) != (given.format == "beir"):
-        parser.error("--qrels is for the format beir, which needs it")
-    if given.to == "scp" and given.format in ("beir", "kilt"):
-        parser.error(f"--to scp needs gold passages, which the format {given.format} names by their ids only")
-    if Path(given.output).exists() and not given.overwrite:
-        parser.error(f"{given.output} is there already: give another --output, or --overwrite")
-    conversion = Conversion(given.input, given.format)
+@dataclass
+class ConversionSettings:
+    """What is converted, and where it goes.
+
+    Raises:
+        UsageError: arguments that exclude each other, or the output is there already and `overwrite` is not set.
+    """
+
+    format: str = field(metadata={"help": "What the input is.", "choices": tuple(CONVERTERS)})
+    input: str = field(metadata={"help": "A file, a folder or hf://datasets/USER/NAME#SPLIT."})
+    output: str = field(metadata={"help": "A .jsonl or .jsonl.gz file."})
+    to: str = field(default="questions", metadata={"help": "What the output is.", "choices": ("questions", "scp")})
+    aliases: str | None = field(default=None, metadata={"help": "2WikiMultihopQA's id_aliases.json."})
+    qrels: str | None = field(default=None, metadata={"help": "BEIR's qrels/SPLIT.tsv."})
+    skip_malformed: bool = field(default=False, metadata={"help": "Write the sound rows, naming the others."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
+
+    def __post_init__(self):
+        if self.aliases and self.format != "2wikimultihopqa":
+            raise UsageError(f"--aliases is for the format 2wikimultihopqa, not for {self.format}.")
+        if bool(self.qrels) != (self.format == "beir"):
+            raise UsageError(f"--qrels is for the format beir, which needs it; --format is {self.format}.")
+        if self.to == "scp" and self.format in ("beir", "kilt"):
+            raise UsageError(f"--to scp needs gold passages, which the format {self.format} names by their ids only.")
+        check_output(self.output, self.overwrite)
+
+    def conversion(self) -> Conversion:
+        """What there is to convert, with the files beside the input.
+
+        Raises:
+            DataError: one of these cannot be read.
+        """
+        converter = None
+        if self.aliases:
+            converter = partial(two_wiki, aliases=read_aliases(self.aliases))
+        if self.qrels:
+            converter = partial(beir, qrels=read_qrels(self.qrels))
+        return Conversion(self.input, self.format, converter)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program, see the top of this file."""
+    settings = parse(ConversionSettings, arguments, description=__doc__)
+    conversion = settings.conversion()
     try:
-        if given.aliases:
-            conversion.converter = partial(two_wiki, aliases=read_aliases(given.aliases))
-        if given.qrels:
-            conversion.converter = partial(beir, qrels=read_qrels(given.qrels))
-        rows = convert(conversion, given.output, given.skip_malformed, given.to)
-        outcome = f"{given.output}: {rows} rows."
-    except DataError as error:
-        outcome = f"error: {error}"
-    except OSError as error:
-        outcome = f"error: {error}. Nothing was written."
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        return 130
-    _print_errors(conversion.errors)
-    for reason, count in conversion.left_out.items():
-        print(f"{count} rows left out: {reason}.", file=sys.stderr)
-    failed = outcome.startswith("error: ")
-    print(outcome, file=sys.stderr if failed else sys.stdout)
-    return 2 if failed else 0
-
-
-def _print_errors(errors):
-    for message in errors[:SHOWN_ERRORS]:
-        print(message, file=sys.stderr)
-    if len(errors) > SHOWN_ERRORS:
-        print(f"... and {len(errors) - SHOWN_ERRORS} more.", file=sys.stderr)
+        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to)
+    finally:
+        for message in conversion.errors[:SHOWN_ERRORS]:
+            print(message, file=sys.stderr)
+        if len(conversion.errors) > SHOWN_ERRORS:
+            print(f"... and {len(conversion.errors) - SHOWN_ERRORS} more.", file=sys.stderr)
+        for reason, count in conversion.left_out.items():
+            print(f"{count} rows left out: {reason}.", file=sys.stderr)
+    print(f"{settings.output}: {rows} rows.")

@@ -5,19 +5,20 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
+
+from clara_hf.program import UsageError, written_beside
 
 
 PACKED = (".gz", ".bz2", ".zst")  # in any case
 BLOCK = 2**20
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """A data file breaks the schema; the message names the file, the place in it and what is wrong.
 
     Attributes:
@@ -134,13 +135,25 @@ def content_digest(root: Path, paths: Iterable[Path], algorithm: str = "xxh3") -
     return f"xxh3:{digest.hexdigest()}" if algorithm == "xxh3" else digest.hexdigest()
 
 
+def check_output(path: str, overwrite: bool) -> None:
+    """See whether a program may write its JSONL to what `--output` names.
+
+    Raises:
+        UsageError: another ending, or the file is there already and is not to be replaced.
+    """
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        raise UsageError(f"--output must end in .jsonl or .jsonl.gz, but is {path}.")
+    if Path(path).exists() and not overwrite:
+        raise UsageError(f"{path} is there already: give another --output, or --overwrite.")
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes JSONL, gzipped where the name ends in `.gz`; equal rows give equal bytes. Returns the number of rows.
 
     The file appears when it is whole: nothing is left of a write that fails or is interrupted.
     """
     number = 0
-    with _staged(path) as file:
+    with written_beside(path) as beside, open(beside, "wb") as file:
         with gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz") else nullcontext(file) as packed:
             for row in rows:
                 packed.write(_line(row))
@@ -153,25 +166,6 @@ def _line(row):
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half a surrogate pair can only be written escaped
         return (json.dumps(row) + "\n").encode()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file as [`write_jsonl`] does: whole, or not at all."""
-    with _staged(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def _staged(path) -> Iterator[IO[bytes]]:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staged, "wb") as file:
-            yield file
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def shown(value: Any) -> str:

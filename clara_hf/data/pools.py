@@ -13,9 +13,7 @@ lacks them. Without --corpus, the corpus is all `docs` of the questions. Files a
 Beside the output, `<output>.report.json` tells what the pools give away: see `clara_hf.data.leak_checks`.
 """
 
-import json
 import shutil
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,20 +23,21 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from clara_hf.data.files import DataError, shown, write_jsonl, write_text
+from clara_hf.data.files import DataError, check_output, shown, write_jsonl
 from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
 from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
 from clara_hf.data.schema import check_text, check_texts, parse_example
 from clara_hf.data.sources import read_rows, unit_of
+from clara_hf.program import UsageError, parse, write_json
+from clara_hf.program.errors import loading
 
 
 MODES = ("oracle", "normal")
 TEXTS = ("text", "contents", "content")
 
 
-class PoolError(ValueError):
+class PoolError(UsageError):
     """Pools cannot be built as they were asked for."""
 
 
@@ -260,7 +259,8 @@ class CandidateSettings:
     """What pools are built from, and how.
 
     Raises:
-        PoolError: an unknown mode, a limit below 1, or the output is there already and `overwrite` is not set.
+        PoolError: an unknown mode, or a limit below 1.
+        UsageError: the output is there already and `overwrite` is not set.
     """
 
     questions: str = field(metadata={"help": "Questions: a file, a folder or hf://datasets/USER/NAME#SPLIT."})
@@ -292,10 +292,7 @@ class CandidateSettings:
             raise PoolError(f"--batch_size must be at least 1, but is {self.batch_size}.")
         if self.seed < 0:
             raise PoolError(f"--seed must be at least 0, but is {self.seed}.")
-        if not self.output.endswith((".jsonl", ".jsonl.gz")):
-            raise PoolError(f"--output must end in .jsonl or .jsonl.gz, but is {self.output}.")
-        if Path(self.output).exists() and not self.overwrite:
-            raise PoolError(f"{self.output} is there already: give another --output, or --overwrite.")
+        check_output(self.output, self.overwrite)
 
     @property
     def parts(self) -> Path:
@@ -308,7 +305,8 @@ def write_pools(settings: CandidateSettings) -> dict:
 
     Raises:
         DataError: a file breaks its schema.
-        PoolError: as [`build_candidates`]; or the retriever cannot be loaded.
+        PoolError: as [`build_candidates`].
+        UsageError: the retriever cannot be loaded.
     """
     corpus = read_corpus(settings.corpus, show_progress=True) if settings.corpus else {}
     given = len(corpus)
@@ -317,15 +315,10 @@ def write_pools(settings: CandidateSettings) -> dict:
         raise PoolError(f"--corpus is needed: the questions of {settings.questions} have no docs.")
     # Checked before the corpus is embedded or indexed, which may take long.
     texts, _, _ = check_pools(questions, corpus, settings.size, settings.mode)
-    try:
+    with loading("--retriever", settings.retriever):
         retriever = make_retriever(
             settings.retriever, texts, settings.batch_size, True, settings.parts, settings.language
         )
-    except ImportError as error:
-        raise PoolError(f"--retriever {settings.retriever}: {error}: pip install 'clara-hf[retrievers]'.") from error
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PoolError(f"--retriever: {settings.retriever} cannot be loaded: {reason}") from error
     pools = build_candidates(
         questions, corpus, retriever, settings.size, settings.mode, settings.seed, settings.exclude_answers, True
     )
@@ -341,32 +334,14 @@ def write_pools(settings: CandidateSettings) -> dict:
         "settings": {name: value for name, value in vars(settings).items() if name != "overwrite"},
     }
     # The pools come last: where they are, the report is, too.
-    write_text(f"{settings.output}.report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(f"{settings.output}.report.json", report)
     write_jsonl(settings.output, pools)
     shutil.rmtree(settings.parts, ignore_errors=True)
     return report
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    try:
-        parser = HfArgumentParser(CandidateSettings)
-        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"there is no argument {' '.join(unknown)}")
-        report = write_pools(settings)
-    except (PoolError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}. Nothing was written.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "Interrupted: no pools were written. What a bi-encoder has embedded is kept for the same call.",
-            file=sys.stderr,
-        )
-        return 130
-    print(format_report(report))
+def main(arguments: list[str] | None = None) -> None:
+    """The program, see the top of this file."""
+    settings = parse(CandidateSettings, arguments, description=__doc__)
+    print(format_report(write_pools(settings)))
     print(f"{settings.output} and {settings.output}.report.json are written.")
-    return 0

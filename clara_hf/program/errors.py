@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clara_hf.program.machine import keep_freed_memory
 
@@ -22,6 +24,22 @@ READABLE.update({"‘": "'", "’": "'", "“": '"', "”": '"'})
 
 class UsageError(ValueError):
     """The program cannot do what it was asked for; the message names argument, value and remedy."""
+
+
+@contextmanager
+def loading(argument: str, name: Any) -> Iterator[None]:
+    """Turn what goes wrong in loading what `argument` names into one sentence.
+
+    Raises:
+        UsageError: names `argument`, `name` and the reason.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"{argument}: {name} cannot be loaded: {reason}") from error
+    except ImportError as error:
+        raise UsageError(f"{argument} needs a package that is not installed: {error}") from error
 
 
 def run_program(main: Callable[[], int | None], again: str = "the same command") -> None:

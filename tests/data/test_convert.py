@@ -8,11 +8,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+from programs import exit_code
 
-from clara_hf.data.convert import Conversion, main
+from clara_hf.data import convert, pools
+from clara_hf.data.convert import Conversion
 from clara_hf.data.converters import CONVERTERS
 from clara_hf.data.files import write_jsonl
-from clara_hf.data.pools import main as build_pools
 from clara_hf.data.schema import load_examples, load_scp
 from clara_hf.data.sources import read_rows
 
@@ -77,7 +78,7 @@ def run(tmp_path, form, rows, *arguments):
     write_jsonl(tmp_path / "in.jsonl", rows)
     output = str(tmp_path / "out.jsonl")
     given = ["--format", form, "--input", str(tmp_path / "in.jsonl"), "--output", output, *arguments]
-    return main(given), output
+    return exit_code(convert.main, given), output
 
 
 def converted(tmp_path, form, row, *arguments):
@@ -104,14 +105,14 @@ def test_hotpotqa_in_both_of_its_forms(tmp_path, form, row):
 def test_hotpotqa_as_it_is_distributed_is_one_array_in_one_line(tmp_path):
     (tmp_path / "dev.json").write_text(json.dumps([HOTPOT, {**HOTPOT, "_id": "2"}]))
     given = ["--format", "hotpotqa", "--input", str(tmp_path / "dev.json"), "--output", str(tmp_path / "o.jsonl.gz")]
-    assert main(given) == 0
+    assert exit_code(convert.main, given) == 0
     assert [example.id for example in load_examples(tmp_path / "o.jsonl.gz")] == ["5a7a", "2"]
 
 
 def test_a_parquet_file_as_on_the_hub_is_converted(tmp_path):
     datasets.Dataset.from_list([HUB_HOTPOT]).to_parquet(str(tmp_path / "a.parquet"))
     given = ["--format", "hotpotqa", "--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "o.jsonl")]
-    assert main(given) == 0 and load_examples(tmp_path / "o.jsonl")[0].docs == HOTPOT_DOCS
+    assert exit_code(convert.main, given) == 0 and load_examples(tmp_path / "o.jsonl")[0].docs == HOTPOT_DOCS
 
 
 def test_the_answer_entitys_other_names_are_accepted(tmp_path):
@@ -161,7 +162,7 @@ def test_questions_without_candidates_go_on_to_the_pools(tmp_path):
     run(tmp_path, "kilt", [KILT])
     write_jsonl(tmp_path / "c.jsonl", [{"id": str(name), "text": f"Passage {name}."} for name in range(300)])
     given = ["--questions", str(tmp_path / "out.jsonl"), "--corpus", str(tmp_path / "c.jsonl")]
-    assert build_pools([*given, "--output", str(tmp_path / "pools.jsonl")]) == 0
+    assert exit_code(pools.main, [*given, "--output", str(tmp_path / "pools.jsonl")]) == 0
     (example,) = load_examples(tmp_path / "pools.jsonl")
     assert sorted(example.gold) == ["Passage 290.", "Passage 77.", "Passage 8."] and len(example.docs) == 20
 
@@ -257,7 +258,7 @@ def test_dprs_positives_are_gold_wherever_they_come_to_lie(tmp_path):
 def test_squad_gives_each_question_with_its_passage_in_both_of_its_forms(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(SQUAD, indent=1))
     given = ["--format", "squad", "--input", str(tmp_path / "train.json"), "--output", str(tmp_path / "o.jsonl")]
-    assert main(given) == 0
+    assert exit_code(convert.main, given) == 0
     first, second, third = load_examples(tmp_path / "o.jsonl")
     assert [first.id, second.id, third.id] == ["a", "c", "d"] and first.answers == ["Tom"] and first.pos_index == [0]
     assert first.docs == second.docs == ["Tom and Ann\nTom has an owl. Ann has a cat."]
@@ -296,7 +297,7 @@ def test_beirs_queries_go_with_their_qrels_to_the_pools(tmp_path):
     assert code == 0 and row == {"id": "q1", "question": "who said it", "answers": [], "positives": ["3", "5"]}
     write_jsonl(tmp_path / "c.jsonl", [{"_id": str(n), "title": "T", "text": f"Passage {n}."} for n in range(30)])
     given = ["--questions", output, "--corpus", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "p.jsonl")]
-    assert build_pools(given) == 0
+    assert exit_code(pools.main, given) == 0
     (example,) = load_examples(tmp_path / "p.jsonl", needs_answers=False)
     assert sorted(example.gold) == ["T\nPassage 3.", "T\nPassage 5."]
 
@@ -338,7 +339,7 @@ def test_rows_of_another_format_are_refused_with_its_name(tmp_path, capsys, form
 def test_scp_rows_are_the_questions_of_each_passage(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(SQUAD))
     given = ["--format", "squad", "--to", "scp", "--input", str(tmp_path / "train.json")]
-    assert main([*given, "--output", str(tmp_path / "o.jsonl")]) == 0
+    assert exit_code(convert.main, [*given, "--output", str(tmp_path / "o.jsonl")]) == 0
     questions = ["Who has an owl?", "What has Ann?"]
     assert load_scp(tmp_path / "o.jsonl") == [
         {
@@ -373,7 +374,7 @@ SHARED = Path(os.environ.get("CLARA_SHARED", ROOT.parent / "shared")) / "data"
 @pytest.mark.parametrize("name", ["hotpotqa_train20", "nq_tune20_matched", "musique_train20"])
 def test_gold_passages_of_real_questions_become_scp_rows(tmp_path, name):
     given = ["--format", "questions", "--to", "scp", "--input", str(SHARED / f"{name}.jsonl.gz")]
-    assert main([*given, "--output", str(tmp_path / "scp.jsonl")]) == 0
+    assert exit_code(convert.main, [*given, "--output", str(tmp_path / "scp.jsonl")]) == 0
     rows, examples = load_scp(tmp_path / "scp.jsonl"), load_examples(SHARED / f"{name}.jsonl.gz")
     assert sum(len(row["question"]) for row in rows) > 0.95 * len(examples)
     golds = {frozenset(example.gold): example for example in examples}
@@ -443,7 +444,7 @@ def test_lines_that_are_no_json_are_named_beside_the_others(tmp_path, capsys):
     path = tmp_path / "in.jsonl"
     path.write_text(f'{json.dumps(HOTPOT)}\nnot json\n{{"_id": "x"}}\n')
     given = ["--format", "hotpotqa", "--input", str(path), "--output", str(tmp_path / "out.jsonl")]
-    assert main(given) == 2
+    assert exit_code(convert.main, given) == 2
     error = capsys.readouterr().err
     assert f"{path}, line 2: malformed JSON" in error and f"{path}, line 3: the field 'context' is missing" in error
     assert "2 malformed, nothing was written" in error
