@@ -1,11 +1,11 @@
 """Make joint-training data from synthesized questions: each with candidates to retrieve among.
 
-python recipes/joint_data.py --scp scp/ --out joint/
+python recipes/joint_data.py --scp scp/ --output_dir joint/
 """
 
+from clara_hf.cli import load
 from clara_hf.program import run_program
-from clara_hf.synthesis.joint_data import main
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(lambda: load("joint-data")(None))

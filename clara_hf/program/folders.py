@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clara_hf.program.arguments import shown
 from clara_hf.program.errors import UsageError
 from clara_hf.program.files import PARTIAL, read_json, write_json
 
@@ -144,8 +145,8 @@ def first_difference(before: dict, now: dict) -> str | None:
         return None
     name = changed[0]
     return (
-        f"other arguments ({name}: {before.get(name)!r} there, {now.get(name)!r} now): pass --overwrite true to "
-        "replace it, or another output_dir."
+        f"other arguments ({name}: {shown(before.get(name))} there, {shown(now.get(name))} now): pass --overwrite true "
+        "to replace it, or another output_dir."
     )
 
 

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.prompts import Prompts
 from clara_hf.synthesis.text import normalized, script, words
@@ -49,8 +51,6 @@ class QuestionAnswer:
 @cache
 def identifier():
     """The language identifier, loaded on first use."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 

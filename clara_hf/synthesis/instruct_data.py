@@ -1,30 +1,23 @@
 """Make instruction-tuning data: a language model answers questions from the passages that were retrieved for them.
 
-    python recipes/instruct_data.py --questions pools.jsonl --output_dir instruct/ --model qwen3-32b --base-url URL
+    python recipes/instruct_data.py --questions pools.jsonl --output_dir instruct/ --model qwen3-32b --base_url URL
 
 A line of the questions has `question` and `docs`, best first (as `recipes/joint_data.py --mode normal` or
-`eval/candidates.py` make them), and where known `answers` and `pos_index`. Stop it whenever you like: the same command
-goes on. `recipes/instruct.py` takes the result as it is.
+`eval/candidates.py` make them), and where known `answers` and `pos_index`. Interrupt it at any time; run
+the same command again to resume. `recipes/instruct.py` takes the result as it is.
 """
 
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_hf.program import UsageError
-from clara_hf.synthesis.errors import check_installed
-
-
-check_installed()
-
 from clara_hf.data.schema import read_jsonl
+from clara_hf.program import UsageError, parse, write_json
+from clara_hf.synthesis.outputs import json_line, written_files
 from clara_hf.synthesis.prompts import Answer, ReplyError, Verdict, numbered
-from clara_hf.synthesis.session import Session, TeacherArguments, parse_arguments, path_identity
+from clara_hf.synthesis.session import Session, TeacherArguments, path_identity
 from clara_hf.synthesis.store import RunStore, to_json
 from clara_hf.synthesis.text import clean_line, clean_text, words
 
@@ -130,13 +123,12 @@ def write_outputs(
     store: RunStore, folder: Path, settings: dict[str, Any], limit: int | None, partial: bool = False
 ) -> dict[str, Any]:
     """Write the data, what was set aside, and the counts, which say where the run is `partial`; returns the counts."""
-    paths = {name: folder / f"{name}.partial" for name in OUTPUTS}
     reasons: Counter[str] = Counter()
     kept = count = 0
-    with open(paths[DATA], "w", encoding="utf-8") as data, open(paths[REJECTED], "w", encoding="utf-8") as rejected:
+    with written_files(folder, DATA, REJECTED) as (data, rejected):
         for row in store.dropped(limit):
             reasons[row["reason"]] += 1
-            rejected.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rejected.write(json_line(row))
         for _, item, made in store.finished(limit):
             count += 1
             known = {name: item[name] for name in ("id", "question")}
@@ -145,13 +137,13 @@ def write_outputs(
                 reasons[fault] += 1
                 row = {**known, "type": "question", "reason": fault, "answer": made.get("answer")}
                 detail = made.get("failed") or made.get("detail")
-                rejected.write(json.dumps(row | ({"detail": detail} if detail else {}), ensure_ascii=False) + "\n")
+                rejected.write(json_line(row | ({"detail": detail} if detail else {})))
                 continue
             kept += 1
             # The first answer is what is trained; the known ones count in evaluation.
             answers = list(dict.fromkeys([made["answer"], *item["answers"]]))
             row = {**known, "answers": answers, "docs": item["docs"], "pos_index": item["pos_index"]}
-            data.write(json.dumps(row, ensure_ascii=False) + "\n")
+            data.write(json_line(row))
     totals = store.totals(limit)
     stats = {
         "partial": partial,
@@ -162,14 +154,12 @@ def write_outputs(
         "completion_tokens": totals.completion_tokens,
         "settings": settings,
     }
-    paths[STATS].write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in OUTPUTS:
-        os.replace(paths[name], folder / name)
+    write_json(folder / STATS, stats)
     return stats
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(InstructDataArguments, sys.argv[1:] if arguments is None else arguments)
+    args: InstructDataArguments = parse(InstructDataArguments, arguments, description=__doc__)
     with Session(args, args.inputs(), OUTPUTS) as session:
         session.prepare()
         with session.partial_files(write_outputs):

@@ -9,24 +9,16 @@ training passages, too. `recipes/joint.py` takes the files as they are. All pass
 one's own see `eval/candidates.py`.
 """
 
-import json
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clara_hf.program import UsageError
-from clara_hf.synthesis.errors import check_installed
-
-
-check_installed()
-
-from transformers import HfArgumentParser
-
 from clara_hf.data.pools import MODES, build_candidates, check_pools, distinct_passages
 from clara_hf.data.schema import read_jsonl
-from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, split_of
+from clara_hf.program import UsageError, parse
+from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, json_line, split_of, written_files
 
 
 @dataclass
@@ -38,7 +30,9 @@ class JointDataArguments:
         metadata={"help": "Folder for joint_train.jsonl and joint_validation.jsonl.", "aliases": ["--out"]}
     )
     size: int = field(default=20, metadata={"help": "Candidates per question (the paper's N)."})
-    mode: str = field(default="oracle", metadata={"help": "oracle (the positive, filled up) or normal (retrieved)."})
+    mode: str = field(
+        default="oracle", metadata={"help": "oracle (the positive, filled up) or normal (retrieved).", "choices": MODES}
+    )
     retriever: str = field(default="bm25", metadata={"help": "bm25, or a sentence-transformers bi-encoder."})
     validation_share: float = field(default=0.02, metadata={"help": "Share of the documents for validation."})
     limit: int | None = field(default=None, metadata={"help": "Questions to take, from the start."})
@@ -48,8 +42,8 @@ class JointDataArguments:
         for name in (DATA, PASSAGES):
             if not Path(self.scp, name).is_file():
                 raise UsageError(f"--scp {self.scp} holds no {name}: finish recipes/synthesize.py first.")
-        if self.size < 1 or self.mode not in MODES:
-            raise UsageError(f"--size must be at least 1, --mode one of {', '.join(MODES)}.")
+        if self.size < 1:
+            raise UsageError(f"--size must be at least 1, but is {self.size}.")
         if not 0 <= self.validation_share < 1:
             raise UsageError(f"--validation_share must be at least 0 and less than 1, but is {self.validation_share}.")
 
@@ -63,7 +57,7 @@ def questions_of(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(JointDataArguments).parse_args_into_dataclasses(arguments)
+    args: JointDataArguments = parse(JointDataArguments, arguments, description=__doc__)
     folder = Path(args.scp)
     document_of = {row["id"]: row["document"] for _, row in read_jsonl(folder / PASSAGES)}
     corpus: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
@@ -94,16 +88,14 @@ def main(arguments: list[str] | None = None) -> None:
     for split in splits:
         check_pools(questions[split], corpus[split], args.size, args.mode)
     out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    for split in splits:
-        options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
-        rows = build_candidates(questions[split], corpus[split], **options, show_progress=True)
-        with open(out / f"joint_{split}.jsonl.partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
+    with written_files(out, *(f"joint_{split}.jsonl" for split in splits)) as files:
+        for split, file in zip(splits, files, strict=True):
+            rows = build_candidates(questions[split], corpus[split], **options, show_progress=sys.stderr.isatty())
+            file.writelines(map(json_line, rows))
     for split in SPLITS:
         path = out / f"joint_{split}.jsonl"
         if split in splits:
-            os.replace(out / f"{path.name}.partial", path)
             print(f"{path}: {len(questions[split])} questions with {args.size} of {len(corpus[split])} passages each.")
         else:
             # One of an earlier call would share documents with the training file.

@@ -2,17 +2,18 @@
 
 import heapq
 import json
-import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader
 
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, write_json, write_text, written_beside
 from clara_hf.synthesis.prompts import DEFAULT_FOLDER
 from clara_hf.synthesis.store import RunStore, digest_of
 
@@ -130,13 +131,7 @@ def write_outputs(
     writing = writing or Writing()
     settings = {**settings, **vars(writing)}
     statistics, samples = Statistics(), Samples(settings["seed"])
-    paths = {name: folder / f"{name}.partial" for name in OUTPUTS}
-    with (
-        open(paths[DATA], "w", encoding="utf-8") as train,
-        open(paths[VALIDATION], "w", encoding="utf-8") as validation,
-        open(paths[REJECTED], "w", encoding="utf-8") as rejected,
-        open(paths[PASSAGES], "w", encoding="utf-8") as passages,
-    ):
+    with written_files(folder, DATA, VALIDATION, REJECTED, PASSAGES) as (train, validation, rejected, passages):
         files = dict(zip(SPLITS, (train, validation), strict=True))
         dropped = 0
         for row in store.dropped(limit):
@@ -158,16 +153,21 @@ def write_outputs(
     tokens = {"prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens}
     counts = {"partial": partial, **statistics.values(), "dropped_before_asking": dropped, **tokens}
     stats = {**counts, "settings": settings}
-    paths[STATS].write_text(json.dumps(stats, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    paths[REPORT].write_text(report(stats, samples), encoding="utf-8")
-    paths[CARD].write_text(card("SCP data", "PATH/OF/THIS/FOLDER", stats), encoding="utf-8")
     if not stats["validation_rows"]:
-        # One of an earlier call would share documents with the training file.
-        paths.pop(VALIDATION).unlink()
-        (folder / VALIDATION).unlink(missing_ok=True)
-    for name, path in paths.items():
-        os.replace(path, folder / name)
+        (folder / VALIDATION).unlink()
+    write_json(folder / STATS, stats)
+    write_text(folder / REPORT, report(stats, samples))
+    write_text(folder / CARD, card("SCP data", "PATH/OF/THIS/FOLDER", stats))
     return stats
+
+
+@contextmanager
+def written_files(folder: Path, *names: str) -> Iterator[list[TextIO]]:
+    """Text files to write to, which take their names once all of them are whole."""
+    with ExitStack() as renamed:
+        paths = [renamed.enter_context(written_beside(folder / name)) for name in names]
+        with ExitStack() as closed:
+            yield [closed.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
 
 
 def split_of(document: str, share: float, seed: int) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sentencex import segment
+
 from clara_hf.data.documents import Document
 from clara_hf.program import UsageError
 from clara_hf.synthesis.leaks import LeakIndex
@@ -131,8 +133,6 @@ class PassageMaker:
 
     def _sentences(self, text: str, starts: list[int], budget: int) -> Iterator[tuple[int, int]]:
         """Spans of the sentences; one longer than the budget is cut at the last white space that fits."""
-        from sentencex import segment
-
         position = 0
         for sentence in segment(self.language, text):
             begin, position = position, position + len(sentence)

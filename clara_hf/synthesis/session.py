@@ -1,21 +1,20 @@
 """The arguments of the programs that ask a language model, and the state of a run, open for one call."""
 
 import asyncio
-import difflib
 import json
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
-from transformers import HfArgumentParser
 
 from clara_hf.program import UsageError
+from clara_hf.program.arguments import load_text
+from clara_hf.program.folders import LOCK_FILE, first_difference, release_lock, take_lock
 from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
 from clara_hf.synthesis.backends.secrets import masked
 from clara_hf.synthesis.prompts import Prompts
@@ -23,7 +22,6 @@ from clara_hf.synthesis.store import STORE_FILE, RunStore
 from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through
 
 
-BACKENDS = ("http", "transformers", "cloze")
 # What is written of the finished items, which an earlier version recorded as part of the run.
 WRITING = ("keep_uncovered", "validation_share")
 # Arguments that may change between a call and the next one, which goes on with the run.
@@ -68,7 +66,10 @@ class TeacherArguments:
     )
     backend: str = field(
         default="http",
-        metadata={"help": "http (an OpenAI-compatible endpoint), transformers, or cloze (rules, without a model)."},
+        metadata={
+            "help": "http (an OpenAI-compatible endpoint), transformers, or cloze (rules, without a model).",
+            "choices": ("http", "transformers", "cloze"),
+        },
     )
     gguf_file: str | None = field(
         default=None, metadata={"help": "With --backend transformers: GGUF file of the model, dequantized on load."}
@@ -76,7 +77,11 @@ class TeacherArguments:
     base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Of the endpoint, with /v1."})
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
     structured_outputs: str = field(
-        default="auto", metadata={"help": "json_schema, json_object, none, or auto: the best that the endpoint takes."}
+        default="auto",
+        metadata={
+            "help": "json_schema, json_object, none, or auto: the best that the endpoint takes.",
+            "choices": ("auto", "json_schema", "json_object", "none"),
+        },
     )
     concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
     timeout: float = field(default=300.0, metadata={"help": "Seconds that one try of a request may take."})
@@ -85,8 +90,9 @@ class TeacherArguments:
         default=3, metadata={"help": "Items in a row whose requests may fail for good before the run stops."}
     )
     temperature: float = field(default=0.7, metadata={"help": "Of what is written; checks are made at 0."})
-    max_tokens: int = field(default=2048, metadata={"help": "Of a reply."})
-    extra_body: dict | str | None = field(
+    max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per reply."})
+    # Of any type for the parser, whose message about another type shows the value: it may hold a key.
+    extra_body: Any = field(
         default=None, metadata={"help": "Further fields of each request, JSON; null leaves a field out."}
     )
     batch_size: int = field(default=8, metadata={"help": "Requests per batch with --backend transformers."})
@@ -101,12 +107,6 @@ class TeacherArguments:
 
     def __post_init__(self):
         self.extra_body = mapping("extra_body", self.extra_body)
-        for name, known in (
-            ("backend", BACKENDS),
-            ("structured_outputs", ("auto", "json_schema", "json_object", "none")),
-        ):
-            if getattr(self, name) not in known:
-                raise UsageError(f"--{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
         if self.extra_body and self.backend != "http":
             raise UsageError(f"--extra_body is sent to an endpoint; --backend {self.backend} has none.")
         if self.gguf_file and self.backend != "transformers":
@@ -148,58 +148,12 @@ class TeacherArguments:
         return json.loads(json.dumps({**values, "extra_body": masked(self.extra_body)}))
 
 
-def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
+def mapping(name: str, value: Any) -> dict[str, Any]:
     """A mapping given as YAML, JSON or nothing."""
-    try:
-        value = yaml.safe_load(value) if isinstance(value, str) else value or {}
-    except yaml.YAMLError as error:
-        # Without the value, here and below: it may hold a key.
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise UsageError(f"--{name} is no valid JSON: {problem}.") from None
+    value = load_text(value, f"--{name}") if isinstance(value, str) else value or {}
     if not isinstance(value, dict):
-        raise UsageError(f"--{name} must be a JSON object, but is of type {type(value).__name__}.")
+        raise UsageError(f"--{name} must be a mapping, in YAML or JSON, but is of type {type(value).__name__}.")
     return value
-
-
-def parse_arguments(arguments_type: type, arguments: list[str]):
-    """Arguments from `--config FILE.yaml`, if given, and the command line, which goes before; unknown names are errors.
-
-    Raises:
-        UsageError: the YAML file cannot be read, or an argument has no possible value.
-    """
-    # `--config=FILE` is the same as `--config FILE`.
-    parts = (part.split("=", 1) if part.startswith("--config=") else [part] for part in arguments)
-    arguments = [word for part in parts for word in part]
-    if "--config" in arguments:
-        place = arguments.index("--config")
-        path = Path(*arguments[place + 1 : place + 2])
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise UsageError(f"--config {path} is no valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise UsageError(f"--config {path} must be a mapping of arguments to values.")
-        known = {known.name.replace("-", "_") for known in fields(arguments_type)} | {"out"}
-        if wrong := sorted(str(name) for name in values if str(name).replace("-", "_") not in known):
-            hint = difflib.get_close_matches(wrong[0], known, 1)
-            meant = f": did you mean {hint[0]}?" if hint else "."
-            raise UsageError(f"--config {path} has the unknown key {wrong[0]!r}{meant}")
-        from_file = [part for name, value in values.items() if value is not None for part in as_arguments(name, value)]
-        arguments = [*from_file, *arguments[:place], *arguments[place + 2 :]]
-    parser = HfArgumentParser(arguments_type, allow_abbrev=False)
-    parsed, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        # Names only: the value may be a key.
-        names = [part.partition("=")[0] for part in unknown if part.startswith("--")] or ["a value without a name"]
-        hint = "; the API key is read from the environment, see --api_key_env" if "key" in "".join(names) else ""
-        raise UsageError(f"unknown on the command line: {', '.join(names)}{hint}.")
-    return parsed
-
-
-def as_arguments(name: str, value: Any) -> list[str]:
-    """A YAML value as a command line has it."""
-    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-    return [f"--{name}", *map(str, values)]
 
 
 def claim(store: RunStore, settings: dict[str, Any]) -> None:
@@ -213,20 +167,9 @@ def claim(store: RunStore, settings: dict[str, Any]) -> None:
         store.set_meta(settings=settings)
         store.commit()
         return
-    changed = sorted(name for name in {*before, *settings} - {*WRITING} if before.get(name) != settings.get(name))
-    if changed:
-        name = changed[0]
-        values = [shown_value(state.get(name)) for state in (before, settings)]
-        raise UsageError(
-            f"--output_dir holds a run with other settings ({name}: {values[0]} there, {values[1]} now): pass "
-            "--overwrite true to replace it, or another folder."
-        )
-
-
-def shown_value(value: Any) -> str:
-    """A setting in a message, at most a line of it."""
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:160]} …"
+    before = {name: value for name, value in before.items() if name not in WRITING}
+    if difference := first_difference(before, settings):
+        raise UsageError(f"--output_dir holds a run with {difference}")
 
 
 def files_identity(files: Iterable[tuple[Path, str]]) -> dict[str, Any]:
@@ -301,21 +244,22 @@ class Session:
         args, folder = self.args, self.folder
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--output_dir {folder} is a file: name a folder.")
-        holds_run = (folder / STORE_FILE).is_file()
-        if not holds_run and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--output_dir {folder} is not empty and holds no run: choose another folder.")
         if args.replay and not Path(args.replay, STORE_FILE).is_file():
             raise UsageError(f"--replay: {args.replay} holds no {STORE_FILE}.")
         if args.replay and Path(args.replay).resolve() == folder.resolve():
             raise UsageError("--replay and --output_dir must be two folders.")
-        folder.mkdir(parents=True, exist_ok=True)
         with self._open as opening:
+            opening.callback(release_lock, folder, take_lock(folder))
+            holds_run = (folder / STORE_FILE).is_file()
+            if not holds_run and any(path.name != LOCK_FILE for path in folder.iterdir()):
+                raise UsageError(f"--output_dir {folder} is not empty and holds no run: choose another folder.")
             self.store = opening.enter_context(RunStore(folder))
             # Without a reply nothing is lost: what the endpoint refused may be asked for in another way.
             unasked = not self.store.has_replies() and not self.store.totals(None).items
             if holds_run and (args.overwrite or unasked and self.store.meta("settings") != self.settings):
-                # Opened first: a run that another process works on is not deleted.
-                self._replace_run(opening)
+                self.store.close()
+                self._delete_run()
+                self.store = opening.enter_context(RunStore(folder))
             claim(self.store, self.settings)
             self.replay = opening.enter_context(RunStore(args.replay, read_only=True)) if args.replay else None
             if args.retry_failed:
@@ -326,13 +270,11 @@ class Session:
     def __exit__(self, *details) -> None:
         self._open.__exit__(*details)
 
-    def _replace_run(self, opening: ExitStack) -> None:
-        opening.pop_all().close()
+    def _delete_run(self) -> None:
         for name in (*self.outputs, STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm"):
             path = self.folder / name
             is_folder = path.is_dir() and not path.is_symlink()
             shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
-        self.store = opening.enter_context(RunStore(self.folder))
 
     def prepare(self) -> None:
         """Make the backend, where there is work left: what is wrong with it is found before documents are read."""

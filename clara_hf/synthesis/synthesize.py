@@ -1,36 +1,30 @@
 """Make SCP data from one's own documents with any language model: verified questions and paraphrases.
 
-    python recipes/synthesize.py --corpus docs.jsonl --output_dir scp/ --model qwen3-32b --base-url http://host:8000/v1
+    python recipes/synthesize.py --corpus docs.jsonl --output_dir scp/ --model qwen3-32b --base_url http://host:8000/v1
     python recipes/synthesize.py --corpus docs/ --output_dir scp/ --backend cloze
     python recipes/synthesize.py --corpus docs/ --output_dir scp/ --model PATH --backend transformers
 
-Stop it whenever you like: the same command goes on. docs/synthesis.md tells what it does.
+Interrupt it at any time; run the same command again to resume. See docs/synthesis.md.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clara_hf.program import UsageError
-from clara_hf.synthesis.errors import check_installed
-
-
-check_installed()
-
 from tqdm import tqdm
 
 from clara_hf.data.documents import Columns, Document, corpus_files, read_dataset, read_files
+from clara_hf.program import UsageError, parse
 from clara_hf.synthesis.backends.cloze import cloze_passage
 from clara_hf.synthesis.checks import PassageChecks
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.outputs import OUTPUTS, Writing, as_written, check_name, push, write_outputs
 from clara_hf.synthesis.passages import PassageMaker, estimated_starts, tokenizer_file, tokenizer_starts
 from clara_hf.synthesis.rounds import RoundLimits, synthesize_passage
-from clara_hf.synthesis.session import Session, TeacherArguments, files_identity, parse_arguments, path_identity
+from clara_hf.synthesis.session import Session, TeacherArguments, files_identity, path_identity
 from clara_hf.synthesis.store import RunStore
 from clara_hf.synthesis.teacher import Work
 from clara_hf.synthesis.text import clean_line
@@ -178,7 +172,7 @@ def passage_work(args: SynthesisArguments, leaks: LeakIndex) -> Work:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args: SynthesisArguments = parse_arguments(SynthesisArguments, sys.argv[1:] if arguments is None else arguments)
+    args: SynthesisArguments = parse(SynthesisArguments, arguments, description=__doc__)
     leaks = LeakIndex(args.exclude, args.exclude_ngram)
     write = partial(write_outputs, writing=Writing(args.keep_uncovered, args.validation_share))
     with Session(args, args.inputs(), OUTPUTS) as session:

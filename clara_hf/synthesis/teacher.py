@@ -8,8 +8,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from clara_hf.program import UsageError
-from clara_hf.synthesis.backends.client import TOLERATED_FAILURES, ChatReply, ChatRequest
-from clara_hf.synthesis.errors import RequestFailed
+from clara_hf.synthesis.backends.client import TOLERATED_FAILURES, ChatReply, ChatRequest, RequestFailed
 from clara_hf.synthesis.prompts import Prompts, Reply, ReplyError, ReplyType, json_schema, parse_reply, shape
 from clara_hf.synthesis.store import Record, RunStore, Totals, digest_of, to_json
 from clara_hf.synthesis.text import prompt_text

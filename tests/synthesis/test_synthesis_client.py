@@ -13,8 +13,7 @@ from scripted_endpoint import Cut, Endpoint, Hang, Say, Status
 
 from clara_hf.program import UsageError
 from clara_hf.synthesis.backends import client as client_module
-from clara_hf.synthesis.backends.client import ChatClient, ChatRequest, Places, retry_after
-from clara_hf.synthesis.errors import RequestFailed
+from clara_hf.synthesis.backends.client import ChatClient, ChatRequest, Places, RequestFailed, retry_after
 from clara_hf.synthesis.prompts import Prompts
 
 

@@ -18,6 +18,7 @@ from synthesis_runs import faulty, files, rows, run, write_corpus
 
 from benchmarks.scripted_teacher import REPAIR, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.program import UsageError
+from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.synthesis import synthesize
 from clara_hf.synthesis.backends import client as client_module
 from clara_hf.synthesis.outputs import OUTPUTS
@@ -203,8 +204,10 @@ def test_other_settings_other_folders_and_other_processes_are_refused(corpus, tm
         before = files(out)
         with pytest.raises(UsageError, match="max_rounds: 10 there, 3 now"):
             run(corpus, out, endpoint.url, "--max_rounds", "3")
-        with RunStore(out), pytest.raises(UsageError, match="another process"):
+        lock = take_lock(out)
+        with pytest.raises(UsageError, match="in use"):
             run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3")
+        release_lock(out, lock)
         text = Path(corpus).read_text(encoding="utf-8")
         for edited in (text + '{"text": "More."}\n', text.replace("silver", "golden")):
             Path(corpus).write_text(edited, encoding="utf-8")

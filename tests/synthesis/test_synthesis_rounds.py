@@ -6,9 +6,8 @@ import json
 import pytest
 
 from benchmarks.scripted_teacher import FACT, REPAIR, FactTeacher, fact_document, part_of
-from clara_hf.synthesis.backends.client import ChatReply
+from clara_hf.synthesis.backends.client import ChatReply, RequestFailed
 from clara_hf.synthesis.checks import PassageChecks
-from clara_hf.synthesis.errors import RequestFailed
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.outputs import as_written
 from clara_hf.synthesis.prompts import MAX_ITEMS, Prompts

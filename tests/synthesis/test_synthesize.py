@@ -17,7 +17,6 @@ from clara_hf.data.schema import DataError, load_scp
 from clara_hf.program import UsageError
 from clara_hf.synthesis import joint_data, synthesize
 from clara_hf.synthesis.backends import client as client_module
-from clara_hf.synthesis.errors import check_installed
 from clara_hf.synthesis.outputs import OUTPUTS, VALIDATION
 from clara_hf.synthesis.store import STORE_FILE, RunStore
 from recipes import scp
@@ -350,13 +349,6 @@ def test_arguments_that_cannot_be_used(options, words, tmp_path, monkeypatch):
 def finished_or_begun(out: Path) -> int:
     with RunStore(out) as store:
         return store.count(None)
-
-
-def test_missing_libraries_are_named_with_the_command_that_installs_them(monkeypatch):
-    check_installed()
-    monkeypatch.setattr("clara_hf.synthesis.errors.LIBRARIES", ("aiohttp", "no_such_library"))
-    with pytest.raises(SystemExit, match=r"no_such_library not found: run `pip install \"\.\[synthesis\]\"`"):
-        check_installed()
 
 
 def test_the_output_folder_may_lie_in_the_corpus(tmp_path):

@@ -17,7 +17,6 @@ import aiohttp
 
 from clara_hf.program import UsageError
 from clara_hf.synthesis.backends.secrets import secrets_of
-from clara_hf.synthesis.errors import RequestFailed
 from clara_hf.synthesis.text import clean_line, clean_text
 
 
@@ -47,6 +46,10 @@ REFUSAL = re.compile(
 )
 # A shorter key is a word for "none is needed", which a reply may hold by chance.
 MIN_KEY_CHARS = 8
+
+
+class RequestFailed(Exception):
+    """One request has no usable reply, whatever is tried; the message is the reason that goes into the data."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from transformers import AutoTokenizer, set_seed
 
 from clara_hf.program import UsageError
 from clara_hf.program.models import ModelSource, load_causal
-from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
-from clara_hf.synthesis.errors import RequestFailed
+from clara_hf.synthesis.backends.client import ChatReply, ChatRequest, RequestFailed
 from clara_hf.synthesis.text import clean_text
 from modeling_clara.control_tokens_clara import ControlTokens
 
