@@ -5,6 +5,7 @@ medians within one run. Work is counted in FLOP as executed, padding and output 
 rate that the device reaches in a plain matrix multiplication in the same dtype.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -172,6 +173,9 @@ def peak_memory(run: Callable[[], object], device: str) -> dict[str, int]:
         before = module.memory_allocated()
         run()
         return {"before": before, "peak": module.max_memory_allocated()}
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)  # freed memory that malloc has kept would be used again, unseen
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak so far, of building and preparing, is forgotten
