@@ -76,7 +76,7 @@ def read_adapter_checkpoint(name: str, hub: dict | None = None) -> dict[str, tor
     hub = hub or {}
 
     def place_of(file: str, folder: str = "") -> str | None:
-        inside = os.path.join(hub.get("subfolder", ""), folder)
+        inside = "/".join(part for part in (hub.get("subfolder"), folder) if part)  # for the Hub, too
         return cached_file(name, file, **{**hub, "subfolder": inside}, _raise_exceptions_for_missing_entries=False)
 
     if path := place_of(CLARA_WEIGHTS):
