@@ -31,13 +31,16 @@ class Parts:
         self.path = path
         self.folder = path / FOLDER
 
-    def announce(self, fragments: list[dict], files: list[str], columns: list[str]) -> dict:
-        """Records a part of Lance fragments, whose data are in `files`, with our `columns`; returns the record."""
+    def announce(self, fragments: list[dict], files: list[str], columns: list[str], replaced: list[str]) -> dict:
+        """Records a part of Lance fragments, whose data are in `files`, with our `columns`; returns the record.
+
+        Rows of the keys `replaced` are removed when the part goes into the table.
+        """
         for name in files:
             sync(self.path / name)
         sizes = {name: (self.path / name).stat().st_size for name in files}
         name = f"{uuid4().hex}{PART_ENDING}"
-        part = {"name": name, "fragments": fragments, "files": sizes, "columns": columns}
+        part = {"name": name, "fragments": fragments, "files": sizes, "columns": columns, "replaced": replaced}
         self.folder.mkdir(exist_ok=True)
         write_beside(self.folder / name, json.dumps(part).encode())
         return part
@@ -106,7 +109,7 @@ def _is_part(part, name: str) -> bool:
     if not isinstance(part, dict) or part.get("name") != name:
         return False
     fragments, files = part.get("fragments"), part.get("files")
-    if not isinstance(fragments, list) or not isinstance(files, dict):
+    if not isinstance(fragments, list) or not isinstance(files, dict) or not isinstance(part.get("replaced", []), list):
         return False
     listed = [file for each in fragments for file in (each.get("files") if isinstance(each, dict) else None) or [None]]
     named = [file.get("path") if isinstance(file, dict) and file.get("base_id") is None else None for file in listed]

@@ -73,6 +73,7 @@ class Snapshot:
     version: int
     keys: np.ndarray  # sorted, as `packed` has them
     offsets: np.ndarray
+    doubled: np.ndarray  # offsets of rows whose key an earlier row has: two processes added one document
     pieces: tuple[Piece, ...]
     unreadable: tuple[Piece, ...]  # those whose keys cannot be read
 
@@ -90,18 +91,21 @@ class Snapshot:
         known = before is not None and not before.unreadable and before.pieces == pieces[: len(before.pieces)]
         start = len(before.pieces) if known else 0
         keys, offsets, unreadable = _read_keys(dataset, path, pieces[start:])
-        # Two processes that added one document at the same time left two rows of it: the later one counts.
-        keys, newest = np.unique(keys[::-1], return_index=True)
-        offsets = offsets[::-1][newest]
-        if known:
-            keys, offsets = _merged(before.keys, before.offsets, keys, offsets)
+        keys, first = np.unique(keys, return_index=True)
+        offsets, doubled = offsets[first], np.delete(offsets, first)
+        if known and len(before.keys):
+            places = np.searchsorted(before.keys, keys)
+            is_new = before.keys[places.clip(max=len(before.keys) - 1)] != keys
+            doubled = np.concatenate([before.doubled, doubled, offsets[~is_new]])
+            keys = np.insert(before.keys, places[is_new], keys[is_new])
+            offsets = np.insert(before.offsets, places[is_new], offsets[is_new])
         if unreadable:
             lost = sum(piece.stop - piece.start for piece in unreadable)
             logger.warning(
                 f"{lost} of {pieces[-1].stop} documents in {path} cannot be read: call add() with them again, which "
                 "makes their memories anew"
             )
-        return cls(dataset, dataset.version, keys, offsets, pieces, unreadable)
+        return cls(dataset, dataset.version, keys, offsets, doubled, pieces, unreadable)
 
 
 @contextmanager
@@ -183,19 +187,3 @@ def _key_array(dataset: "lance.LanceDataset", pieces: Sequence[Piece]) -> np.nda
         keys = keys.cast(pa.binary()).cast(pa.binary(KEY_LENGTH))
         digits = keys.buffers()[1][keys.offset * KEY_LENGTH :].to_pybytes()[: len(keys) * KEY_LENGTH]
         return np.frombuffer(bytes.fromhex(digits.decode("ascii")), dtype=PACKED)
-
-
-def _merged(
-    keys: np.ndarray, offsets: np.ndarray, new_keys: np.ndarray, new_offsets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two sorted lists of keys as one; what is in both has its new offset."""
-    if not len(keys):
-        return new_keys, new_offsets
-    places = np.searchsorted(keys, new_keys)
-    known = keys[places.clip(max=len(keys) - 1)] == new_keys
-    offsets = offsets.copy()
-    offsets[places[known]] = new_offsets[known]
-    return (
-        np.insert(keys, places[~known], new_keys[~known]),
-        np.insert(offsets, places[~known], new_offsets[~known]),
-    )

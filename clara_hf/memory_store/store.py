@@ -383,7 +383,7 @@ class MemoryStore:
                 self._fill(documents, keys, first, arrays, batch_size, verify, processes, show_progress)
             except BaseException:
                 if processes.is_first:
-                    self._commit()
+                    self._bring_up()
                 raise
             processes.from_first(self._tidy)
             self._table.load(processes.from_first(self._newest))
@@ -395,15 +395,16 @@ class MemoryStore:
         with ExitStack() as held:
             table.load(processes.from_first(self._bring_up))
             damaged = self._find_damaged(list(first), processes, show_progress) if verify == "all" else set()
-            table.load(processes.from_first(lambda: self._make_way(damaged, first, arrays, documents)))
-            if processes.is_first:
-                # Shared: nothing may give the table another layout until these parts are in.
-                held.enter_context(table.parts.lock(exclusive=False))
-            layout = table.own_names
-            table.load(processes.from_first(self._newest))
-            if table.own_names != layout:
-                raise OSError(f"another process gave the memory store at {self.path} another form: call add() again")
-            missing = self._missing(first)
+            while True:
+                version = processes.from_first(lambda: self._make_way(damaged, first, arrays, documents))
+                if processes.is_first:
+                    # Shared: nothing may give the table another layout until these parts are in.
+                    held.enter_context(table.parts.lock(exclusive=False))
+                table.load(processes.from_first(self._newest))
+                if table.version == version:
+                    break
+                held.close()  # another process changed the table between the two locks
+            missing = {**self._missing(first), **{key: first[key] for key in damaged}}
             again = [position for key, position in missing.items() if key in damaged]
             new = [position for key, position in missing.items() if key not in damaged]
             # Apart: taken out of the middle of other batches, damaged ones would shift all that follow.
@@ -411,11 +412,11 @@ class MemoryStore:
             size = size_text(bytes_needed(table, documents, missing.values()))
             description = f"Compressing documents ({size})" if show_progress else None
             share = batches[processes.rank :: processes.count]
-            parts, cut = self._compress(share, keys, documents, arrays, description)
+            parts, cut = self._compress(share, keys, documents, arrays, damaged, description)
             parts, cut = processes.gather(parts), sum(processes.gather(cut))
             if processes.is_first:
                 report_cut(table, cut, len(missing))
-        processes.from_first(lambda: self._commit([part for each in parts for part in each]))
+        processes.from_first(lambda: self._take_in([part for each in parts for part in each], missing, arrays))
 
     def _check_model(self) -> None:
         if self.model is None:
@@ -457,21 +458,23 @@ class MemoryStore:
 
     def _bring_up(self) -> int:
         """Takes in what an interrupted call left, drops what cannot be read; returns the version."""
-        with self._table.parts.lock(exclusive=True):
-            self._table.refresh()  # another process may have added since
-            self._table.commit()
-            self._table.remove_unreadable()
-        return self._table.version
+        with self._table.changing():
+            return self._table.version
 
-    def _commit(self, parts: Sequence[dict] = ()) -> None:
-        with self._table.parts.lock(exclusive=True):
-            self._table.commit(parts)
+    def _take_in(self, parts: list[dict], missing: dict[str, int], arrays: dict) -> None:
+        """Commits parts with the documents `missing`, and gives those that others stored meanwhile their columns."""
+        table = self._table
+        with table.parts.lock(exclusive=True):
+            table.refresh()
+            others = {key: position for key, position in missing.items() if key in self}
+            table.commit(parts)
+            table.set_columns(list(others), pick(arrays, list(others.values())))
 
     def _tidy(self) -> None:
         """Joins small files once there are many, unless another process writes just now."""
         many = len(self._table.snapshot().pieces) > MOST_PIECES
         if many or self._searcher.needs_index():
-            with self._table.parts.lock(exclusive=True, wait=False) as got:
+            with self._table.changing(wait=False) as got:
                 if got and many:
                     self._table.compact(KEPT)
                 if got:
@@ -485,7 +488,10 @@ class MemoryStore:
             for some, offsets in blocks:
                 damaged |= set(table.damage(unpacked(some), offsets))
                 bar.update(len(some) * processes.count)
-        return set(keys).intersection(*[set().union(*processes.gather(damaged))])
+        damaged = set(keys).intersection(*[set().union(*processes.gather(damaged))])
+        if damaged and processes.is_first:
+            logger.warning(f"{len(damaged)} memories in {self.path} are damaged on disk and are made again")
+        return damaged
 
     def _missing(self, first: dict[str, int]) -> dict[str, int]:
         """Those of `first`, keys with their positions, that are not stored."""
@@ -493,28 +499,23 @@ class MemoryStore:
         return {key: position for (key, position), offset in zip(first.items(), offsets, strict=True) if offset < 0}
 
     def _make_way(self, damaged: set[str], first: dict[str, int], arrays: dict, documents: Sequence[str]) -> int:
-        """Removes damaged rows, checks what is missing and the disk, and gives stored documents their columns.
-
-        Returns the version.
-        """
+        """Checks what is missing and the disk, and gives stored documents their columns; returns the version."""
         table = self._table
-        missing = {**self._missing(first), **{key: first[key] for key in damaged}}
-        check_encodable(self.model, documents, missing.values())
-        check_space(table, documents, missing.values())
-        with table.parts.lock(exclusive=True):
-            if damaged:
-                logger.warning(f"{len(damaged)} memories in {self.path} are damaged on disk and are made again")
-                table.remove(sorted(damaged))
+        with table.changing():
+            missing = {**self._missing(first), **{key: first[key] for key in damaged}}
+            check_encodable(self.model, documents, missing.values())
+            check_space(table, documents, missing.values())
             stored = [key for key in first if key not in missing]
             table.set_columns(stored, pick(arrays, [first[key] for key in stored]))
-        return table.version
+            return table.version
 
-    def _compress(self, batches, keys, documents, arrays, description: str | None) -> tuple[list[dict], int]:
+    def _compress(self, batches, keys, documents, arrays, damaged, description) -> tuple[list[dict], int]:
         total = 0
 
         def write(rows: list[int], made: list[np.ndarray]) -> dict:
-            texts = [documents[row] for row in rows]
-            return self._table.write_part([keys[row] for row in rows], texts, made[0], pick(arrays, rows), *made[1:])
+            some, texts = [keys[row] for row in rows], [documents[row] for row in rows]
+            replaced = [key for key in some if key in damaged]
+            return self._table.write_part(some, texts, made, pick(arrays, rows), replaced)
 
         def compress(batch: list[int]) -> tuple[np.ndarray, ...]:
             nonlocal total
@@ -539,9 +540,8 @@ class MemoryStore:
             KeyError: names the first key that is not stored; nothing is removed.
         """
         self._check_writable("to delete")
-        self._bring_up()
-        keys, _ = self._locate(keys)
-        with self._table.parts.lock(exclusive=True):
+        with self._table.changing():
+            keys, _ = self._locate(keys)
             self._table.remove(sorted(set(keys)))
 
     def update(
@@ -586,8 +586,7 @@ class MemoryStore:
         Other processes that read such a version go on with the newest one.
         """
         self._check_writable("to compact")
-        self._bring_up()
-        with self._table.parts.lock(exclusive=True):
+        with self._table.changing():
             self._table.compact(keep)
             self._searcher.bring_index_up()
 
@@ -610,12 +609,12 @@ class MemoryStore:
         Raises:
             ValueError: there are too few documents, which are counted.
         """
-        form = self._table.wanted_form if form == "auto" else form
-        if form not in FORMS:
+        if form not in ("auto", *FORMS):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
-        self._check_recodable(form)
         self._check_writable("to fit")
         self._bring_up()
+        form = self._table.wanted_form if form == "auto" else form
+        self._check_recodable(form)
         return fit_store(self, form, seed, show_progress)
 
     def verify(self, repair: bool = False, show_progress: bool = True) -> Report:
@@ -677,7 +676,6 @@ class MemoryStore:
             raise ValueError(f"form {form!r} is fitted to the memories: call fit(form={form!r})")
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be one of {FORMS}")
-        self._check_recodable(form)
         self._recode("memory" if form == "none" else code_column(form))
 
     def _check_recodable(self, form: str) -> None:
@@ -689,12 +687,11 @@ class MemoryStore:
 
     def _recode(self, column: str) -> None:
         self._check_writable("to recode")
-        self._bring_up()
-        if column == self._table.memory_column:
-            return
         form = self._table.form_of(column)
-        with self._table.parts.lock(exclusive=True):
-            self._table.refresh()
+        with self._table.changing():
+            if column == self._table.memory_column:
+                return
+            self._check_recodable(form.name)
             self._table.recode(column, lambda keys, offsets: form.encode(self._read(keys, offsets)).numpy())
 
 

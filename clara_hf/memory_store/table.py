@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +44,8 @@ class CorruptMemoryError(OSError):
 class MemoryTable:
     """Rows of key, text, memory, checksum and the user's columns at `path`; each write is a new Lance version.
 
-    A table reads the version that it loaded at its first use, until `forget` or `refresh` is called. It can be pickled:
+    A table reads the version that it loaded at its first use, until `forget` or `refresh` is called. It is changed only
+    inside `changing`, where the version that is read is the newest one and stays so. It can be pickled:
     the copy opens the dataset for itself. A forked process cannot use it, where Lance's threads are missing, not their
     locks.
 
@@ -56,7 +58,6 @@ class MemoryTable:
         self.maker = Maker(**metadata["maker"])
         self.dtype = metadata["dtype"]
         self.format = metadata["format"]
-        self.wanted_form = metadata.get("form", "none")
         self.parts = Parts(path)
         self._loaded: Snapshot | None = None
         self._forms: dict[str, Form] = {}
@@ -123,7 +124,8 @@ class MemoryTable:
 
     def load(self, version: int) -> None:
         """Makes the next use read `version`, which another process may just have written."""
-        self._loaded = self._load(version)
+        if self._loaded is None or self._loaded.version != version:
+            self._loaded = self._load(version)
 
     def refresh(self) -> bool:
         """Loads the newest version; returns whether it is another one than before."""
@@ -164,16 +166,30 @@ class MemoryTable:
 
     @property
     def own_names(self) -> list[str]:
-        """What every row of ours has, without checksums: another layout is another form of the store."""
-        return [name for name in self.names if is_own(name) and name != "checksum" and not name.startswith("_crc_")]
+        """What every row has, without checksums and the user's columns."""
+        return ["key", "text", self.memory_column, *([self.sketch_column] if self.sketch_column else [])]
 
     @property
     def memory_column(self) -> str:
         return next((name for name in self.names if name.startswith("code_")), "memory")
 
     @property
+    def sketch_columns(self) -> list[str]:
+        """The oldest first; only the newest counts, older ones are of a fit that has not ended."""
+        return [name for name in self.names if name.startswith("sketch_")]
+
+    @property
     def sketch_column(self) -> str | None:
-        return next((name for name in reversed(self.names) if name.startswith("sketch_")), None)
+        return next(reversed(self.sketch_columns), None)
+
+    @property
+    def metadata(self) -> dict:
+        return json.loads(self.snapshot().dataset.schema.metadata[METADATA_KEY])
+
+    @property
+    def wanted_form(self) -> str:
+        """The form that was asked for: a fitted one is not that of the memories before they are fitted."""
+        return self.metadata.get("form", "none")
 
     @property
     def form(self) -> Form:
@@ -325,9 +341,7 @@ class MemoryTable:
     def damage(self, keys: Sequence[str], offsets: np.ndarray) -> dict[str, list[str]]:
         """Which columns of which of these rows are not what was written."""
         found: dict[str, list[str]] = {}
-        for name in self.own_names:
-            if name in ("key", "text"):
-                continue
+        for name in self.own_names[2:]:
             first = self.take_type(name)
             out = np.empty((len(keys), first[1]), first[0])
             for key, good in zip(keys, self.read(keys, offsets, name, out), strict=True):
@@ -384,6 +398,21 @@ class MemoryTable:
 
     # Writing
 
+    @contextmanager
+    def changing(self, wait: bool = True) -> Iterator[bool]:
+        """Holds the exclusive lock, and reads the newest version, with all set right that interrupted calls left.
+
+        Without it, what another process changed since would be overlooked. Yields whether the lock was got, which is
+        not sure only without `wait`.
+        """
+        with self.parts.lock(exclusive=True, wait=wait) as got:
+            if got:
+                self.refresh()
+                self.commit()
+                self.remove_unreadable()
+                self.drop_sketches(self.sketch_columns[:-1])
+            yield got
+
     def arrays(self, columns: Mapping[str, Sequence] | None) -> dict[str, pa.Array]:
         """The user's columns in Arrow, typed as in the table if it has them."""
         schema = self.snapshot().dataset.schema
@@ -406,24 +435,26 @@ class MemoryTable:
         self,
         keys: list[str],
         texts: list[str],
-        memories: np.ndarray,
+        made: list[np.ndarray],
         arrays: dict[str, pa.Array],
-        sketches: np.ndarray | None = None,
+        replaced: list[str],
     ) -> dict:
-        """Writes rows with `memories` `[n, size]` beside the table; `commit` takes them in, also after a restart.
+        """Writes rows beside the table; `commit` takes them in, also after a restart, in place of those of `replaced`.
+
+        Args:
+            made: memories as they are stored, `[n, size]`, and sketches where the table has some.
 
         Returns:
             The part's record.
         """
         rows = {"key": self.key_array(keys), "text": pa.array(texts, pa.string())}
-        rows |= guarded_lists(keys, {self.memory_column: memories})
-        if sketches is not None and self.sketch_column is not None:
-            rows |= guarded_lists(keys, {self.sketch_column: sketches})
+        rows |= guarded_lists(keys, dict(zip(self.own_names[2:], made, strict=True)))
         try:
             rows |= self.guarded(keys, arrays)
             fragments = write_fragments(pa.table(rows), self.snapshot().dataset, mode="append")
             files = [name for fragment in fragments for name in data_files(fragment)]
-            return self.parts.announce([fragment.to_json() for fragment in fragments], files, self.own_names)
+            records = [fragment.to_json() for fragment in fragments]
+            return self.parts.announce(records, files, self.own_names, replaced)
         except OSError as error:
             raise OSError(
                 f"writing to the memory store at {self.path} failed ({error}); what was written before is kept: make "
@@ -433,17 +464,13 @@ class MemoryTable:
     def commit(self, written: Sequence[dict] = ()) -> None:
         """Takes all parts that wait into the table, those of `written` among them, in one new version.
 
-        Under the exclusive lock, as everything that follows here.
+        Of documents that are in the table already, since two processes compressed them, the newer rows are removed.
         """
         # A network file system may list the parts of other processes late: theirs come as records too.
         parts = {part["name"]: part for part in [*self.parts.waiting(), *written] if self.parts.is_announced(part)}
-        if not parts:
-            return
-        self.refresh()
-        dataset = self.snapshot().dataset
         # After a kill between commit and discard, some are in already.
         present = {name for piece in self.snapshot().pieces for name in piece.files}
-        new = []
+        new, replaced = [], []
         for part in parts.values():
             try:
                 with reading():
@@ -451,11 +478,21 @@ class MemoryTable:
             except Unreadable:
                 fragments = []
             fits = sorted(part.get("columns", OWN_COLUMNS[:3])) == sorted(self.own_names)
-            new += [each for each in fragments if fits and present.isdisjoint(data_files(each))]
+            if fits and present.isdisjoint(name for each in fragments for name in data_files(each)):
+                new += fragments
+                replaced += part.get("replaced", [])
+        # A kill from here on loses nothing: the parts are announced until they are in.
+        self.remove([key for key in replaced if self.find([key])[0] >= 0])
         if new:
-            lance.LanceDataset.commit(str(self.path), lance.LanceOperation.Append(new), read_version=dataset.version)
+            operation = lance.LanceOperation.Append(new)
+            lance.LanceDataset.commit(str(self.path), operation, read_version=self.version)
         self.parts.discard(parts)
         self.refresh()
+        if len(self.snapshot().doubled):
+            with reading():
+                rows = self.take(self.snapshot().doubled, ["_rowid"])["_rowid"].to_pylist()
+            self.snapshot().dataset.delete(f"_rowid IN ({', '.join(map(str, rows))})")
+            self.refresh()
 
     def remove(self, keys: Sequence[str]) -> None:
         dataset = self.snapshot().dataset
@@ -533,14 +570,9 @@ class MemoryTable:
         except Unreadable as error:
             raise CorruptMemoryError(f"sketches of the memory store at {self.path} cannot be made: {error}") from error
         self.refresh()
-        older = [name for name in self.names if name.startswith("sketch_") and name != column]
-        if older:
-            lance.dataset(str(self.path)).drop_columns([*older, *map(guard_of, older)])
-        self.refresh()
+        self.drop_sketches(self.sketch_columns[:-1])
 
-    def drop_sketches(self) -> None:
-        """Takes all sketches away."""
-        names = [name for name in self.names if name.startswith("sketch_")]
+    def drop_sketches(self, names: list[str]) -> None:
         if names:
             lance.dataset(str(self.path)).drop_columns([*names, *map(guard_of, names)])
             self.refresh()
@@ -549,7 +581,7 @@ class MemoryTable:
         """Replaces the memories by `column`, of what `encode` gives for keys and offsets, in one new version."""
         dropped = {"key", "text", self.memory_column, guard_of(self.memory_column)}
         others = [field for field in self.snapshot().dataset.schema if field.name not in dropped]
-        metadata = {**json.loads(self.snapshot().dataset.schema.metadata[METADATA_KEY]), "form": form_in(column)[0]}
+        metadata = {**self.metadata, "form": form_in(column)[0]}
         schema = self.schema_with(column, others, metadata)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -563,7 +595,6 @@ class MemoryTable:
         reader = pa.RecordBatchReader.from_batches(schema, batches())
         lance.write_dataset(reader, str(self.path), mode="overwrite", max_bytes_per_file=FILE_BYTES)
         self.refresh()
-        self.wanted_form = metadata["form"]
 
     def compact(self, keep: timedelta) -> None:
         """Joins small files, and removes what versions older than `keep` alone have."""

@@ -77,14 +77,14 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
     recodes = form != store.form
     before = searcher.search(questions, 5, True, None)[1] if recodes else None
     digest = table.write_side_file("sketch", {"basis": sketch.basis})
-    with table.parts.lock(exclusive=True):
+    with table.changing():
         if table.sketch_column != f"sketch_{digest}":
             table.add_sketches(digest, sketch.dims, lambda stored: _sketches(sketch, table.form, stored))
-    if form in FITTED and store.form == "none":
+    if recodes and form in FITTED:
         _fit_form(store, form, rng, show_progress)
-    elif form != store.form and form not in FITTED:
+    elif recodes:
         store.recode(form)
-    with table.parts.lock(exclusive=True):
+    with table.changing():
         searcher.bring_index_up(least=1)
     found, truth = (searcher.search(questions, 5, exact, None)[1] for exact in (False, True))
     share = _share(found, truth)
@@ -158,7 +158,6 @@ def verify_store(store, repair: bool, show_progress: bool) -> Report:
                 bar.update(len(keys))
     if repair and not report.is_sound:
         store._check_writable("to repair")
-        store._bring_up()
         _repair(store, report)
     return report
 
@@ -182,29 +181,27 @@ def _repair(store, report: Report) -> None:
     table = store._table
     # With its basis, sketches and index are gone: search is exact until fit().
     broken = [name for name in report.files if Path(name).name.startswith("sketch-")]
-    with table.parts.lock(exclusive=True):
-        if broken:
-            table.drop_sketches()
-        store._searcher.remove_damaged_indexes()
-    store._searcher.forget()
     without_text = [key for key, names in report.damaged.items() if "text" in names]
+    with table.changing():
+        if broken:
+            table.drop_sketches(table.sketch_columns)
+        store._searcher.remove_damaged_indexes()
+        table.remove(without_text)
+        whole = {key: names for key, names in report.damaged.items() if key in store}
+        texts, columns = _intact_values(store, list(whole), whole)
+    store._searcher.forget()
     report.unrepaired = dict.fromkeys(without_text, "its text is damaged: it was removed; add its document again")
-    whole = {key: names for key, names in report.damaged.items() if key not in report.unrepaired}
     if store.model is None:
         report.unrepaired |= dict.fromkeys(whole, "a model is needed: open the store with the model that made it")
-        whole = {}
-    texts, columns = _intact_values(store, list(whole), whole)
-    with table.parts.lock(exclusive=True):
-        table.remove([*without_text, *whole])
-    if whole:
-        store.add(texts, columns, show_progress=False)
-    for key, names in whole.items():
-        gone = [name for name in names if name in columns]
-        if gone:
-            report.unrepaired[key] = f"its {', '.join(gone)} were damaged and are None now: give them again"
-        else:
-            report.repaired.append(key)
-    with table.parts.lock(exclusive=True):
+    elif whole:
+        store.add(texts, columns, show_progress=False, verify="all")
+        for key, names in whole.items():
+            gone = [name for name in names if name in columns]
+            if gone:
+                report.unrepaired[key] = f"its {', '.join(gone)} were damaged and are None now: give them again"
+            else:
+                report.repaired.append(key)
+    with table.changing():
         store._searcher.bring_index_up()
 
 

@@ -48,7 +48,7 @@ def test_two_open_stores_see_each_others_documents_when_they_add(store, path):
 def test_a_document_that_two_processes_added_at_once_counts_once(store, path):
     keys = store.add(DOCUMENTS[:2], show_progress=False)
     memory = expected([DOCUMENTS[0]]).flatten(1).numpy()
-    store._table.write_part([keys[0]], [DOCUMENTS[0]], memory, {})
+    store._table.write_part([keys[0]], [DOCUMENTS[0]], [memory], {}, [])
     store._table.commit()
     reader = MemoryStore.open(path)
     assert len(reader) == 2

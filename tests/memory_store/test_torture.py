@@ -20,11 +20,9 @@ from clara_hf.memory_store.store import MemoryStore
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:lance is not fork-safe"),
-    # Minutes of processes and kills at moments of chance: not of the default suite.
-    pytest.mark.skipif("CLARA_STORE_KILLS" not in os.environ, reason="set CLARA_STORE_KILLS=20 to kill a store"),
 ]
 
-KILLS = int(os.environ.get("CLARA_STORE_KILLS", 6))
+KILLS = int(os.environ.get("CLARA_STORE_KILLS", 3))  # a few seconds each
 TEXTS = [f"document number {index}" for index in range(1100)]
 
 
