@@ -44,7 +44,7 @@ else
 QUICK := $(VENV)
 endif
 quickstart: $(QUICK)/.installed
-	@$(QUICK)/bin/python recipes/nano/quickstart.py $(QUICKSTART_ARGS)
+	@$(QUICK)/bin/python recipes/nano/quickstart/quickstart.py $(QUICKSTART_ARGS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python $(PIP_INSTALL) --editable ".[docs]"

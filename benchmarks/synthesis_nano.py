@@ -4,9 +4,9 @@
     PYTHONPATH=recipes/nano python benchmarks/synthesis_nano.py --steps 0        # makes the data only
 
 The nano world's training documents go through the whole of `recipes/synthesize.py`; the language model is a perfect
-teacher, which knows every fact of every entity. Two models are then trained alike (`recipes/nano/scp_full.yaml`, same
-seed, same steps, same mix of questions and paraphrases): one on these data, one on the world's own. Both predict the
-target tokens of the same validation rows; their differences come with 95% bootstrap intervals over the rows.
+teacher, which knows every fact of every entity. Two models are then trained alike (`scp_full.yaml` of the nano world,
+same seed, same steps, same mix of questions and paraphrases): one on these data, one on the world's own. Both predict
+the target tokens of the same validation rows; their differences come with 95% bootstrap intervals over the rows.
 
 `answers` and `paraphrases` are what must come out of the memories. `questions` are the rest of the question lists,
 which the world's own data words and puts together as the validation rows do: two complex questions stand among simple
@@ -40,7 +40,7 @@ from trainers.trainer import cpu_computes_bfloat16
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "recipes/nano/scp_full.yaml"
+CONFIG = "recipes/nano/pretrained/scp_full.yaml"
 
 
 class WorldTeacher:

@@ -11,10 +11,9 @@ from typing import Any, TextIO
 
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, PackageLoader
 
 from clara_hf.program import UsageError, write_json, write_text, written_beside
-from clara_hf.synthesis.prompts import DEFAULT_FOLDER
 from clara_hf.synthesis.store import RunStore, digest_of
 
 
@@ -263,7 +262,7 @@ def report(stats: dict[str, Any], samples: Samples) -> str:
         "Passages by supplementary rounds": stats["rounds"],
         "Set aside, by reason": stats["reject_reasons"],
     }
-    environment = Environment(autoescape=True, loader=FileSystemLoader(DEFAULT_FOLDER), keep_trailing_newline=True)
+    environment = Environment(autoescape=True, loader=PackageLoader("clara_hf.synthesis"), keep_trailing_newline=True)
     environment.filters["shown"] = lambda text: text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + " …"
     environment.filters["content"] = aside_content
     settings = json.dumps(stats["settings"], indent=2, ensure_ascii=False)

@@ -165,7 +165,7 @@ def test_a_real_vllm_server_gives_the_same_answers(serve, tmp_path):
         pytest.skip("needs vLLM")
     model = load_model(str(JOINT))
     save_merged_generator(model, tmp_path / "merged")
-    questions = json.loads((JOINT.parents[1] / "quickstart.json").read_text())
+    questions = json.loads((JOINT.parents[1] / "quickstart" / "quickstart.json").read_text())
     documents = questions["documents"]
     library = Library.open(tmp_path / "store", model)
     library.add([FileEntry(f"{n}.txt", [PassageRow(text, "", 0, 0)], 1) for n, text in enumerate(documents)])

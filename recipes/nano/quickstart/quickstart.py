@@ -1,7 +1,7 @@
 """A finished nano model at work, in a minute: compress, retrieve, answer, and what it scored on unseen documents.
 
     make quickstart
-    python recipes/nano/quickstart.py --question "Which animal does Zora Vinson keep?"
+    python recipes/nano/quickstart/quickstart.py --question "Which animal does Zora Vinson keep?"
 
 It needs torch, transformers and peft. Documents and questions are of the nano world's test split, whose names and
 entities the model has never seen; the questions share no word with their documents but a name.
@@ -57,7 +57,7 @@ def table(results: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "pretrained" / "joint"), help="a CLaRa checkpoint")
+    parser.add_argument("--model", default=str(HERE.parent / "pretrained" / "joint"), help="a CLaRa checkpoint")
     parser.add_argument("--question", help="a question of your own about the documents, in place of the four shown")
     parser.add_argument("--documents", action="store_true", help="print the documents first")
     args = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Puts an SCP checkpoint into `pretrained/scp`: adapters over the base beside it, without code.
 
-accelerate launch recipes/scp.py --config recipes/nano/scp_full.yaml
-python recipes/nano/ship_scp.py                     # runs/nano-scp-full, where scp_full.yaml puts it
-python recipes/nano/ship_scp.py FOLDER              # another one
+accelerate launch recipes/scp.py --config recipes/nano/pretrained/scp_full.yaml
+python recipes/nano/pretrained/ship_scp.py                     # runs/nano-scp-full, where scp_full.yaml puts it
+python recipes/nano/pretrained/ship_scp.py FOLDER              # another one
 """
 
 import argparse
@@ -14,9 +14,9 @@ from clara_hf.program import read_json, run_program, write_json
 from modeling_clara import CLaRaForRetrievalGeneration
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CARD = "README.md"
-OUT = ROOT / "recipes" / "nano" / "pretrained" / "scp"
+OUT = Path(__file__).resolve().parent / "scp"
 
 
 def ship(source: str | Path, out: Path = OUT) -> None:

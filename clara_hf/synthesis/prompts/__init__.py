@@ -16,7 +16,7 @@ from clara_hf.program import UsageError
 from clara_hf.synthesis.text import clean_line, prompt_text
 
 
-DEFAULT_FOLDER = Path(__file__).resolve().parent / "templates"
+DEFAULT_FOLDER = Path(__file__).resolve().parent
 CHECKS_FILE = "checks.json"
 # What each prompt has to hold, beside what it may leave out.
 NAMES = {
@@ -41,7 +41,7 @@ class Prompts:
     """The prompts of a run.
 
     Args:
-        folder (`str`, *optional*): files there replace those of `clara_hf/synthesis/templates` that have the same name.
+        folder (`str`, *optional*): files there replace those of `clara_hf/synthesis/prompts` that have the same name.
 
     Attributes:
         version: the first 16 digits of the SHA-256 over all files in use.
