@@ -190,6 +190,14 @@ class CLaRaConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, (list, tuple)) else [0 if value is None else value]
+            is_list = name == "memory_token_ids" and value is not None and ids is not value
+            if is_list or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+                raise ValueError(f"{name} must be whole numbers, as the base's tokenizer has them, got {value!r}.")
+        if not isinstance(self.decoder_config, (dict, PreTrainedConfig, type(None))):
+            raise ValueError(f"decoder_config must be a dictionary or a configuration, got {self.decoder_config!r}.")
         targets = self.lora_target_modules
         names = [targets] if isinstance(targets, str) else targets
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):

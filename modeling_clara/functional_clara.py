@@ -26,17 +26,26 @@ def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str
 
 
 def check_document_index(document_index: torch.Tensor, count: int) -> None:
-    """Raise unless `document_index` is whole numbers `[B, N]` below `count`; those on a device are not waited for.
+    """Raise unless `document_index` is whole numbers `[B, N]`, -1 to below `count`; those on a device are not waited
+    for.
 
     Raises:
-        ValueError: another shape or dtype, or a value of at least `count`.
+        ValueError: another shape or dtype, or a value out of range.
     """
     check_whole_matrix("document_index", document_index)
-    if document_index.device.type == "cpu" and document_index.numel() > 0 and int(document_index.max()) >= count:
+    if (wrong := _out_of_range(document_index, -1, count)) is not None:
         raise ValueError(
-            f"document_index holds {int(document_index.max())}, but there are {count} documents: give rows from 0 to "
-            f"{count - 1}, or -1 for none."
+            f"document_index holds {wrong}, but there are {count} documents: give rows from 0 to {count - 1}, or -1 "
+            "for none."
         )
+
+
+def _out_of_range(values: torch.Tensor, lowest: int, end: int) -> int | None:
+    """One of `values` that is below `lowest`, or not below `end`. Only values on the CPU are read."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return None
+    low, high = (int(value) for value in values.aminmax())
+    return low if low < lowest else high if high >= end else None
 
 
 def check_whole_matrix(name: str, values: torch.Tensor) -> None:
@@ -48,13 +57,19 @@ def check_whole_matrix(name: str, values: torch.Tensor) -> None:
 
 
 def check_tokens(
-    name: str, ids: torch.Tensor | None, mask: torch.Tensor | None, rows: int | None, vocabulary: int
+    name: str,
+    ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    rows: int | None,
+    vocabulary: int,
+    memory_tokens: int = 0,
 ) -> None:
     """Raise unless `ids` are token ids `[rows, length]` and `mask` has their shape. Only ids on the CPU are read.
 
     Args:
         name: of `ids`; that of the mask follows from it.
         rows: as many as there are questions; `None` for any number.
+        memory_tokens: so many ids stand behind every text.
 
     Raises:
         ValueError: another shape or dtype, or an id that is negative or beyond the vocabulary.
@@ -69,11 +84,36 @@ def check_tokens(
             f"{name.replace('input_ids', 'attention_mask')} has the shape {list(mask.shape)}, but {name} "
             f"{list(ids.shape)}: give one for every id."
         )
-    if ids.device.type == "cpu" and ids.numel() > 0:
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name} hold {wrong}, which is none of the {vocabulary} ids of the model's vocabulary.")
+    if ids.shape[1] <= memory_tokens:
+        raise ValueError(
+            f"{name} has {ids.shape[1]} columns: give a text with {memory_tokens} memory tokens behind it."
+        )
+    if (wrong := _out_of_range(ids, 0, vocabulary)) is not None:
+        raise ValueError(f"{name} hold {wrong}, which is none of the {vocabulary} ids of the model's vocabulary.")
+
+
+def check_labels(
+    labels: torch.Tensor | None, input_ids: torch.Tensor | None, logits_to_keep: int | None, vocabulary: int
+) -> None:
+    """Raise unless `labels` go with `input_ids`, and `logits_to_keep` is a number that leaves out none of them. Only
+    labels on the CPU are read.
+
+    Raises:
+        ValueError: another shape or dtype, a label that is no id, or too few logits.
+    """
+    keep = logits_to_keep
+    if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise ValueError(f"logits_to_keep must be a whole number of at least 0, got {keep!r}.")
+    if labels is None:
+        return
+    check_whole_matrix("labels", labels)
+    if input_ids is None or labels.shape != input_ids.shape:
+        given = None if input_ids is None else list(input_ids.shape)
+        raise ValueError(f"labels have the shape {list(labels.shape)}, but input_ids {given}: give one per token.")
+    if (wrong := _out_of_range(labels.masked_fill(labels == IGNORE_INDEX, 0), 0, vocabulary)) is not None:
+        raise ValueError(f"labels hold {wrong}: give ids below {vocabulary}, or {IGNORE_INDEX} for no label.")
+    if keep and labels.device.type == "cpu" and keep < (needed := positions_to_keep(labels)):
+        raise ValueError(f"logits_to_keep={keep} leaves out positions that predict a label: give {needed}, or None.")
 
 
 def memory_bank(

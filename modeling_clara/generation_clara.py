@@ -35,12 +35,14 @@ NUMBERS = (
     *("repetition_penalty", "length_penalty"),
 )
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
+ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _MADE_HERE = "it is made here, of the questions and documents"
 _IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
 WITHOUT_USE = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _MADE_HERE),
     **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"), _IDS_ONLY),
-    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask"), _IDS_ONLY),
+    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask", "token_healing"), _IDS_ONLY),
+    **dict.fromkeys(("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"), _IDS_ONLY),
 }
 FINITE_WEIGHTS = "load weights that are finite, or a dtype with a wider range"
 
@@ -435,6 +437,7 @@ def check_generation_options(options: dict) -> None:
         (WHOLE_NUMBERS, int, "a whole number"),
         (NUMBERS, (int, float), "a number"),
         (SWITCHES, bool, "True or False"),
+        (ID_LISTS, (list, tuple), "a list of ids"),
     ):
         for name in names:
             value = values.get(name)

@@ -20,6 +20,7 @@ from .adapters_clara import (
 )
 from .functional_clara import (
     check_document_index,
+    check_labels,
     check_memories,
     check_tokens,
     contiguous,
@@ -212,13 +213,12 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         if memories is not None:
             check_memories(memories, self._memory_shape, "memories")
         rows, vocabulary = len(document_index), self.config.vocab_size
-        check_tokens("document_input_ids", document_input_ids, document_attention_mask, None, vocabulary)
-        check_tokens("query_input_ids", query_input_ids, query_attention_mask, rows, vocabulary)
+        memory_tokens = self.config.num_memory_tokens
+        check_tokens("document_input_ids", document_input_ids, document_attention_mask, None, vocabulary, memory_tokens)
+        check_tokens("query_input_ids", query_input_ids, query_attention_mask, rows, vocabulary, memory_tokens)
         check_tokens("input_ids", input_ids, attention_mask, rows, vocabulary)
         check_document_index(document_index, len(document_input_ids if memories is None else memories))
-        if labels is not None and (input_ids is None or labels.shape != input_ids.shape):
-            given = None if input_ids is None else list(input_ids.shape)
-            raise ValueError(f"labels have the shape {list(labels.shape)}, but input_ids {given}: give one per token.")
+        check_labels(labels, input_ids, logits_to_keep, vocabulary)
         mse_loss = None
         if memories is None:
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.

@@ -60,7 +60,7 @@ _BASE_OPTIONS = ("use_safetensors", "variant", "weights_only", "low_cpu_mem_usag
 _PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
 _TOKEN_IDS = ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
 _PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
-_SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
+SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
 
 
 class CLaRaPreTrainedModel(PreTrainedModel):
@@ -79,6 +79,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: CLaRaConfig):
         super().__init__(config)
         number_of_ids = len(config.added_token_ids) - 3
+        if config.pad_token_id is None:
+            raise ValueError("this CLaRaConfig has no pad_token_id: set it, to the base's or any other id.")
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config, dtype=torch.get_default_dtype())
         for name in self.adapter_names:
             add_adapter(self.decoder, name, config)
@@ -193,7 +195,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         name = os.fspath(base_model_name_or_path)
         fields, read, own, place = _split_base_arguments(fields)
-        base = _load_base(name, dtype, **read, **own)
+        base = _load_base(name, _checked_dtype(dtype), **read, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
         geometry = CLaRaConfig(**fields)
@@ -246,7 +248,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
-        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        dtype = _checked_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
@@ -310,10 +312,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         adapters = None
         if self.config.checkpoint_format != "full":
+            if kwargs.get("variant") is not None:
+                raise ValueError(f"variant={kwargs['variant']!r}: adapters have no variants; leave it out.")
             state_dict = self.adapter_state_dict(state_dict)
             if self.config.checkpoint_format == "adapter":
-                if kwargs.get("variant") is not None:
-                    raise ValueError(f"variant={kwargs['variant']!r}: adapters have no variants; leave it out.")
                 state_dict, adapters = split_adapters(state_dict)
                 kwargs.pop("max_shard_size", None)
         elif self.quantized_by is not None:
@@ -486,7 +488,7 @@ def _split_base_arguments(arguments: dict) -> tuple[dict, dict, dict, dict]:
     kinds = (_READ_OPTIONS, _BASE_OPTIONS, _PLACE_OPTIONS)
     options = [{name: arguments[name] for name in names if name in arguments} for names in kinds]
     fields = {name: value for name, value in arguments.items() if not any(name in kind for kind in kinds)}
-    known = {field.name for field in fields_of(CLaRaConfig)} - set(_SET_BY_FROM_BASE)
+    known = {field.name for field in fields_of(CLaRaConfig)} - set(SET_BY_FROM_BASE)
     unknown = set(fields) - known
     if unknown:
         raise ValueError(
@@ -494,6 +496,18 @@ def _split_base_arguments(arguments: dict) -> tuple[dict, dict, dict, dict]:
             "or options of from_pretrained such as dtype, revision, token or device_map."
         )
     return fields, *options
+
+
+def _checked_dtype(dtype):
+    """`dtype`, if transformers can make a model of it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto") or found in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return dtype
+    raise ValueError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {dtype!r}.")
 
 
 def _place_options(arguments: dict) -> dict:

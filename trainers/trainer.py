@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from pyarrow.compute import list_value_length
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, set_seed
+from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
@@ -45,6 +45,12 @@ PASSED_OVER = {
     "label_names": None,
     "length_column_name": "length",
 }
+
+
+AT_LEAST_ONE = (
+    *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("generation_max_new_tokens", "dataset_num_proc", "max_length"),
+)
 
 
 @dataclass
@@ -105,7 +111,12 @@ class CLaRaTrainingArguments(TrainingArguments):
         if uses_deepspeed and (self.use_cpu or not torch.accelerator.is_available()):
             leave_out_shared_memory_kernel()
         self._name_checkpointing()
+        self.report_to = "none" if self.report_to is None else self.report_to
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         super().__post_init__()
+        self._check_library_options()
         for tracker in self.report_to:
             if tracker not in (*get_available_reporting_integrations(), *UNKNOWN_TRACKERS):
                 raise ValueError(
@@ -128,6 +139,19 @@ class CLaRaTrainingArguments(TrainingArguments):
             if getattr(self, old + end) is not None and not getattr(self, new + end):
                 setattr(self, new + end, getattr(self, old + end))
             setattr(self, old + end, None)
+
+    def _check_library_options(self) -> None:
+        """Raise a `ValueError` for options of the schedule and optimizer that would only fail when training begins."""
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
+                f"{self.lr_scheduler_type.value!r} ({error})."
+            ) from error
+        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
+            raise ValueError(f"optim_args is {self.optim_args!r}: write it as NAME=VALUE,NAME=VALUE.")
 
     def _refuse(self) -> None:
         """Raise a `ValueError` for what would have no effect here, or a silently wrong one."""

@@ -119,8 +119,12 @@ def make(kind: type, values: Mapping[str, Any], place: str | None = None) -> Any
         )
     try:
         return kind(**{name: value for name, value in values.items() if name in own})
-    except (TypeError, KeyError, AttributeError) as error:  # of libraries, for values that they do not check
+    except UsageError:
+        raise
+    except (TypeError, KeyError, AttributeError, OSError) as error:  # of libraries, for values that they do not check
         raise UsageError(f"{place or 'the arguments'}: {kind.__name__} takes no such values ({error}).") from error
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}" if place else str(error)) from error
 
 
 def command_line(
@@ -166,6 +170,11 @@ def aliases(field: Field) -> list[str]:
     return [found] if isinstance(found, str) else list(found)
 
 
+def fields_within(field: Field) -> set[str]:
+    """Names of the fields that its mapping holds."""
+    return {one.name for one in fields(field.metadata["fields_of"])} if "fields_of" in field.metadata else set()
+
+
 def help_text(field: Field) -> str:
     text = field.metadata.get("help", "")
     default = field.default
@@ -194,6 +203,8 @@ def read_yaml(path: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}, line {line}: the file is not in UTF-8; save it as UTF-8.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
@@ -209,7 +220,9 @@ def read_yaml(path: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         name = names.get(name, name)
         name = RENAMED.get(name, name) if name not in known else name
         if name not in known:
-            raise UsageError(f"{path}, line {lines.get(str(key), 1)}: unknown key {key!r}{did_you_mean(name, known)}")
+            homes = [home for home, (one, _) in known.items() if name in fields_within(one)]
+            hint = f": it belongs in {homes[0]}." if homes else did_you_mean(name, known)
+            raise UsageError(f"{path}, line {lines.get(str(key), 1)}: unknown key {key!r}{hint}")
         if name in found:
             raise UsageError(f"{place} is given twice.")
         found[name], places[name] = value, place
@@ -279,6 +292,10 @@ def convert(value: Any, hint: Any, place: str, field: Field | None = None) -> An
             return None
         default = "" if field is None or field.default is MISSING else f", or delete the line for {field.default!r}"
         raise UsageError(f"{place} is empty: give {described(hint)}{default}.")
+    if field is not None and isinstance(value, str) and not value.lstrip().startswith("{"):
+        # Texts of fields that are mappings are JSON; those of an enumeration are its values.
+        is_mapping = takes(hint, dict) and field.name.endswith("_kwargs")
+        options = [option for option in options if option is not str or not (is_mapping or any(map(is_enum, options)))]
     for option in sorted(options, key=lambda option: rank(value, option, takes(hint, str))):
         try:
             found = as_type(value, option, place)
@@ -335,7 +352,9 @@ def as_type(value: Any, hint: Any, place: str) -> Any:
     if kind is dict or kind is Mapping:
         return as_mapping(value, get_args(hint), place)
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(plain(value))
+        if isinstance(value, Word) and SWITCHES[value.lower()] is False:
+            value = "no"  # as other readers of YAML, for which `no`, `off` and `false` are one, cannot tell them apart
+        return kind(plain(value) if not isinstance(value, Word) else str(value))
     if is_dataclass(kind):
         return as_dataclass(value, kind, place)
     return value if isinstance(kind, type) and isinstance(value, kind) else NOTHING
@@ -388,6 +407,8 @@ def load_text(text: str, place: str) -> Any:
     """The value of a text in YAML or JSON; it is not repeated in the message, since it may hold a key."""
     try:
         return load_yaml(text)
+    except RecursionError as error:
+        raise UsageError(f"{place} is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{place} is no valid YAML or JSON: {getattr(error, 'problem', error)}.") from None
 

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import GgufConfig
 from clara_hf.program import UsageError, read_json
 from clara_hf.program.arguments import checked_mapping
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
+from modeling_clara.pretrained_clara import SET_BY_FROM_BASE
 from trainers.quantization import quantize_base
 
 
@@ -106,6 +107,10 @@ class CLaRaModelArguments(ModelSource):
     def __post_init__(self):
         super().__post_init__()
         self.clara_config = checked_mapping(self.clara_config or {}, CLaRaConfig, "clara_config")
+        if set_elsewhere := sorted({"dtype", *SET_BY_FROM_BASE} & set(self.clara_config)):
+            name = set_elsewhere[0]
+            remedy = "give it beside clara_config" if name == "dtype" else "the base and its tokenizer set it"
+            raise UsageError(f"clara_config takes no {name}: {remedy}.")
 
     def fields(self) -> dict[str, Any]:
         """What is set in the configuration, prompts included."""

@@ -35,7 +35,18 @@ def batch(untouched_clara):
         (lambda batch: {"query_input_ids": batch["query_input_ids"][:1], "query_attention_mask": None}, "1 rows.*2"),
         (lambda batch: {"document_index": batch["document_index"] + 9}, "document_index holds 12"),
         (lambda batch: {"document_index": batch["document_index"].float()}, "document_index.*float32"),
+        (lambda batch: {"document_index": batch["document_index"] - 9}, "document_index holds -9"),
+        (
+            lambda batch: {"query_input_ids": batch["query_input_ids"][:, -2:], "query_attention_mask": None},
+            "2 columns",
+        ),
         (lambda batch: {"labels": batch["labels"][:, 1:]}, "labels.*input_ids"),
+        (lambda batch: {"labels": batch["labels"].float()}, "labels.*float32"),
+        (lambda batch: {"labels": batch["labels"].tolist()}, "labels.*list"),
+        (lambda batch: {"labels": batch["labels"] + 10**6}, r"labels hold \d+.*407"),
+        (lambda batch: {"labels": batch["labels"].clamp(min=-7)}, "labels hold -7.*-100"),
+        (lambda batch: {"logits_to_keep": 1}, "logits_to_keep=1"),
+        (lambda batch: {"logits_to_keep": "all"}, "logits_to_keep.*'all'"),
     ],
 )
 def test_tensors_that_do_not_go_together_are_named(change, facts, untouched_clara, batch):
@@ -59,6 +70,9 @@ def test_misspelled_argument_of_forward_is_refused(untouched_clara, batch):
         ({"temperature": "hot", "do_sample": True}, "temperature.*hot"),
         ({"generation_config": {"num_beams": 1.5}}, "num_beams.*1.5"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
+        ({"token_healing": True}, "token_healing"),
+        ({"suppress_tokens": "a"}, "suppress_tokens.*'a'"),
         ({"assistant_model": object()}, "assistant_model"),
         ({"attention_mask": torch.ones(2, 4)}, "attention_mask"),
         ({"inputs_embeds": torch.ones(2, 4, 32)}, "inputs_embeds"),
@@ -178,6 +192,19 @@ def test_vocabulary_is_not_resized_and_a_configuration_without_ids_is_told(untou
     config = CLaRaConfig(decoder_config=copy.deepcopy(untouched_clara.config.decoder_config))
     with pytest.raises(ValueError, match="memory_token_ids"):
         CLaRaForRetrievalGeneration(config)
+    config = copy.deepcopy(untouched_clara.config)
+    config.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token_id"):
+        CLaRaForRetrievalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("memory_token_ids", True), ("ae_token_id", "x"), ("eos_token_id", [1, None]), ("decoder_config", 1e23)],
+)
+def test_ids_and_decoders_of_a_configuration_are_of_their_types(name, value):
+    with pytest.raises(ValueError, match=name):
+        CLaRaConfig(**{name: value})
 
 
 @pytest.mark.parametrize("checkpoint_format", ["full", "adapter"])
@@ -190,6 +217,17 @@ def test_loading_options_are_the_same_for_both_kinds_of_checkpoints(checkpoint_f
     assert torch.allclose(loaded.compress(TEXTS).float(), clara.compress(TEXTS), atol=1e-5)
     with pytest.raises(TypeError, match="torch_dtpye"):
         CLaRaForRetrievalGeneration.from_pretrained(tmp_path, torch_dtpye=torch.float64)
+    for dtype in ("float8_e4m3fn", "flaot32", torch.int8):
+        with pytest.raises(ValueError, match=f"dtype.*{dtype}"):
+            CLaRaForRetrievalGeneration.from_pretrained(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("checkpoint_format", ["adapter", "flat"])
+def test_adapters_have_no_variant(checkpoint_format, clara, tmp_path):
+    clara.config.checkpoint_format = checkpoint_format
+    with pytest.raises(ValueError, match="variant='fp16'"):
+        clara.save_pretrained(tmp_path / "saved", variant="fp16")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_offloaded_layers_compress_exactly_and_are_named_where_their_values_are_needed(clara, tmp_path):

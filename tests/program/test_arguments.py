@@ -34,6 +34,7 @@ class Options:
     strategy: Strategy | str = "no"
     files: list[str] = field(default_factory=list)
     more: dict | str | None = None
+    more_kwargs: dict | str | None = None
     weights: dict[str, float] = field(default_factory=dict)
     kind: Literal["a", "b"] = "a"
     model: Model | None = None
@@ -57,7 +58,11 @@ def read(tmp_path, text: str | bytes, *arguments: str) -> Options:
         ("wet: yes", "wet", True),
         ("wet: off", "dry", True),
         ("dry: no", "dry", False),
-        ("strategy: no", "strategy", "no"),
+        ("strategy: no", "strategy", Strategy.NO),
+        ("strategy: off", "strategy", Strategy.NO),
+        ("strategy: false", "strategy", Strategy.NO),
+        ("strategy: steps", "strategy", Strategy.STEPS),
+        ("more_kwargs: '{rate: 2e-2}'", "more_kwargs", {"rate": 0.02}),
         ("name: on", "name", "on"),
         ("place: null", "place", None),
         ("limit: none", "limit", None),
@@ -105,6 +110,10 @@ def test_a_yaml_value_is_read_as_its_field_s_type(text, name, value, tmp_path, m
         ("a: [1", ("options.yaml", "YAML")),
         ("- a", ("options.yaml", "mapping")),
         ("more: &a [*a]", ("line 1: more", "itself")),
+        ("more: " + "[" * 5000, ("options.yaml", "deeply")),
+        ("strategy: yes", ("line 1: strategy", "'yes'", "no, steps")),
+        ("more_kwargs: no", ("line 1: more_kwargs", "'no'", "a mapping")),
+        ("revision: main", ("line 1", "'revision'", "inner")),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence_with_file_line_and_name(text, words, tmp_path):

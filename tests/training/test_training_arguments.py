@@ -51,9 +51,14 @@ def test_a_run_with_deepspeed_on_a_cpu_compiles_no_kernel_that_only_inference_ca
         ("length_column_name", "tokens"),
         ("train_sampling_strategy", "batch_rebalance"),
         ("accelerator_config", {"dispatch_batches": True}),
+        ("gradient_accumulation_steps", 0),
+        ("per_device_train_batch_size", -3),
+        ("generation_max_new_tokens", 0),
+        ("lr_scheduler_kwargs", {"unknown": 1}),
+        ("optim_args", "betas"),
     ],
 )
-def test_settings_without_their_effect_here_are_refused_by_name(name, value, tmp_path):
+def test_settings_without_effect_here_or_that_fail_later_are_refused_by_name(name, value, tmp_path):
     with pytest.raises(ValueError, match="dispatch_batches" if name == "accelerator_config" else name):
         CLaRaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
 
@@ -111,3 +116,9 @@ def test_settings_of_a_stage_have_one_home(tmp_path):
 def test_shipped_recipes_say_a_setting_in_one_place(path):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert not {"top_k", "temperature", "topk_taken_mask", "mse_weight"} & set(values.get("clara_config") or {})
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", "float16"), ("decoder_config", {}), ("pad_token_id", 3)])
+def test_what_is_no_field_to_set_is_refused(name, value):
+    with pytest.raises(UsageError, match=name):
+        CLaRaModelArguments("somewhere", clara_config={name: value})
