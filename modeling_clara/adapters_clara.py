@@ -128,7 +128,7 @@ def use_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def merged_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
+def merged_adapter(decoder: nn.Module, name: str, tokens: int) -> Iterator[None]:
     """Like [`use_adapter`], for inference over many tokens: each layer adds the adapter's update to its weight while it
     runs, and multiplies once.
 
@@ -136,8 +136,11 @@ def merged_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
     read, so nothing has to be restored, and no more than one layer's weight is held besides. Results equal those of
     [`use_adapter`] up to rounding. Layers whose weights are not whole in float32 (quantized, offloaded, spread over
     processes, half precision, in which the sum would lose most of the update) run as under [`use_adapter`].
+
+    Args:
+        tokens: of the block's largest forward pass; where they are few, looking at the layers would cost more.
     """
-    merged = [layer for layer in lora_layers(decoder) if _can_merge(layer, name)]
+    merged = [layer for layer in lora_layers(decoder) if _can_merge(layer, name)] if tokens >= MERGE_FROM else []
     for layer in merged:
         layer.forward = partial(_forward_merged, layer, name)
     try:

@@ -18,6 +18,8 @@ SWITCHES = (
     "exact_prompt_end",
     "split_control_tokens",
 )
+# Arguments of every `from_pretrained` that say where files are and how they are fetched.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 ORIGINAL_MODEL_TYPE = "CLaRa"
 PROMPT_KINDS = ("answer", "qa", "paraphrase")
 DEFAULT_PROMPTS = {

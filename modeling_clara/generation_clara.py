@@ -334,12 +334,11 @@ class CLaRaGeneration:
         selected = memories[rows[rows >= 0]].to(self.device)
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         options = self._generation_options(generate_kwargs, input_ids.shape[1])
-        with self._inference(), merged_adapter(self.decoder, GENERATOR), _options_named(generate_kwargs):
-            output = self.decoder.generate(
-                inputs_embeds=self._prompt_embeddings(input_ids, selected),
-                attention_mask=attention_mask,
-                **options,
-            )
+        merged = merged_adapter(self.decoder, GENERATOR, input_ids.numel())
+        with self._inference(), merged:
+            embeddings = self._prompt_embeddings(input_ids, selected)
+            with _options_named(generate_kwargs):
+                output = self.decoder.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
         sequences, generation = (output.sequences, output) if isinstance(output, ModelOutput) else (output, None)
         texts = self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return CLaRaGenerationOutput([text.strip() for text in texts], sequences=sequences, generation=generation)
@@ -412,11 +411,12 @@ def _options_named(options: dict) -> Iterator[None]:
     """Name the options given, where what transformers does with them fails in its own code."""
     try:
         yield
-    except (AttributeError, TypeError) as error:
-        if not options:
+    except (AttributeError, TypeError, ValueError) as error:
+        if not options or any(name in str(error) for name in options):
             raise
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
-        raise TypeError(f"generate failed with {given}: one of them is not of its type ({error}).") from error
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"generate failed with {given}: one of them cannot be used ({error}).") from error
 
 
 def check_generation_options(options: dict) -> None:

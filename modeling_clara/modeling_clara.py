@@ -117,8 +117,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
     def _hidden_states(self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers."""
-        run_under = use_adapter if torch.is_grad_enabled() else merged_adapter
-        with run_under(self.decoder, adapter):
+        tokens = 0 if torch.is_grad_enabled() else attention_mask.numel()
+        with merged_adapter(self.decoder, adapter, tokens):
             return self.decoder.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

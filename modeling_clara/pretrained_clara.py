@@ -1,32 +1,25 @@
 """How a CLaRa model is made from a base, loaded and saved: in full, or adapter-only over a named base."""
 
 import copy
-import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields as fields_of
-from functools import partial
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from .adapters_clara import (
     COMPRESSOR,
     GENERATOR,
     QUERY_REASONER,
-    adapter_parameters,
     add_adapter,
     checkpoint_under_adapter,
     copy_adapter,
     lora_layers,
 )
-from .configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
+from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, refuse_quantized, settle_quantized
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
@@ -34,12 +27,20 @@ from .weights_clara import (
     ADDED_INPUT_ROWS,
     ADDED_OUTPUT_ROWS,
     BASE_SAMPLE,
+    absence_told,
+    check_complete,
+    check_has_weights,
+    damage_told,
     decoder_state,
     embedding_keys,
     fill_added_rows,
+    fingerprint,
     is_other_base,
-    is_packed,
+    is_own_weight,
+    load_base,
     merge_adapters,
+    place_of_base,
+    quiet_load_report,
     read_adapter_checkpoint,
     sample_base,
     saved_format,
@@ -51,11 +52,10 @@ from .weights_clara import (
 
 logger = logging.get_logger(__name__)
 
-# Values taken of every frozen matrix for the compressor's fingerprint.
-FINGERPRINT_SAMPLE = 64
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 # What `from_base` takes besides fields: for the base and its tokenizer, for the base alone, for the new model.
-_READ_OPTIONS = (*_HUB_ARGUMENTS, "trust_remote_code")
+_READ_OPTIONS = (*HUB_ARGUMENTS, "trust_remote_code")
+# Of the first, what says where in its repository a checkpoint lies, and so nothing of the base under its adapters.
+_OF_CHECKPOINT = ("revision", "subfolder")
 _BASE_OPTIONS = ("use_safetensors", "variant", "weights_only", "low_cpu_mem_usage")
 _PLACE_OPTIONS = ("device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
 _TOKEN_IDS = ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
@@ -195,7 +195,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         name = os.fspath(base_model_name_or_path)
         fields, read, own, place = _split_base_arguments(fields)
-        base = _load_base(name, _checked_dtype(dtype), **read, **own)
+        base = load_base(name, _checked_dtype(dtype), **read, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
         geometry = CLaRaConfig(**fields)
@@ -218,10 +218,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         fill_added_rows(state, base, config, first_added)
         if quantization := place.get("quantization_config"):
             place["quantization_config"] = base_only(quantization, config)
-        with _quiet_load_report():
-            model, info = cls._from_state(config, state, base.dtype, attn_implementation=attn_implementation, **place)
+        with quiet_load_report():
+            place |= {"dtype": base.dtype, "attn_implementation": attn_implementation}
+            model, info = cls._load(None, config=config, state_dict=state, **place)
         info["missing_keys"] = {key for key in info["missing_keys"] if ".lora_" not in key}
-        _check_complete(info, f"a model over the base {name!r}")
+        check_complete(info, f"a model over the base {name!r}")
         if quantization:
             settle_quantized(model, place["quantization_config"])
         if config.query_reasoner:
@@ -236,9 +237,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
         Arguments are those of `PreTrainedModel.from_pretrained`; fields of [`CLaRaConfig`] among them override the
         checkpoint's, for instance `base_model_name_or_path` where the base has moved. An adapter-only checkpoint finds
-        a base that is named by a path relative to the checkpoint's own folder. `checkpoint_format` says how to save
-        from now on, not how the checkpoint was saved. Of overridden `prompts`, kinds that are
-        left out are the default ones.
+        a base that is named by a path relative to the checkpoint's own folder; options of the Hub (`token`,
+        `cache_dir`, ...) and of reading weights (`variant`, ...) are for the base too, except `revision` and
+        `subfolder`. `checkpoint_format` says how to save from now on, not how the checkpoint was saved. Of overridden
+        `prompts`, kinds that are left out are the default ones.
 
         Raises:
             OSError: no checkpoint or no weights at `pretrained_model_name_or_path`, or damaged ones.
@@ -246,13 +248,13 @@ class CLaRaPreTrainedModel(PreTrainedModel):
                 number of memory tokens than the checkpoint has; another kind of model.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
         dtype = _checked_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name
-            with _absence_told(os.fspath(source)):
+            with absence_told(os.fspath(source)):
                 config, kwargs = CLaRaConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
         if config.decoder_config is None:
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
@@ -260,32 +262,32 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         config = _checked(config, name, save_format)
         if quantization := kwargs.get("quantization_config"):
             kwargs["quantization_config"] = base_only(quantization, config)
-        with _absence_told(name):
+        with absence_told(name):
             is_adapter = saved_format(name, config, hub) != "full"
-        _check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
+        check_has_weights(os.path.join(name, hub["subfolder"]) if "subfolder" in hub else name)
         if dtype in (None, "auto"):
             dtype = config.dtype or "auto"
-        with _quiet_load_report(), _damage_told(name):
+        with quiet_load_report(), damage_told(name):
             if is_adapter:
                 own_weights = read_adapter_checkpoint(name, hub)
                 # The place as seen from here, so that the model can be saved somewhere else.
                 config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
-                base = _load_base(config.base_model_name_or_path, dtype)
+                own = {option: value for option, value in hub.items() if option not in _OF_CHECKPOINT}
+                own |= {option: kwargs[option] for option in _BASE_OPTIONS if option in kwargs}
+                base = load_base(config.base_model_name_or_path, dtype, **own)
                 with unpartitioned():
                     state = decoder_state(cls, base, config)
                 merge_adapters(state, own_weights, name, base, config)
                 made_over = state.pop(BASE_SAMPLE, None)
-                model, info = cls._from_state(config, state, base.dtype, **_place_options(kwargs))
+                place = {"dtype": base.dtype, **_place_options(kwargs)}
+                model, info = cls._load(None, config=config, state_dict=state, **place)
                 model.name_or_path = model.config.name_or_path = name
             else:
-                own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-                options = {**kwargs, **hub, **own}
-                model, info = super().from_pretrained(name, *model_args, config=config, **options)
-                model.requires_grad_(False)
+                model, info = cls._load(name, *model_args, config=config, **{**kwargs, **hub, "dtype": dtype})
                 state, made_over = dict(model.named_parameters()), None
         if quantization:
             settle_quantized(model, kwargs["quantization_config"])
-        _check_complete(info, f"{name} over the base {config.base_model_name_or_path!r}" if is_adapter else name)
+        check_complete(info, f"{name} over the base {config.base_model_name_or_path!r}" if is_adapter else name)
         model._base_sample = sample_base(state, config)
         if is_other_base(made_over, model._base_sample):
             raise ValueError(
@@ -296,11 +298,11 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
-    def _from_state(cls, config: CLaRaConfig, state: dict, dtype: torch.dtype, **options):
+    def _load(cls, name: str | None, *model_args, config: CLaRaConfig, **options):
+        """A frozen model as transformers loads it. What does not fit is left for `check_complete` to tell."""
         options = {name: value for name, value in options.items() if value is not None}
-        # Mismatches are for `_check_complete` to report: in one sentence, with what to do about them.
-        own = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(None, config=config, state_dict=state, **options, **own)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(name, *model_args, config=config, **options)
         model.requires_grad_(False)
         return model, info
 
@@ -347,10 +349,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         self._check_all_at_hand(state_dict)
         ends = [f"decoder.{key}" for key in embedding_keys(self.decoder) if key is not None]
         if state_dict is None:
-            wanted = {key for key in self.state_dict() if _is_own_weight(key) or key in ends}
+            wanted = {key for key in self.state_dict() if is_own_weight(key) or key in ends}
             with gathered(value for key, value in self.named_parameters() if key in wanted):
                 state_dict = {key: whole_copy(value) for key, value in self.state_dict().items() if key in wanted}
-        kept = {key: value for key, value in state_dict.items() if _is_own_weight(key)}
+        kept = {key: value for key, value in state_dict.items() if is_own_weight(key)}
         rows = saved_rows(self.config)
         for name, key in zip((ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS), ends, strict=False):
             kept[name] = state_dict[key][rows].clone()
@@ -373,8 +375,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `state_dict` lacks some of them, or holds others.
         """
-        own = {key: value for key, value in self.state_dict().items() if _is_own_weight(key)}
-        given = {key: value for key, value in state_dict.items() if _is_own_weight(key)}
+        own = {key: value for key, value in self.state_dict().items() if is_own_weight(key)}
+        given = {key: value for key, value in state_dict.items() if is_own_weight(key)}
         if set(given) != set(own):
             wrong = min(set(given) ^ set(own))
             raise ValueError(f"state_dict does not fit the model's adapters: {wrong!r} is in only one of the two.")
@@ -391,78 +393,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             ValueError: weights are offloaded (`device_map`).
         """
         self._check_all_at_hand()
-        config = self.config
-        geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
-        geometry += ("split_control_tokens",) if config.split_control_tokens else ()
-        digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
-        for key, value in self.decoder.state_dict().items():
-            if ".lora_" not in key:
-                flat = (value.dequantize() if is_packed(value) else value).detach().flatten()
-                digest.update(key.encode() + repr(list(value.shape)).encode())
-                digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
-        for parameter in [*adapter_parameters(self.decoder, COMPRESSOR), self.memory_embeddings.weight]:
-            digest.update(_bytes_of(parameter.detach()))
-        return digest.hexdigest()
-
-
-@contextmanager
-def _quiet_load_report() -> Iterator[None]:
-    """Hide transformers' table of weights that do not fit: in a new model they are missing by design, and of a
-    checkpoint `_check_complete` tells in one sentence."""
-    report = logging.get_logger("transformers.modeling_utils")
-    other_messages = partial(_is_no_load_report)  # an object of this block's own: blocks may be nested
-    report.addFilter(other_messages)
-    try:
-        yield
-    finally:
-        report.removeFilter(other_messages)
-
-
-@contextmanager
-def _damage_told(name: str) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(
-            f"the weights of {name}, or of its base, are damaged or were not written to their end ({error}): save or "
-            "fetch them again."
-        ) from error
-
-
-@contextmanager
-def _absence_told(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if os.path.exists(name):
-            raise
-        reason = _why_absent(name, error)
-        raise OSError(f"no CLaRa checkpoint at {name!r}: give its folder or Hub id ({reason}).") from error
-
-
-def _why_absent(name: str, error: OSError) -> str:
-    reason = str(error).splitlines()[0].rstrip(". ")
-    if os.path.exists(name):
-        return reason
-    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
-        return "there is no such folder"
-    return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"
-
-
-def _is_no_load_report(record) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.float().cpu().contiguous().numpy().tobytes()
-
-
-def _check_has_weights(folder: str) -> None:
-    if os.path.isdir(folder) and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
-        raise OSError(
-            f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
-            "another folder or save the model again."
-        )
+        return fingerprint(self.decoder, self.memory_embeddings.weight, self.config)
 
 
 def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:
@@ -525,10 +456,6 @@ def _place_options(arguments: dict) -> dict:
     return {name: arguments[name] for name in names if name in arguments}
 
 
-def _is_own_weight(key: str) -> bool:
-    return ".lora_" in key or key.startswith("memory_embeddings.")
-
-
 def _pad_token_id(tokenizer) -> int:
     for value in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if value is not None:
@@ -536,54 +463,7 @@ def _pad_token_id(tokenizer) -> int:
     raise ValueError("the base's tokenizer has no padding, beginning or end token: set its pad_token.")
 
 
-def place_of_base(base: str | None, checkpoint: str) -> str | None:
-    """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
-    if not base or os.path.isdir(base):
-        return base
-    # Where the checkpoint is reached by a link, its base may lie beside the link, or beside what it leads to.
-    beside = os.path.normpath(os.path.join(checkpoint, base)), os.path.realpath(os.path.join(checkpoint, base))
-    return next((place for place in beside if os.path.isdir(place)), base)
-
-
-def _load_base(name: str | None, dtype, **options) -> PreTrainedModel:
-    if name is None:
-        raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
-    try:
-        values = PreTrainedConfig.get_config_dict(name, **options)[0]
-        if values.get("model_type") in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
-            raise ValueError(f"{name} is a CLaRa checkpoint and no base: from_pretrained loads it.")
-        refuse_quantized(values, f"the base model {name!r}")
-        with unpartitioned(), _quiet_load_report():
-            options = {**options, "dtype": dtype, "output_loading_info": True}
-            base, info = AutoModelForCausalLM.from_pretrained(name, **options)
-        # A base's files may hold more than the model needs.
-        _check_complete({**info, "unexpected_keys": ()}, f"the base model {name!r}")
-        return base
-    except OSError as error:
-        raise OSError(
-            f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "
-            f"({_why_absent(name, error)})."
-        ) from error
-    except StrictDataclassError as error:
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-        raise ValueError(f"the base model {name!r} has no sound config.json ({reason}): mend it.") from error
-
-
 def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
     declared = base.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
-
-
-def _check_complete(info: dict, name: str) -> None:
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
-    for fault, keys in (
-        ("missing", info["missing_keys"]),
-        ("of another shape than the configuration says", mismatched),
-        ("not in the configuration's decoder", info["unexpected_keys"]),
-    ):
-        if keys:
-            raise ValueError(
-                f"{name}: {len(keys)} weights are {fault}, {min(keys)!r} among them; the checkpoint is incomplete or "
-                "for another decoder: use config.json, weights and base that belong together."
-            )

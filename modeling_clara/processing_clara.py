@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .configuration_clara import CLaRaConfig
+from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig
 from .control_tokens_clara import ControlTokens
 
 
@@ -133,8 +133,7 @@ class CLaRaProcessor(ProcessorMixin):
         Raises:
             OSError: files are missing or damaged.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-        hub = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         if config is None:
             config = CLaRaConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         # Without the configuration, AutoTokenizer would load it itself and ask whether to trust its code.

@@ -1,19 +1,26 @@
-"""The weights of a base under the names of a CLaRa model, and the rows of the tokens that are added to it."""
+"""Weights at rest: of a base, read and put under the names of a CLaRa model; of a checkpoint; what tells them apart."""
 
 import copy
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
-from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
-from .configuration_clara import CLaRaConfig
-from .sharded_clara import gathered
+from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
+from .configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
+from .quantization_clara import refuse_quantized
+from .sharded_clara import gathered, unpartitioned
 
 
 ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
@@ -23,8 +30,8 @@ BASE_SAMPLE, SAMPLED_VALUES = "base_sample", 8
 SAMPLE_TOLERANCE = {"rtol": 2**-7, "atol": 1e-6}
 # Spread of new memory embeddings around the mean token embedding, in standard deviations of the token embeddings.
 MEMORY_EMBEDDING_SPREAD = 0.5
-
-
+# Values taken of every frozen matrix for the compressor's fingerprint.
+FINGERPRINT_SAMPLE = 64
 # An adapter checkpoint has each adapter in a folder as PEFT has it, and beside them what is no adapter.
 ADAPTERS = (COMPRESSOR, QUERY_REASONER, GENERATOR)
 CLARA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "clara.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -181,6 +188,25 @@ def is_packed(value: torch.Tensor) -> bool:
     return type(value.data) not in (torch.Tensor, torch.nn.Parameter) and "quant" in type(value.data).__module__
 
 
+def fingerprint(decoder: PreTrainedModel, memory_embeddings: torch.Tensor, config: CLaRaConfig) -> str:
+    """The `compressor_fingerprint` of a model with these parts."""
+    geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
+    geometry += ("split_control_tokens",) if config.split_control_tokens else ()
+    digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
+    for key, value in decoder.state_dict().items():
+        if ".lora_" not in key:
+            flat = (value.dequantize() if is_packed(value) else value).detach().flatten()
+            digest.update(key.encode() + repr(list(value.shape)).encode())
+            digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
+    for parameter in [*adapter_parameters(decoder, COMPRESSOR), memory_embeddings]:
+        digest.update(_bytes_of(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.float().cpu().contiguous().numpy().tobytes()
+
+
 def is_other_base(expected: torch.Tensor | None, found: torch.Tensor | None) -> bool:
     """Whether two of [`sample_base`] are certainly not of the same base, whatever the precision of each."""
     if expected is None or found is None or expected.shape != found.shape:
@@ -216,3 +242,121 @@ def merge_adapters(state: dict, own: dict, path: str, base: PreTrainedModel, con
 def saved_rows(config: CLaRaConfig) -> list[int]:
     """Rows of the embedding matrices that an adapter-only checkpoint holds."""
     return config.added_token_ids if config.saved_embedding_rows == "added" else list(range(config.vocab_size))
+
+
+def is_own_weight(key: str) -> bool:
+    """Whether a weight of the model is an adapter's or a memory embedding, and so no part of the base."""
+    return ".lora_" in key or key.startswith("memory_embeddings.")
+
+
+def load_base(name: str | None, dtype, **options) -> PreTrainedModel:
+    """The causal language model whose weights carry adapters, complete and in full precision.
+
+    Raises:
+        OSError: there is none at `name`, or it is damaged.
+        ValueError: it is a CLaRa checkpoint, was saved quantized, or lacks weights.
+    """
+    if name is None:
+        raise ValueError("base_model_name_or_path is not set: pass the base's folder or Hub id.")
+    try:
+        values = PreTrainedConfig.get_config_dict(name, **options)[0]
+        if values.get("model_type") in (CLaRaConfig.model_type, ORIGINAL_MODEL_TYPE):
+            raise ValueError(f"{name} is a CLaRa checkpoint and no base: from_pretrained loads it.")
+        refuse_quantized(values, f"the base model {name!r}")
+        with unpartitioned(), quiet_load_report():
+            options = {**options, "dtype": dtype, "output_loading_info": True}
+            base, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        # A base's files may hold more than the model needs.
+        check_complete({**info, "unexpected_keys": ()}, f"the base model {name!r}")
+        return base
+    except OSError as error:
+        raise OSError(
+            f"the base model {name!r} could not be loaded: pass base_model_name_or_path= with its folder or Hub id "
+            f"({_why_absent(name, error)})."
+        ) from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(f"the base model {name!r} has no sound config.json ({reason}): mend it.") from error
+
+
+def place_of_base(base: str | None, checkpoint: str) -> str | None:
+    """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
+    if not base or os.path.isdir(base):
+        return base
+    # Where the checkpoint is reached by a link, its base may lie beside the link, or beside what it leads to.
+    beside = os.path.normpath(os.path.join(checkpoint, base)), os.path.realpath(os.path.join(checkpoint, base))
+    return next((place for place in beside if os.path.isdir(place)), base)
+
+
+def check_has_weights(folder: str) -> None:
+    """Raise an `OSError` where a folder (no Hub id) holds no weights at all."""
+    if os.path.isdir(folder) and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+        raise OSError(
+            f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
+            "another folder or save the model again."
+        )
+
+
+def check_complete(info: dict, name: str) -> None:
+    """Raise a `ValueError` if transformers' `loading_info` tells of weights that do not fit the model."""
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    for fault, keys in (
+        ("missing", info["missing_keys"]),
+        ("of another shape than the configuration says", mismatched),
+        ("not in the configuration's decoder", info["unexpected_keys"]),
+    ):
+        if keys:
+            raise ValueError(
+                f"{name}: {len(keys)} weights are {fault}, {min(keys)!r} among them; the checkpoint is incomplete or "
+                "for another decoder: use config.json, weights and base that belong together."
+            )
+
+
+@contextmanager
+def quiet_load_report() -> Iterator[None]:
+    """Hide transformers' table of weights that do not fit: in a new model they are missing by design, and of a
+    checkpoint `check_complete` tells in one sentence."""
+    report = logging.get_logger("transformers.modeling_utils")
+    other_messages = partial(_is_no_load_report)  # an object of this block's own: blocks may be nested
+    report.addFilter(other_messages)
+    try:
+        yield
+    finally:
+        report.removeFilter(other_messages)
+
+
+@contextmanager
+def damage_told(name: str) -> Iterator[None]:
+    """Say of damaged files whose they are."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"the weights of {name}, or of its base, are damaged or were not written to their end ({error}): save or "
+            "fetch them again."
+        ) from error
+
+
+@contextmanager
+def absence_told(name: str) -> Iterator[None]:
+    """Say in one sentence that there is no checkpoint at `name`."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(name):
+            raise
+        reason = _why_absent(name, error)
+        raise OSError(f"no CLaRa checkpoint at {name!r}: give its folder or Hub id ({reason}).") from error
+
+
+def _is_no_load_report(record) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def _why_absent(name: str, error: OSError) -> str:
+    reason = str(error).splitlines()[0].rstrip(". ")
+    if os.path.exists(name):
+        return reason
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        return "there is no such folder"
+    return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"

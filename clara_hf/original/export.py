@@ -8,12 +8,12 @@ import torch
 from modeling_clara.adapters_clara import QUERY_REASONER
 from modeling_clara.configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.pretrained_clara import place_of_base
 from modeling_clara.weights_clara import (
     ADDED_INPUT_ROWS,
     ADDED_OUTPUT_ROWS,
     embedding_keys,
     fit_rows,
+    place_of_base,
     read_adapter_checkpoint,
 )
 

@@ -80,9 +80,26 @@ def test_max_shard_size_is_passed_over_and_a_variant_refused(checkpoint, tmp_pat
     model.save_pretrained(tmp_path / "small", max_shard_size="20KB")
     loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "small")
     assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
-    with pytest.raises(ValueError, match="variant='fp16'"):
-        model.save_pretrained(tmp_path / "variant", variant="fp16")
+    for loaded.config.checkpoint_format in ("adapter", "flat"):
+        with pytest.raises(ValueError, match="variant='fp16'"):
+            loaded.save_pretrained(tmp_path / "variant", variant="fp16")
     assert not (tmp_path / "variant").exists()
+
+
+def test_options_of_the_hub_and_of_reading_weights_are_for_the_base_too(checkpoint, tmp_path):
+    _, model = checkpoint
+    base = model.config.base_model_name_or_path
+    snapshot = tmp_path / "cache" / "models--someone--base" / "snapshots" / "abc"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(snapshot, variant="fp16")
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    model.config.base_model_name_or_path = "someone/base"
+    model.save_pretrained(tmp_path / "clara")
+    model.config.base_model_name_or_path = base
+    options = {"cache_dir": tmp_path / "cache", "variant": "fp16", "local_files_only": True, "revision": "of adapters"}
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "clara", **options)
+    assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
 
 
 @pytest.mark.parametrize("beside", ["link", "target"])
