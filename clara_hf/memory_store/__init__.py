@@ -1,7 +1,6 @@
 """Documents and their memories on disk, each compressed once."""
 
-from .store import MemoryStore
-from .table import CorruptMemoryError
+from .store import CorruptMemoryError, MemoryStore
 
 
 __all__ = ["CorruptMemoryError", "MemoryStore"]

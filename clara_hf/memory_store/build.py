@@ -1,10 +1,13 @@
-"""How a memory store's missing documents are compressed: in which batches, with how much room, and part by part."""
+"""How documents come into a memory store: which are missing, in which batches they are compressed, part by part."""
 
 import errno
+import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -12,7 +15,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .keys import KEY_LENGTH
-from .table import TORCH_TYPES, MemoryTable
+from .processes import Processes
+from .table.layout import TORCH_TYPES
+from .table.snapshot import unpacked
+from .table.table import MemoryTable, pick
 
 
 logger = logging.get_logger(__name__)
@@ -157,3 +163,121 @@ def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: l
 
 def size_text(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+class Addition:
+    """One call of [`MemoryStore.add`]: `documents` with their keys and the user's columns, on their way into a store.
+
+    A document that occurs several times counts where it occurs first.
+    """
+
+    def __init__(self, store, documents: list[str], columns, batch_size: int, processes: Processes):
+        self.store = store
+        self.table: MemoryTable = store._table
+        self.documents = documents
+        self.keys = [self.table.key_of(document) for document in documents]
+        self.first: dict[str, int] = {}
+        for position, key in enumerate(self.keys):
+            self.first.setdefault(key, position)
+        self.batch_size = batch_size
+        self.processes = processes
+        digest = hashlib.sha256("".join(self.keys).encode()).hexdigest()
+        processes.check_same((digest, batch_size, sorted(columns or {})), "documents, batch_size or columns")
+        self.table.load(processes.from_first(self.table.newest))
+        self.arrays = self.table.arrays(columns)
+
+    def missing(self) -> dict[str, int]:
+        """Keys of the documents that are not stored, with their positions."""
+        offsets = self.table.find(list(self.first))
+        return {
+            key: position for (key, position), offset in zip(self.first.items(), offsets, strict=True) if offset < 0
+        }
+
+    def is_done(self) -> bool:
+        """Whether everything is stored already, and nothing waits to be taken in."""
+        table = self.table
+        if self.missing() or table.snapshot().unreadable or not set(self.arrays) <= set(table.names):
+            return False
+        if table.parts.are_waiting() and os.access(table.path, os.W_OK):
+            return False
+        return not table.changed_rows(list(self.first), pick(self.arrays, list(self.first.values())))
+
+    def run(self, verify: str, show_progress: bool) -> None:
+        """Compresses what is missing and takes it into the table."""
+        table, processes = self.table, self.processes
+        show_progress = show_progress and processes.is_first
+        with ExitStack() as held:
+            table.load(processes.from_first(table.bring_up))
+            damaged = self._find_damaged(show_progress) if verify == "all" else set()
+            while True:
+                version = processes.from_first(lambda: self._make_way(damaged))
+                if processes.is_first:
+                    # Shared: nothing may give the table another layout until these parts are in.
+                    held.enter_context(table.parts.lock(exclusive=False))
+                table.load(processes.from_first(table.newest))
+                if table.version == version:
+                    break
+                held.close()  # another process changed the table between the two locks
+            missing = {**self.missing(), **{key: self.first[key] for key in damaged}}
+            again = [position for key, position in missing.items() if key in damaged]
+            new = [position for key, position in missing.items() if key not in damaged]
+            # Apart: taken out of the middle of other batches, damaged ones would shift all that follow.
+            batches = [batch for some in (new, again) for batch in plan_batches(self.documents, some, self.batch_size)]
+            size = size_text(bytes_needed(table, self.documents, missing.values()))
+            description = f"Compressing documents ({size})" if show_progress else None
+            parts, cut = self._compress(batches[processes.rank :: processes.count], damaged, description)
+            parts, cut = processes.gather(parts), sum(processes.gather(cut))
+            if processes.is_first:
+                report_cut(table, cut, len(missing))
+        processes.from_first(lambda: self._take_in([part for each in parts for part in each], missing))
+
+    def _find_damaged(self, show_progress: bool) -> set[str]:
+        """Keys of the documents whose rows are damaged."""
+        table, damaged = self.table, set()
+        blocks = list(table.blocks(table.find(list(self.first))))[self.processes.rank :: self.processes.count]
+        with tqdm(total=len(self.first), desc="Checking stored memories", disable=not show_progress, delay=2) as bar:
+            for some, offsets in blocks:
+                damaged |= set(table.damage(unpacked(some), offsets))
+                bar.update(len(some) * self.processes.count)
+        damaged = set(self.first).intersection(*[set().union(*self.processes.gather(damaged))])
+        if damaged and self.processes.is_first:
+            logger.warning(f"{len(damaged)} memories in {table.path} are damaged on disk and are made again")
+        return damaged
+
+    def _make_way(self, damaged: set[str]) -> int:
+        """Checks what is missing and the disk, and gives stored documents their columns; returns the version."""
+        table = self.table
+        with table.changing():
+            missing = {**self.missing(), **{key: self.first[key] for key in damaged}}
+            check_encodable(self.store.model, self.documents, missing.values())
+            check_space(table, self.documents, missing.values())
+            stored = [key for key in self.first if key not in missing]
+            table.set_columns(stored, pick(self.arrays, [self.first[key] for key in stored]))
+            return table.version
+
+    def _compress(self, batches, damaged: set[str], description: str | None) -> tuple[list[dict], int]:
+        store, total = self.store, 0
+
+        def write(rows: list[int], made: list[np.ndarray]) -> dict:
+            some, texts = [self.keys[row] for row in rows], [self.documents[row] for row in rows]
+            replaced = [key for key in some if key in damaged]
+            return self.table.write_part(some, texts, made, pick(self.arrays, rows), replaced)
+
+        def compress(batch: list[int]) -> tuple[np.ndarray, ...]:
+            nonlocal total
+            memories, cut = compress_batch(store.model, self.table, self.documents, batch)
+            total += cut
+            # Or their codes; and their sketches, if there are some.
+            stored, sketch = self.table.form.encode(memories).cpu().numpy(), store._searcher.sketch
+            return (stored,) if sketch is None else (stored, sketch.of_memories(memories).cpu().numpy())
+
+        return fill(batches, compress, write, store.write_bytes, store.write_seconds, description), total
+
+    def _take_in(self, parts: list[dict], missing: dict[str, int]) -> None:
+        """Commits parts with the documents `missing`, and gives those that others stored meanwhile their columns."""
+        table = self.table
+        with table.parts.lock(exclusive=True):
+            table.refresh()
+            others = [key for key, offset in zip(missing, table.find(list(missing)), strict=True) if offset >= 0]
+            table.commit(parts)
+            table.set_columns(others, pick(self.arrays, [missing[key] for key in others]))

@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import normalize
 from transformers.utils import logging
 
-from .journal import sync
-from .snapshot import numbers_of, unpacked
-from .table import SIDE_FOLDER, MemoryTable
+from .table.journal import sync
+from .table.layout import SIDE_FOLDER
+from .table.rows import Rows
+from .table.snapshot import numbers_of, unpacked
 
 
 try:
@@ -76,7 +77,7 @@ class Sketch:
 class Searcher:
     """Finds the rows of a table whose memories have the highest cosine similarity with questions."""
 
-    def __init__(self, table: MemoryTable):
+    def __init__(self, table: Rows):
         self._table = table
         self.forget()
 
@@ -307,7 +308,7 @@ class _Index:
                 other.unlink()
         return cls(path, sketch, index)
 
-    def offsets(self, ids: np.ndarray, table: MemoryTable) -> np.ndarray:
+    def offsets(self, ids: np.ndarray, table: Rows) -> np.ndarray:
         """Offsets of the rows with these numbers; -1 for rows that are gone."""
         snapshot = table.snapshot()
         if not len(snapshot.keys):
@@ -316,7 +317,7 @@ class _Index:
         places = np.searchsorted(numbers, ids).clip(max=len(numbers) - 1)
         return np.where(numbers[places] == ids, snapshot.offsets[places], -1)
 
-    def nearest(self, queries: torch.Tensor, count: int, table: MemoryTable) -> list[tuple[torch.Tensor, np.ndarray]]:
+    def nearest(self, queries: torch.Tensor, count: int, table: Rows) -> list[tuple[torch.Tensor, np.ndarray]]:
         """For each query, scores and packed keys of the nearest rows that are still there."""
         snapshot = table.snapshot()
         numbers = snapshot.numbers

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .encoding import FITTED, Form, Moments, documents_needed, fit
-from .journal import write_beside
 from .search import FEWEST_DOCUMENTS, SAMPLE_BYTES, SKETCH_SAMPLE, Sketch
-from .snapshot import unpacked
-from .table import SIDE_FOLDER, CorruptMemoryError, code_column
+from .table.journal import write_beside
+from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column
+from .table.snapshot import unpacked
 
 
 logger = logging.get_logger(__name__)

@@ -8,9 +8,11 @@ import torch
 from memory_fakes import DOCUMENTS, FakeModel, expected
 
 from clara_hf.memory_store import keys as store_keys
+from clara_hf.memory_store import reader as reader_module
 from clara_hf.memory_store import store as store_module
-from clara_hf.memory_store import table as table_module
+from clara_hf.memory_store import table as table_package
 from clara_hf.memory_store.store import MemoryStore
+from clara_hf.memory_store.table import table as table_module
 
 
 # pytest drops the filter that modeling_clara sets for it at import.
@@ -29,7 +31,7 @@ def test_get_returns_the_memories_of_keys_in_their_order_with_repetitions(store)
 
 
 def test_get_reads_more_rows_than_one_read_takes(store, monkeypatch):
-    monkeypatch.setattr(store_module, "READ_ROWS", 7)
+    monkeypatch.setattr(reader_module, "READ_ROWS", 7)
     keys = store.add(DOCUMENTS, show_progress=False)
     assert torch.equal(store.get(keys), expected(DOCUMENTS))
 
@@ -294,10 +296,8 @@ def test_an_empty_folder_and_a_creation_that_was_cut_off_are_taken(path):
 
 def test_a_store_of_another_format_is_refused(path, monkeypatch):
     monkeypatch.setattr(table_module, "FORMAT", 3)
-    MemoryStore.open(path, FakeModel())
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="has format 3; this version reads 1"):
-        MemoryStore.open(path)
+        MemoryStore.open(path, FakeModel())
 
 
 def test_creating_where_another_process_just_created_opens_its_store(path, monkeypatch):
@@ -308,6 +308,6 @@ def test_creating_where_another_process_just_created_opens_its_store(path, monke
 
 def test_without_lance_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lance", None)
-    spec = importlib.util.spec_from_file_location("clara_hf.memory_store.alone", table_module.__file__)
+    spec = importlib.util.spec_from_file_location("clara_hf.memory_store.alone", table_package.__file__)
     with pytest.raises(ImportError, match=r'pip install "clara-hf\[index\]"'):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -22,7 +22,7 @@ def cosines(questions, documents):
 
 
 def test_exact_search_finds_what_the_product_with_all_memories_says(store, monkeypatch):
-    monkeypatch.setattr("clara_hf.memory_store.table.READ_ROWS", 7)
+    monkeypatch.setattr("clara_hf.memory_store.table.rows.READ_ROWS", 7)
     store.write_bytes = 1
     keys = store.add(DOCUMENTS, {"index": list(range(40))}, batch_size=8, show_progress=False)
     questions = torch.randn(5, 2, 8)

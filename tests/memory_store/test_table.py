@@ -5,8 +5,8 @@ import pytest
 import torch
 from memory_fakes import DOCUMENTS, FakeModel, data_files, expected, replace_bytes
 
-from clara_hf.memory_store.snapshot import packed, unpacked
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
+from clara_hf.memory_store.table.snapshot import packed, unpacked
 
 
 # pytest drops the filter that modeling_clara sets for it at import.

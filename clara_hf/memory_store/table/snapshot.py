@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from clara_hf.program.paths import is_plain_name
 
-from .keys import KEY_LENGTH
+from ..keys import KEY_LENGTH
 
 
 logger = logging.get_logger(__name__)
