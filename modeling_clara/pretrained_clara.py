@@ -21,7 +21,7 @@ from .adapters_clara import (
 )
 from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig
 from .processing_clara import CLaRaProcessor
-from .quantization_clara import base_only, refuse_quantized, settle_quantized
+from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
     ADDED_INPUT_ROWS,
@@ -176,7 +176,14 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
 
     @classmethod
-    def from_base(cls, base_model_name_or_path: str, dtype="auto", attn_implementation: str | None = None, **fields):
+    def from_base(
+        cls,
+        base_model_name_or_path: str,
+        dtype="auto",
+        attn_implementation: str | None = None,
+        gguf_file: str | None = None,
+        **fields,
+    ):
         """A new CLaRa model over a causal language model: fresh adapters, added tokens, everything frozen.
 
         Memory tokens and slot markers get ids behind the tokenizer's last one; where the base's vocabulary is padded
@@ -186,6 +193,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             base_model_name_or_path (`str`): folder or Hub id of a model for `AutoModelForCausalLM`.
             dtype (`str` or `torch.dtype`): of all weights; `"auto"` takes the base's.
             attn_implementation (`str`, *optional*): as in `from_pretrained`.
+            gguf_file (`str`, *optional*): name of a GGUF file in that folder, which becomes a base beside it on first
+                use, see [`~quantization_clara.dequantized`]; with `dtype="auto"` in float32.
             fields: of [`CLaRaConfig`]; among them, as in `from_pretrained`, options of the Hub (`revision`, `token`,
                 ...), of reading the base's weights and of placing the model (`device_map`, ...).
 
@@ -195,7 +204,10 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         name = os.fspath(base_model_name_or_path)
         fields, read, own, place = _split_base_arguments(fields)
-        base = load_base(name, _checked_dtype(dtype), **read, **own)
+        dtype = _checked_dtype(dtype)
+        if gguf_file is not None:
+            name = dequantized(os.path.join(name, read.pop("subfolder", "")), gguf_file, dtype)
+        base = load_base(name, dtype, **read, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
         geometry = CLaRaConfig(**fields)

@@ -1,19 +1,28 @@
-"""QLoRA: a quantized frozen base under adapters and memory embeddings in full precision (arXiv 2305.14314)."""
+"""QLoRA: a quantized frozen base under adapters and memory embeddings in full precision (arXiv 2305.14314); GGUF files,
+which become bases in full precision."""
 
 import copy
 import importlib
+import json
 import os
+import shutil
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import logging
+from transformers.utils.quantization_config import GgufConfig
 
 from .adapters_clara import lora_layers
 from .configuration_clara import CLaRaConfig
 
 
+logger = logging.get_logger(__name__)
+
+# In the folder of a dequantized GGUF file: which file it was made from.
+GGUF_SOURCE = "gguf.json"
 # What transformers' quantizers call the list of modules that they leave as they are.
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 OWN_MODULES = (r".*\.lora_[AB]", "memory_embeddings")
@@ -87,6 +96,65 @@ def refuse_quantized(config: PreTrainedConfig | dict, name: str) -> None:
             f"{name} was saved quantized ({getattr(method, 'value', method)}): give it in full precision, and "
             "quantization_config= to quantize it while it is loaded."
         )
+
+
+def dequantized(folder: str, gguf_file: str, dtype: str | torch.dtype = "auto") -> str:
+    """The folder that holds a GGUF file's model and tokenizer as every other base: safetensors, in `dtype`.
+
+    It is made beside the file on first use, `NAME-float32` for `NAME.gguf`. Weights stay as coarse as they were.
+
+    Args:
+        folder: the folder that the file lies in.
+        gguf_file: the file's name.
+        dtype (`str` or `torch.dtype`): of the weights; `"auto"` is float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the folder cannot be written.
+        ImportError: the package gguf is not installed.
+        ValueError: transformers cannot read the file, or the folder was made from another file of this name.
+    """
+    file = os.path.join(os.fspath(folder), gguf_file)
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"there is no {file}: gguf_file names a file in the model's folder (fetch one of the Hub with hf download)."
+        )
+    kind = "float32" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    place = f"{file.removesuffix('.gguf')}-{kind}"
+    source = {"file": gguf_file, "bytes": os.path.getsize(file), "mtime_ns": os.stat(file).st_mtime_ns}
+    if not os.path.exists(place):
+        logger.warning(f"{file} is dequantized once, into {place}.")
+        beside = f"{place}.partial-{os.getpid()}"
+        try:
+            _write_dequantized(os.fspath(folder), gguf_file, getattr(torch, kind), beside)
+            with open(os.path.join(beside, GGUF_SOURCE), "w", encoding="utf-8") as record:
+                json.dump(source, record)
+            os.rename(beside, place)
+        except OSError:
+            if not os.path.exists(place):  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with open(os.path.join(place, GGUF_SOURCE), encoding="utf-8") as record:
+            made_from = json.load(record)
+    except (OSError, ValueError):
+        made_from = None
+    if made_from != source:
+        raise ValueError(f"{place} was not made from {file} as it is now: remove that folder.")
+    return place
+
+
+def _write_dequantized(folder: str, gguf_file: str, dtype: torch.dtype, place: str) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+    except ImportError as error:
+        raise ImportError(f'a GGUF file needs the package gguf: pip install "clara-hf[gguf]" ({error})') from error
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
 
 
 def _is_own(name: str) -> bool:

@@ -7,16 +7,18 @@ is the list of its question and answer pairs, that of a `paraphrase` row its one
 import random
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 from datasets import Dataset
 from transformers.utils import logging
 
 from clara_hf.data.schema import distinct_docs
-from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
+from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
 from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents
+from .losses import row_losses
 from .sampling import MixSampler, check_weights
 from .trainer import (
     CLaRaTrainer,
@@ -57,12 +59,26 @@ class SCPConfig(CompressionTrainingArguments):
             Weight of each `data_type` among the rows that are drawn, such as `{qa: 0.5, paraphrase: 0.5}`, see
             [`~trainers.sampling.MixSampler`]; a kind that is not named is left out. By default all rows are drawn
             alike.
+
+        > Parameters that control evaluation
+
+        compare_memories (`bool`, *optional*, defaults to `False`):
+            Whether evaluation also computes the loss of every target without a memory and with those of other rows of
+            its batch, see [`~trainers.losses.memory_gaps`]: whether memories are read at all, at three times the cost.
     """
 
     data_mix: dict | str | None = field(default=None, metadata={"help": "Weight of each data_type, YAML or JSON."})
+    compare_memories: bool = field(
+        default=False, metadata={"help": "Evaluate without memories and with those of other rows, too."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.compare_memories and self.per_device_eval_batch_size < 2:
+            raise ValueError(
+                "compare_memories takes wrong memories from other rows of a batch, but per_device_eval_batch_size is "
+                f"{self.per_device_eval_batch_size}: make it at least 2."
+            )
         given = self.data_mix
         if given is None:
             return
@@ -113,6 +129,21 @@ def prepare_compressor(model: CLaRaForRetrievalGeneration, args: CompressionTrai
     train_parts(model, args, COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
 
 
+def other_documents(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of each row's documents in `index` `[B, N]` as many of other rows, the next ones in the batch; and
+    which rows `[B]` found enough of them."""
+    total, other = int(index.max()) + 1, index.clone()
+    is_known = torch.ones(len(index), dtype=torch.bool, device=index.device)
+    for row, own in enumerate(index.tolist()):
+        own = [document for document in own if document >= 0]
+        after = [(own[-1] + step) % total for step in range(1, total)]
+        chosen = [document for document in after if document not in own][: len(own)]
+        is_known[row] = len(chosen) == len(own)
+        if is_known[row]:
+            other[row, : len(own)] = torch.tensor(chosen)
+    return other, is_known
+
+
 class SCPTrainer(CLaRaTrainer):
     """Salient compressor pretraining: loss = cross entropy + `mse_weight` x MSE of document and memory means.
 
@@ -153,6 +184,24 @@ class SCPTrainer(CLaRaTrainer):
             **kwargs,
         )
         self.prepare_datasets()
+
+    @torch.no_grad()
+    def losses_by_memory(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor | None:
+        """Losses `[B, 3]` of the batch's targets with the right, no and wrong memories; NaN where other rows have not
+        enough documents."""
+        if not self.args.compare_memories:
+            return None
+        labels, index = inputs["labels"], inputs["document_index"]
+        prompts = {"input_ids": inputs["input_ids"], "labels": labels, "memories": outputs.memories}
+        config, mask = self.model.config, inputs["attention_mask"]
+        slots = torch.tensor([*config.memory_token_ids, config.sep_token_id], device=mask.device)
+        # Positions that are not attended are not counted either: as if the slots were not there.
+        unread = mask.masked_fill(torch.isin(inputs["input_ids"], slots), 0)
+        without = self.model(**prompts, attention_mask=unread, document_index=index)
+        other, is_known = other_documents(index)
+        wrong = self.model(**prompts, attention_mask=mask, document_index=other)
+        losses = [row_losses(found.logits, labels) for found in (outputs, without, wrong)]
+        return torch.stack([*losses[:2], losses[2].masked_fill(~is_known, float("nan"))], dim=1)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return self.mix_sampler or super()._get_train_sampler(train_dataset)

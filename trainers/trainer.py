@@ -28,7 +28,7 @@ from .callbacks import (
     take_means,
 )
 from .checkpoints import CheckpointTrainer
-from .losses import RECALL_KS, answer_scores, means, ranking_of, recall_scores, token_accuracy
+from .losses import RECALL_KS, answer_scores, means, memory_gaps, ranking_of, recall_scores, token_accuracy
 from .sampling import LengthSampler
 
 
@@ -411,7 +411,8 @@ class CLaRaTrainer(CheckpointTrainer):
 
         Predictions are generated ids `[B, new tokens]` where answers are generated, the ranked candidates `[B, k]`
         where the stage retrieves, a tuple of both in this order where it does both; labels are then the rows' numbers.
-        Else they are the most likely token at each supervised position, and labels the tokens that stand there.
+        Else they are the most likely token at each supervised position, and labels the tokens that stand there; a
+        stage that compares memories adds the rows' losses `[B, 3]` with the right, no and wrong ones.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
@@ -420,12 +421,17 @@ class CLaRaTrainer(CheckpointTrainer):
             return loss.detach(), None, None
         if not (self.generates or self.retrieves):
             labels = inputs["labels"][:, 1 - outputs.logits.shape[1] :]
-            guesses = outputs.logits[:, :-1].argmax(dim=-1)
-            return loss.detach(), guesses.masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX), labels
+            guesses = outputs.logits[:, :-1].argmax(dim=-1).masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
+            losses = self.losses_by_memory(inputs, outputs)
+            return loss.detach(), guesses if losses is None else (guesses, losses), labels
         found = [self.generate_answers(inputs, outputs)] if self.generates else []
         if self.retrieves:
             found.append(ranking_of(outputs.scores, max(self.model.config.top_k, *RECALL_KS)))
         return loss.detach(), tuple(found) if len(found) > 1 else found[0], inputs[EXAMPLE_INDEX]
+
+    def losses_by_memory(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor | None:
+        """For stages that compare memories."""
+        return None
 
     def generate_answers(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor:
         """Ids generated after the batch's prompts, from the memories that the step read, -100 after their end."""
@@ -445,7 +451,10 @@ class CLaRaTrainer(CheckpointTrainer):
     def default_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """`compute_metrics` where the user gives none, over the rows that are evaluated."""
         if not (self.generates or self.retrieves):
-            return token_accuracy(prediction)
+            if isinstance(prediction.predictions, tuple):
+                guesses, losses = prediction.predictions
+                return {**token_accuracy(guesses, prediction.label_ids), **memory_gaps(losses)}
+            return token_accuracy(prediction.predictions, prediction.label_ids)
         rows = rows_at(self.examples_evaluated, prediction.label_ids.tolist())
         found = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
         scores = [{} for _ in prediction.label_ids]

@@ -1,14 +1,11 @@
 """A model as an argument names it: in a folder or on the Hub, CLaRa checkpoint or plain base, and how it is loaded."""
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.quantization_config import GgufConfig
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from clara_hf.program import UsageError, read_json
 from clara_hf.program.arguments import checked_mapping
@@ -16,8 +13,6 @@ from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.pretrained_clara import SET_BY_FROM_BASE
 from trainers.quantization import quantize_base
 
-
-logger = logging.get_logger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,7 +29,8 @@ class ModelSource:
         attn_implementation (`str`, *optional*): attention kernel, as in `from_pretrained`.
         device_map (`str` or `dict`, *optional*): where layers go, as in `from_pretrained`.
         load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see [`~trainers.quantization.quantize_base`].
-        gguf_file (`str`, *optional*): name of the base's GGUF file, whose weights are dequantized.
+        gguf_file (`str`, *optional*): name of the base's GGUF file in its folder, see
+            [`~modeling_clara.quantization_clara.dequantized`].
     """
 
     model_name_or_path: str = field(metadata={"help": "A CLaRa checkpoint or a causal language model."})
@@ -47,7 +43,9 @@ class ModelSource:
     device_map: dict | str | None = field(default=None, metadata={"help": "Where layers go, such as auto."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits."})
-    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file of the base, dequantized on load."})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
+    )
 
     def __post_init__(self):
         name, _, revision = self.model_name_or_path.rpartition("@")
@@ -131,10 +129,9 @@ def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
     name = source.model_name_or_path
     if source.is_clara:
         model = CLaRaForRetrievalGeneration.from_pretrained(name, **source.options, **settings)
-    elif source.gguf_file is not None:
-        model = from_gguf(source, settings)
     else:
-        model = CLaRaForRetrievalGeneration.from_base(name, **source.options, **settings)
+        own = {**source.options, "gguf_file": source.gguf_file}
+        model = CLaRaForRetrievalGeneration.from_base(name, **own, **settings)
     if source.load_in_4bit or source.load_in_8bit:
         quantize_base(model, 4 if source.load_in_4bit else 8)
     return model
@@ -143,33 +140,3 @@ def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
 def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:
     """The model of a stage, see [`load_clara`]."""
     return load_clara(args, **args.fields())
-
-
-def load_causal(source: ModelSource) -> PreTrainedModel:
-    """A plain causal language model; weights of a GGUF file are dequantized."""
-    options = source.options
-    if source.gguf_file is not None:
-        dtype = torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype)
-        options.update(gguf_file=source.gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
-        logger.warning(f"{source.gguf_file} is dequantized to {dtype}: its weights stay as coarse as they are.")
-    return AutoModelForCausalLM.from_pretrained(source.model_name_or_path, **options)
-
-
-def from_gguf(source: ModelSource, settings: dict[str, Any]) -> CLaRaForRetrievalGeneration:
-    """A new CLaRa model over a GGUF file, saved with its base: adapters alone could not find it again.
-
-    Raises:
-        UsageError: `checkpoint_format` is "adapter".
-    """
-    if settings.setdefault("checkpoint_format", "full") != "full":
-        raise UsageError(
-            "gguf_file needs checkpoint_format 'full' (in clara_config): adapters alone name no GGUF base."
-        )
-    options = {name: value for name, value in source.options.items() if name not in source.place}
-    with tempfile.TemporaryDirectory() as folder:
-        load_causal(source).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(source.model_name_or_path, gguf_file=source.gguf_file, **source.place)
-        tokenizer.save_pretrained(folder)
-        model = CLaRaForRetrievalGeneration.from_base(folder, **options, **settings)
-    model.config.base_model_name_or_path = source.model_name_or_path
-    return model

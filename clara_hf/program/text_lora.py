@@ -24,13 +24,17 @@ from clara_hf.program.training import (
     train_stage,
 )
 from modeling_clara import CLaRaProcessor
+from modeling_clara.quantization_clara import dequantized
 
 
 @dataclass
 class TextArguments(DataArguments):
-    """Data, and the CLaRa checkpoint whose prompts are used."""
+    """Data, the CLaRa checkpoint whose prompts are used, and where the base is a GGUF file."""
 
     clara_checkpoint: str = field(default="", metadata={"help": "CLaRa checkpoint whose prompts are used."})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
+    )
 
 
 def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
@@ -55,9 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
         with training_args.main_process_first(desc="loading data"):
             train, validation = load_split(data_args, "questions")
+        base = model_args.model_name_or_path
+        if data_args.gguf_file is not None:
+            base = dequantized(base, data_args.gguf_file)
         begin(folder, training_args)
         trainer = SFTTrainer(
-            model=model_args.model_name_or_path,
+            model=base,
             args=training_args,
             train_dataset=as_examples(train, processor),
             eval_dataset=None if validation is None else as_examples(validation, processor),

@@ -1,5 +1,8 @@
 """Evaluation answers the rows that it is given, raw or prepared, from what the step read."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, build_clara
@@ -7,7 +10,8 @@ from datasets import Dataset, concatenate_datasets
 from test_trainers import QUESTIONS, SCP_ROWS, STAGES, make_trainer
 
 from modeling_clara import CLaRaForRetrievalGeneration
-from trainers import JointConfig, JointTrainer
+from trainers import JointConfig, JointTrainer, SCPConfig
+from trainers.scp import other_documents
 
 
 OTHER = Dataset.from_list(
@@ -176,3 +180,47 @@ def test_ten_lines_of_python_train_from_a_name(base, tmp_path):
         JointTrainer(model={}, args=JointConfig(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(TypeError, match="datasets.Dataset, got list"):
         JointTrainer(model=base, args=JointConfig(output_dir=str(tmp_path / "x"), use_cpu=True), train_dataset=[{}])
+
+
+def test_memories_are_compared_with_none_and_with_those_of_other_rows(base, tmp_path):
+    """Each loss is that of the row by itself, with the prompt that the processor writes for it."""
+    rows = Dataset.from_list([SCP_ROWS[number] for number in (0, 9, 2, 3, 10)])
+    arguments = {"per_device_eval_batch_size": 3, "compare_memories": True, "max_length": 200}
+    trainer = make_trainer("scp", base, tmp_path, eval_rows=rows, **arguments)
+    found, model, processor = trainer.evaluate(), trainer.model, trainer.processor
+    losses = {"right": [], "no": [], "wrong": []}
+    for number, row in enumerate(rows):
+        batch = [0, 1, 2] if number < 3 else [3, 4]
+        wrong = rows[batch[(batch.index(number) + 1) % len(batch)]]["docs"]
+        for name, docs in (("right", row["docs"]), ("no", []), ("wrong", wrong)):
+            example = trainer.encode(row, number)
+            if name == "no":
+                target = processor.target(row["data_type"], row["answers"], row["question"])
+                variant = random.Random(f"{trainer.args.order_seed}-{number}").randrange(2**16)
+                example = processor.training_example(row["data_type"], "", target, variant=variant, max_length=200)
+            with torch.no_grad():
+                memories = model.compress(docs) if docs else torch.zeros(1, *model.compress(TEXTS[:1]).shape[1:])
+                loss = model(
+                    input_ids=torch.tensor([example["input_ids"]]),
+                    labels=torch.tensor([example["labels"]]),
+                    memories=memories,
+                    document_index=torch.tensor([[0 if docs else -1]]),
+                ).ce_loss
+            losses[name].append(loss.item())
+    for name, values in losses.items():
+        assert found[f"eval_ce_{name}_memory"] == pytest.approx(np.mean(values), abs=2e-3)
+    gaps = np.array(losses["wrong"]) - np.array(losses["right"])
+    assert found["eval_wrong_memory_gap"] == pytest.approx(gaps.mean(), abs=2e-3)
+    assert found["eval_wrong_memory_gap_ci95"] == pytest.approx(1.96 * gaps.std(ddof=1) / 5**0.5, rel=0.1)
+    assert "eval_token_accuracy" in found
+    with pytest.raises(ValueError, match="per_device_eval_batch_size"):
+        SCPConfig(str(tmp_path), compare_memories=True, per_device_eval_batch_size=1)
+
+
+def test_rows_of_several_documents_get_only_those_of_other_rows():
+    index = torch.tensor([[0, 1], [2, -1], [0, 3]])
+    other, is_known = other_documents(index)
+    assert is_known.all() and (other >= 0).equal(index >= 0)
+    for own, wrong in zip(index.tolist(), other.tolist(), strict=True):
+        assert not ({*own} & {*wrong}) - {-1} and len({*wrong}) == 2
+    assert other_documents(torch.tensor([[0, 1], [1, 0], [0, -1]]))[1].tolist() == [False, False, True]

@@ -4,13 +4,13 @@ import asyncio
 from dataclasses import replace
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from clara_hf.program import UsageError
-from clara_hf.program.models import ModelSource, load_causal
 from clara_hf.synthesis.backends.client import ChatReply, ChatRequest, RequestFailed
 from clara_hf.synthesis.text import clean_text
 from modeling_clara.control_tokens_clara import ControlTokens
+from modeling_clara.quantization_clara import dequantized
 
 
 class LocalModel:
@@ -23,7 +23,8 @@ class LocalModel:
         path: a causal language model with a chat template.
         max_tokens: of a reply.
         batch_size: requests per batch.
-        gguf_file: name of the model's GGUF file, whose weights are dequantized.
+        gguf_file: name of the model's GGUF file in that folder, see
+            [`~modeling_clara.quantization_clara.dequantized`].
 
     Raises:
         UsageError: the model cannot be loaded, or has no chat template.
@@ -32,10 +33,10 @@ class LocalModel:
     def __init__(self, path: str, max_tokens: int = 2048, batch_size: int = 8, gguf_file: str | None = None):
         self.path, self.max_tokens, self.batch_size = path, max_tokens, batch_size
         try:
-            options = {"gguf_file": gguf_file} if gguf_file else {}
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, padding_side="left", **options)
-            self.model = load_causal(ModelSource(self.path, gguf_file=gguf_file)).eval()
-        except (OSError, ValueError, KeyError) as error:
+            place = dequantized(self.path, gguf_file) if gguf_file else self.path
+            self.tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+            self.model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
+        except (OSError, ValueError, KeyError, ImportError) as error:
             raise UsageError(f"--model {self.path} cannot be loaded as a causal language model: {error}") from error
         if self.tokenizer.chat_template is None:
             raise UsageError(f"--model {self.path} has no chat template: take a model that was tuned for chat.")
