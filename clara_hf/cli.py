@@ -25,6 +25,7 @@ COMMANDS = {
     "convert-data": ("clara_hf.data.convert:main", "data", "Convert a published data set."),
     "convert": ("clara_hf.original.convert:main", "train", "Convert a published checkpoint."),
     "export-generator": ("clara_hf.hub.export:main", "train", "Write the generator as a plain causal model."),
+    "publish": ("clara_hf.hub.publish:main", "hub", "Upload a checkpoint, its card and results to the Hub."),
     "store": ("clara_hf.memory_store.program:main", "train", "Build, search and look after a memory store."),
     "eval": ("clara_hf.evaluation.run:main", "eval", "Compare a model with the alternatives on questions."),
     "analyze": ("clara_hf.evaluation.analyze:main", "eval", "Draw and explain what an evaluation found."),

@@ -1,7 +1,10 @@
 """Configuration of a CLaRa model: the nested decoder, the compression geometry, adapters, retrieval and prompts."""
 
 import copy
+import json
 import math
+import os
+import re
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -288,3 +291,31 @@ def read_decoder_config(values: dict, name: str) -> PreTrainedConfig:
         raise ValueError(
             f"{name} is no sound configuration of a {kind} model ({reason}): use config.json as it was saved."
         ) from error
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a base is named as on the Hub, `user/name`, and not by a place that only this machine has."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name or "")) and not os.path.exists(name)
+
+
+def check_others_can_load(config: CLaRaConfig) -> None:
+    """Raise a `ValueError` for adapters alone whose base nobody else has."""
+    if config.checkpoint_format != "full" and not is_hub_id(config.base_model_name_or_path):
+        raise ValueError(
+            f"base_model_name_or_path is {config.base_model_name_or_path!r}, which is no Hub id: others could not load "
+            "adapters alone. Push the full model (checkpoint_format 'full', --full of clara publish), or set "
+            "base_model_name_or_path to the base's Hub id."
+        )
+
+
+def forget_places(folder: str) -> None:
+    """Take places of this machine out of the `config.json` in `folder`, before others get it."""
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        values = json.load(file)
+    if not is_hub_id(values.get("base_model_name_or_path")):
+        values["base_model_name_or_path"] = None
+    (values.get("decoder_config") or {}).pop("_name_or_path", None)
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, sort_keys=True)
+    os.replace(f"{path}.partial", path)  # what may be linked elsewhere stays as it is

@@ -3,8 +3,10 @@
 import copy
 import os
 from dataclasses import fields as fields_of
+from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCardData
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -19,7 +21,7 @@ from .adapters_clara import (
     copy_adapter,
     lora_layers,
 )
-from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig
+from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig, check_others_can_load, forget_places, is_hub_id
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
@@ -39,7 +41,9 @@ from .weights_clara import (
     is_own_weight,
     load_base,
     merge_adapters,
+    open_repository,
     place_of_base,
+    push_folder,
     quiet_load_report,
     read_adapter_checkpoint,
     sample_base,
@@ -348,6 +352,27 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
 
+    def push_to_hub(
+        self, repo_id: str, *, private=None, token=None, revision=None, max_shard_size="50GB", tags=None, **options
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes, in one commit, and a short card where there is none of a person.
+
+        Arguments are those of `PreTrainedModel.push_to_hub`. `clara publish` writes a card with data and results.
+
+        Raises:
+            ValueError: adapters alone over a base that is no Hub id.
+        """
+        check_others_can_load(self.config)
+        repo_id = open_repository(repo_id, private, token, revision)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            forget_places(folder)
+            if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
+                with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+                    file.write(_short_card(repo_id, self.config, tags))
+            options.setdefault("commit_message", "Upload model")
+            return push_folder(folder, repo_id, token=token, revision=revision, **options)
+
     def adapter_state_dict(self, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
         """What an adapter-only checkpoint holds: LoRA weights, memory embeddings, the rows of the added tokens, and a
         few values of the base, by which it is known again.
@@ -406,6 +431,34 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         self._check_all_at_hand()
         return fingerprint(self.decoder, self.memory_embeddings.weight, self.config)
+
+
+def _short_card(repo_id: str, config: CLaRaConfig, tags: str | list[str] | None) -> str:
+    base, is_alone = config.base_model_name_or_path, config.checkpoint_format != "full"
+    data = ModelCardData(
+        library_name="clara-hf",
+        pipeline_tag="question-answering",
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation="adapter" if is_alone else None,
+        tags=["clara", "arxiv:2511.18659", *([tags] if isinstance(tags, str) else tags or [])],
+    )
+    return f"""---
+{data.to_yaml().strip()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+A [CLaRa](https://arxiv.org/abs/2511.18659) model: documents are compressed once, each to {config.num_memory_tokens}
+vectors, retrieved among these, and answered from. Results were not measured when this card was written.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+memories = model.compress(["The first document.", "The second document."])
+answers = model.generate(questions=["A question?"], memories=memories)
+```
+"""
 
 
 def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:

@@ -6,10 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Set, Sized
 
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig
+from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig, forget_places
 from .control_tokens_clara import ControlTokens
 
 
@@ -125,6 +126,16 @@ class CLaRaProcessor(ProcessorMixin):
         if not os.path.exists(os.path.join(save_directory, "config.json")):
             self.config.save_pretrained(save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, files_timestamps: dict, **options):
+        os.remove(os.path.join(working_dir, "README.md"))  # transformers' own, which says nothing
+        # A model's configuration, which says how its weights are saved, is kept.
+        api = HfApi(token=options.get("token"))
+        if api.file_exists(repo_id, "config.json", revision=options.get("revision")):
+            os.remove(os.path.join(working_dir, "config.json"))
+        else:
+            forget_places(working_dir)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, config: CLaRaConfig | None = None, **kwargs):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,8 @@ FINGERPRINT_SAMPLE = 64
 # An adapter checkpoint has each adapter in a folder as PEFT has it, and beside them what is no adapter.
 ADAPTERS = (COMPRESSOR, QUERY_REASONER, GENERATOR)
 CLARA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "clara.safetensors", "adapter_model.safetensors", "adapter_config.json"
+# Weights of an earlier upload, which a model of another format would be read with, or with which PEFT would go on.
+_STALE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, CLARA_WEIGHTS, *(f"{name}/adapter_*" for name in ADAPTERS))
 _LORA_KEY = re.compile(r"decoder\.(.+\.lora_[AB])\.([^.]+)\.weight")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 
@@ -360,3 +363,24 @@ def _why_absent(name: str, error: OSError) -> str:
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         return "there is no such folder"
     return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"
+
+
+def open_repository(repo_id: str, private=None, token=None, revision: str | None = None) -> str:
+    """The full name of a model's repository on the Hub, which is made, with its branch, if it is not there."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def push_folder(folder: str, repo_id: str, inside: str = "", token=None, **options) -> CommitInfo:
+    """Upload `folder` in one commit, which removes weights that an earlier upload has left.
+
+    Args:
+        inside: the model's folder in `folder` and in the repository.
+        options: of `HfApi.upload_folder`.
+    """
+    stale = [f"{inside}/{pattern}".lstrip("/") for pattern in _STALE]
+    upload = HfApi(token=token).upload_folder
+    return upload(repo_id=repo_id, folder_path=str(folder), delete_patterns=stale, **options)

@@ -15,12 +15,15 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from modeling_clara import CLaRaConfig
+from modeling_clara.configuration_clara import is_hub_id
 
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
+# By which a card of this package is told from one that a person wrote.
+OWN_CARD = "library_name: clara-hf"
 COLUMNS = {"F1": "f1", "EM": "em", "Recall@1": "recall@1", "Recall@5": "recall@5", "both gold in 5": "all_gold@5"}
 # Of a card's systems, in its order: others are left to the results file.
 SYSTEMS = (
@@ -59,16 +62,23 @@ def make_card(
     repo_id: str | None = None,
     base_licence: str | None = None,
     title: str | None = None,
+    subfolder: str = "",
+    record: str | os.PathLike | None = None,
+    run: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> ModelCard:
     """The card of the checkpoint in `folder`.
 
     Args:
-        folder: a checkpoint of this package; `run.json` and `trainer_state.json` are read where they are there.
+        folder: a checkpoint of this package.
         results_file: a `results.json` of `clara eval`; by default the one in `folder`, if there is one.
         repo_id: where the checkpoint will be, for the commands in the card.
         base_licence: of the base model (an identifier of the Hub, such as "apache-2.0"); a CLaRa checkpoint is a
             derivative of its base and carries its licence. Unknown licences are left to the reader, and said.
         title: heading of the card.
+        subfolder: of `repo_id`, where the checkpoint will be.
+        record: folder whose `run.json` and `trainer_state.json` tell of the training; by default `folder`.
+        run, state: what these hold, where there are none.
 
     Raises:
         FileNotFoundError: `folder` holds no configuration, or `results_file` is not there.
@@ -89,13 +99,15 @@ def make_card(
     results = _read(found) if found.is_file() else None
     if results is not None and not _datasets(results):
         raise ValueError(f"results_file: {found} is no results file of clara eval (it has no 'systems').")
-    run, state = _read(folder / "run.json") or {}, _read(folder / "trainer_state.json") or {}
+    record = Path(record or folder)
+    run, state = _read(record / "run.json") or run or {}, _read(record / "trainer_state.json") or state or {}
     base = _base(config)
     tables = [] if results is None else [_table(name, part) for name, part in _datasets(results).items()]
     title = title or (repo_id or folder.resolve().name).rpartition("/")[2]
     data = {
         "title": title,
         "repo_id": repo_id,
+        "subfolder": subfolder,
         "config": config,
         "stage": {"summary": STAGES[_stage(run, config)]},
         "adapters": "three LoRA adapters" if config.query_reasoner else "two LoRA adapters",
@@ -123,7 +135,7 @@ def write_card(folder: str | os.PathLike, **options: Any) -> Path:
         The card's path.
     """
     path = Path(folder) / CARD_FILE
-    if path.is_file() and "library_name: clara-hf" not in path.read_text(encoding="utf-8"):
+    if path.is_file() and OWN_CARD not in path.read_text(encoding="utf-8"):
         logger.warning(f"{path} was not written by this package: it is kept.")
         return path
     make_card(folder, **options).save(path)
@@ -176,7 +188,7 @@ def _base(config: CLaRaConfig) -> dict[str, str | None]:
     shape = f"{config.decoder_config.model_type}, {config.decoder_config.num_hidden_layers} layers"
     if not name:
         return {"name": None, "text": f"not recorded ({shape})"}
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists():
+    if not is_hub_id(name):
         return {"name": None, "text": f"`{Path(name).name}`, a local model ({shape})"}
     return {"name": name, "text": f"[{name}](https://huggingface.co/{name}) ({shape})"}
 
