@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, PreTrainedTokenizerFast, set_seed
 
+from clara_hf.program import UsageError
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 
 
@@ -72,18 +73,18 @@ class BenchmarkArguments:
 
     def __post_init__(self):
         if self.shape not in SHAPES:
-            raise ValueError(f"shape is {self.shape!r}; it must be one of {list(SHAPES)}.")
+            raise UsageError(f"shape is {self.shape!r}; it must be one of {list(SHAPES)}.")
         if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; it must be at least 1.")
+            raise UsageError(f"repeats is {self.repeats}; it must be at least 1.")
         if self.clock not in CLOCKS:
-            raise ValueError(f"clock is {self.clock!r}; it must be one of {list(CLOCKS)}.")
+            raise UsageError(f"clock is {self.clock!r}; it must be one of {list(CLOCKS)}.")
         if self.device == "auto":
             current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             self.device = "cpu" if current is None else current.type
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "bfloat16"
         if self.clock == "process" and self.device != "cpu":
-            raise ValueError(
+            raise UsageError(
                 f"clock is 'process', which does not see the work of the device {self.device!r}: use wall."
             )
 
@@ -297,7 +298,7 @@ def run_benchmark(
     if args.variant is None:
         return measure(script, args, arguments, variants, **options)
     if args.variant not in variants:
-        raise ValueError(f"variant is {args.variant!r}; it must be one of {list(variants)}.")
+        raise UsageError(f"variant is {args.variant!r}; it must be one of {list(variants)}.")
     print(json.dumps(peak_memory(variants[args.variant], args.device)))
     return None
 

@@ -15,9 +15,8 @@ from functools import partial
 
 import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
-from transformers import HfArgumentParser
 
-from clara_hf.program import run_program
+from clara_hf.program import parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
@@ -81,7 +80,7 @@ def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    (args,) = HfArgumentParser(CompressArguments).parse_args_into_dataclasses(arguments)
+    args = parse(CompressArguments, arguments, description=__doc__)
     model = build_model(args, compression_rate=args.compression_rate)
     variants = make_variants(model, args)
     reference = "padded, head, all layers"

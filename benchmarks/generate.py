@@ -16,9 +16,8 @@ from functools import partial
 
 import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
-from transformers import HfArgumentParser
 
-from clara_hf.program import run_program
+from clara_hf.program import parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
 
@@ -76,7 +75,7 @@ def make_variants(args: GenerateArguments) -> dict[str, Callable[[], None]]:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    (args,) = HfArgumentParser(GenerateArguments).parse_args_into_dataclasses(arguments)
+    args = parse(GenerateArguments, arguments, description=__doc__)
     variants = make_variants(args)
     run_benchmark(__file__, args, arguments, variants, items=args.batch_size, unit="answers", reference="raw text")
 

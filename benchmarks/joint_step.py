@@ -20,9 +20,8 @@ import torch
 from common import BenchmarkArguments, against, build_model, natural_documents, run_benchmark, sentence
 from compress import compress_padded
 from datasets import Dataset, disable_progress_bars
-from transformers import HfArgumentParser
 
-from clara_hf.program import run_program
+from clara_hf.program import parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.joint import JointConfig, JointTrainer
 
@@ -99,7 +98,7 @@ def make_variants(args: StepArguments, folder: str) -> dict[str, Callable[[], No
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    (args,) = HfArgumentParser(StepArguments).parse_args_into_dataclasses(arguments)
+    args = parse(StepArguments, arguments, description=__doc__)
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         variants = make_variants(args, folder)

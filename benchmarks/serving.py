@@ -23,9 +23,9 @@ from pathlib import Path
 import httpx
 import torch
 import world
-from transformers import HfArgumentParser
 
 from clara_hf.memory_store import MemoryStore
+from clara_hf.program import parse, run_program
 from clara_hf.serving.serve import load_model
 
 
@@ -159,7 +159,7 @@ def table(figures: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ServingArguments).parse_args_into_dataclasses(arguments)
+    args = parse(ServingArguments, arguments, description=__doc__)
     figures = run(args)
     print(table(figures))
     ratios = ", ".join(f"{ratio:.2f} at {count}" for count, ratio in figures["speed_of_batches"].items())
@@ -167,4 +167,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

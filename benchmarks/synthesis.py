@@ -20,9 +20,8 @@ from pathlib import Path
 
 import psutil
 from scripted_teacher import FactTeacher, fact_document
-from transformers import HfArgumentParser
 
-from clara_hf.program import run_program
+from clara_hf.program import parse, run_program
 from clara_hf.synthesis import session, synthesize
 
 
@@ -120,7 +119,7 @@ def measure(args: BenchmarkArguments, folder: Path, url: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(arguments)
+    args = parse(BenchmarkArguments, arguments, description=__doc__)
     server, url = None, "http://127.0.0.1:1/v1"
     if args.http:
         context = multiprocessing.get_context("spawn")

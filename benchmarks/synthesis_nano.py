@@ -25,11 +25,10 @@ import torch
 import world
 from datasets import Dataset
 from scripted_teacher import asked_in, part_of, passage_of
-from transformers import HfArgumentParser
 
 from clara_hf.data.schema import load_scp
 from clara_hf.evaluation.statistics import bootstrap_interval
-from clara_hf.program import run_program, stages, write_json
+from clara_hf.program import parse, run_program, stages, write_json
 from clara_hf.synthesis import session, synthesize
 from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.store import digest_of
@@ -197,7 +196,7 @@ def compare(own: np.ndarray, synthesized: np.ndarray, seed: int) -> dict[str, di
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses(arguments)
+    args = parse(ComparisonArguments, arguments, description=__doc__)
     world.ensure(args.nano_world, args.seed)
     data = {"synthesized": synthesized(args), "own": Path(args.nano_world, "scp_train.jsonl")}
     if not args.steps:

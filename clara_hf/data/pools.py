@@ -31,6 +31,7 @@ from clara_hf.data.schema import check_text, check_texts, parse_example
 from clara_hf.data.sources import read_rows, unit_of
 from clara_hf.program import UsageError, parse, write_json
 from clara_hf.program.errors import loading
+from clara_hf.program.paths import check_model_name
 
 
 MODES = ("oracle", "normal")
@@ -167,7 +168,7 @@ def read_corpus(source: str | Path, show_progress: bool = False) -> dict[str, st
     rows = read_rows(source)
     for number, row in tqdm(rows, desc="reading the corpus", unit=" passages", disable=not show_progress, leave=False):
         try:
-            # An id that is null is none, as in eval/data.py.
+            # An id that is null is none, as in clara_hf.data.schema.
             name = str(next((row[key] for key in ("id", "_id") if row.get(key) is not None), number))
             field_name = next((name for name in TEXTS if name in row), "text")
             check_text(field_name, row.get(field_name))
@@ -292,6 +293,8 @@ class CandidateSettings:
             raise PoolError(f"--batch_size must be at least 1, but is {self.batch_size}.")
         if self.seed < 0:
             raise PoolError(f"--seed must be at least 0, but is {self.seed}.")
+        if self.retriever != "bm25":
+            check_model_name("--retriever", self.retriever)
         check_output(self.output, self.overwrite)
 
     @property

@@ -133,21 +133,6 @@ def is_digest_of(recorded: str, source: str | Path) -> bool:
     return recorded == digest_of(source, "xxh3" if ":" in recorded else "sha256")
 
 
-def split_sources(given: str) -> list[str]:
-    """Sources that were given with commas between; where several pieces together name what is there, they are one.
-
-    >>> split_sources("a.jsonl,b.jsonl")
-    ['a.jsonl', 'b.jsonl']
-    """
-    pieces, found = given.split(","), []
-    while pieces:
-        joined = [",".join(pieces[:size]) for size in range(len(pieces), 0, -1)]
-        whole = next((source for source in joined if source and Path(_place(source)[0]).exists()), pieces[0])
-        del pieces[: whole.count(",") + 1]
-        found.append(whole)
-    return [source for source in found if source]
-
-
 def read_jsonl(
     path: str | Path, on_error: Report | None = None, max_bytes: int | None = None, errors: str = "strict"
 ) -> Iterator[tuple[int, dict[str, Any]]]:

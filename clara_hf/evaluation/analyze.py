@@ -9,27 +9,27 @@ Writes `report.html`, which holds tables and pictures and needs no network, each
 `analysis.json` with the numbers behind them. See `docs/evaluation.md`.
 """
 
-import json
 import os
 import shutil
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
 
-from clara_hf.data.schema import DataError, QAExample, load_examples
-from clara_hf.data.sources import split_sources
+from clara_hf.data.schema import QAExample, load_examples
+from clara_hf.data.sources import is_digest_of
 from clara_hf.evaluation import plots
 from clara_hf.evaluation.latents import logit_lens, mean_states, project
-from clara_hf.evaluation.plan import CHECKPOINTS, UsageError, file_name
+from clara_hf.evaluation.plan import CHECKPOINTS, file_name, model_source
 from clara_hf.evaluation.report import figure_part, html_parts, page
 from clara_hf.evaluation.results import Results
-from clara_hf.evaluation.run import could_be_on_hub, data_files, data_hash
+from clara_hf.evaluation.run import recorded_files
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
-from clara_hf.evaluation.systems.loading import load_clara, loading, model_hash
-from clara_hf.program.errors import print_what_can_be_printed
+from clara_hf.evaluation.systems.loading import load_clara, model_hash
+from clara_hf.program import UsageError, parse, write_json, write_text
+from clara_hf.program.arguments import split
+from clara_hf.program.errors import loading
+from clara_hf.program.models import ModelSource
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
@@ -44,11 +44,9 @@ class AnalysisSettings:
         UsageError: a run is not there or not finished, or a limit is too low.
     """
 
-    runs: str = field(
-        metadata={"help": "Output folders of eval/run.py, separated by commas; the first is looked into."}
-    )
+    runs: list[str] = field(metadata={"help": "Output folders of evaluations; the first is looked into."})
     output_dir: str = field(metadata={"help": "Where page and pictures go."})
-    model: str | None = field(
+    model: ModelSource | None = field(
         default=None, metadata={"help": "CLaRa checkpoint of the first run, if it is no longer where it was."}
     )
     limit: int = field(default=200, metadata={"help": "Questions, and documents, that the model is asked for."})
@@ -57,14 +55,14 @@ class AnalysisSettings:
     overwrite: bool = field(default=False, metadata={"help": "Replace an analysis in the output folder."})
 
     def __post_init__(self):
+        self.runs = split(self.runs) if isinstance(self.runs, str) else list(self.runs)
+        self.model = model_source("--model", self.model)
         if self.limit < 10:
             raise UsageError(f"--limit must be at least 10, but is {self.limit}.")
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
         if self.projection not in ("pca", "tsne"):
             raise UsageError(f"--projection must be pca or tsne, but is {self.projection!r}.")
-        if self.model is not None and not Path(self.model).is_dir() and not could_be_on_hub(self.model):
-            raise UsageError(f"--model: there is no folder {self.model}.")
         if (Path(self.output_dir) / NUMBERS).exists() and not self.overwrite:
             raise UsageError(f"{self.output_dir} holds an analysis: give another --output_dir, or --overwrite.")
         self.results()
@@ -72,7 +70,7 @@ class AnalysisSettings:
     def results(self) -> dict[str, Results]:
         """The results of every run, by its folder."""
         found = {}
-        for folder in split_sources(self.runs):
+        for folder in self.runs:
             results = Results.load(folder)
             if results is None:
                 raise UsageError(f"--runs: {folder} holds no finished run of eval/run.py.")
@@ -107,9 +105,10 @@ class Analysis:
         self._tables()
         self._rates()
         asked = self.first.data["settings"]
-        files = data_files(asked["data"])
+        files = recorded_files(asked)
         for path in files.values():
-            self._check_hash("--runs", path, path, data_hash(path))
+            if not is_digest_of(asked["sha256"][path], path):
+                raise self._changed("--runs", path)
         model = self._model(asked)
         for dataset, path in files.items():
             examples = load_examples(path)[: asked["limit"]]
@@ -120,22 +119,22 @@ class Analysis:
                 self._lens(model, dataset, examples, numbers)
                 self._means(model, dataset, examples, numbers)
 
-    def _check_hash(self, argument: str, recorded: str, path: str, found: str) -> None:
-        if self.first.data["settings"]["sha256"].get(recorded, found) != found:
-            raise UsageError(f"{argument}: {path} is not what {self.run} was made with: evaluate again.")
+    def _changed(self, argument: str, place: object) -> UsageError:
+        return UsageError(f"{argument}: {place} is not what {self.run} was made with: evaluate again.")
 
     def _model(self, asked: dict):
         """The CLaRa checkpoint of the first run, or `None`; what else it was made with is not loaded."""
         recorded = asked["model"]
-        folder = self.settings.model or recorded
-        if folder is None:
+        recorded = ModelSource(**recorded) if isinstance(recorded, dict) else recorded and ModelSource(recorded)
+        source = self.settings.model or model_source("--model", recorded)
+        if source is None:
             return None
-        if not Path(folder).is_dir() and not could_be_on_hub(folder):
-            raise UsageError(f"--model: there is no folder {folder}.")
         if recorded is not None:
-            self._check_hash("--model", recorded, folder, model_hash(folder, *filter(None, [asked["memory_store"]])))
-        with loading("--model", folder):
-            return load_clara(folder)
+            found = model_hash(source, *filter(None, [asked["memory_store"]]))
+            if asked["sha256"].get(str(recorded), found) != found:
+                raise self._changed("--model", source)
+        with loading("--model", source):
+            return load_clara(source)
 
     # Tables, and what all runs show together
 
@@ -272,9 +271,8 @@ def analyze(settings: AnalysisSettings) -> dict:
     try:
         analysis = Analysis(settings, staged)
         analysis.make()
-        (staged / PAGE).write_text(page("CLaRa evaluation", analysis.parts), encoding="utf-8")
-        text = json.dumps(analysis.numbers, indent=2, ensure_ascii=False) + "\n"
-        (staged / NUMBERS).write_text(text, encoding="utf-8")
+        write_text(staged / PAGE, page("CLaRa evaluation", analysis.parts))
+        write_json(staged / NUMBERS, analysis.numbers)
         for path in sorted(staged.iterdir(), key=lambda path: path.name == NUMBERS):
             os.replace(path, folder / path.name)
     finally:
@@ -282,23 +280,8 @@ def analyze(settings: AnalysisSettings) -> dict:
     return analysis.numbers
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    print_what_can_be_printed()
-    try:
-        parser = HfArgumentParser(AnalysisSettings)
-        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"there is no argument {' '.join(unknown)}")
-        analyze(settings)
-    except (UsageError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}. Nothing was written: mend that and run it again.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        return 130
+def main(arguments: list[str] | None = None) -> None:
+    """The program, see the top of this file."""
+    settings = parse(AnalysisSettings, arguments, description=__doc__)
+    analyze(settings)
     print(f"Page, pictures and numbers: {Path(settings.output_dir) / PAGE}")
-    return 0

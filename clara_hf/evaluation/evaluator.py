@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -13,6 +12,7 @@ from clara_hf.evaluation.cache import Cache
 from clara_hf.evaluation.plan import Options
 from clara_hf.evaluation.results import Results
 from clara_hf.evaluation.work import Work
+from clara_hf.program.models import ModelSource
 
 
 class Evaluator:
@@ -23,7 +23,7 @@ class Evaluator:
     killed and is repeated ends in the same results.
 
     Args:
-        examples: questions: a file, folder or data set on the Hub, as in `eval/data_files.py`, a list of rows or of
+        examples: questions: a file, folder or data set on the Hub, as in `clara_hf.data.sources`, a list of rows or of
             [`QAExample`], or several of these by name.
         systems: names, as in [`~clara_hf.evaluation.plan`], as a list or with commas between. Default: those that have
             what they need.
@@ -83,8 +83,8 @@ class Evaluator:
         """Carries out what there is to do, and says what came of it."""
         began = time.perf_counter()
         datasets, records = work.run()
-        options = {**asdict(self.options), "systems": [spec.label for spec in work.plan]}
-        model = work.model if isinstance(work.model, str) else None
+        options = {**self.options.recorded(), "systems": [spec.label for spec in work.plan]}
+        model = work.model.setting if isinstance(work.model, ModelSource) else None
         data = {"datasets": datasets, "checkpoints": work.checkpoints}
         data |= {"seconds": round(time.perf_counter() - began, 1)}
         data |= {"settings": {"data": self.sources, "model": model, **options, "sha256": work.hashes}}

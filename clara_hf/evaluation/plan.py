@@ -18,10 +18,15 @@ retrievers alone.
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from clara_hf.program.arguments import split
 from clara_hf.program.errors import UsageError
+from clara_hf.program.models import ModelSource
+from clara_hf.program.paths import check_model_name
 
 
 CHECKPOINTS = {"clara": "model", "clara-before-joint": "before_joint", "sup": "sup"}
@@ -162,16 +167,17 @@ def parse_system(text: str) -> SystemSpec:
 class Options:
     """What decides about an evaluation besides its questions and the model of `clara`.
 
-    A model is a local folder or a name on the Hub, which is then fetched.
+    A model is a local folder or a name on the Hub, which is then fetched, or a
+    [`~clara_hf.program.models.ModelSource`], which says how it is loaded, too.
 
     Raises:
-        UsageError: a number is out of range.
+        UsageError: a number is out of range, or a model's name cannot be one.
     """
 
-    systems: str | Sequence[str] | None = field(
+    systems: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Systems, separated by commas, of "
+            "help": "Systems, of "
             + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
             + ", the same with text- before (answers from raw text), or all: every one without a NAME that has what it "
             "needs; further names may follow. memory- before sup or clara-before-joint: --model answers. "
@@ -179,13 +185,13 @@ class Options:
             "they need, and text-gold with --text_model."
         },
     )
-    before_joint: str | None = field(
+    before_joint: ModelSource | None = field(
         default=None, metadata={"help": "The CLaRa checkpoint that joint training started from."}
     )
-    sup: str | None = field(
+    sup: ModelSource | None = field(
         default=None, metadata={"help": "The CLaRa checkpoint whose retriever was trained with relevance labels."}
     )
-    text_model: str | None = field(
+    text_model: ModelSource | None = field(
         default=None,
         metadata={
             "help": "A causal language model, or a PEFT adapter on one, that answers from raw text. Default: the "
@@ -213,6 +219,12 @@ class Options:
     )
 
     def __post_init__(self):
+        if isinstance(self.systems, str):
+            self.systems = split(self.systems)
+        for name in ("before_joint", "sup", "text_model"):
+            setattr(self, name, model_source(f"--{name}", getattr(self, name)))
+        if self.text_model is not None and (self.text_model.load_in_4bit or self.text_model.load_in_8bit):
+            raise UsageError("--text_model: load_in_4bit and load_in_8bit are for CLaRa models; leave them out.")
         for name in ("limit", "batch_size", "max_new_tokens", "top_k", "text_doc_max_length", "llmlingua_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -220,17 +232,43 @@ class Options:
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
 
+    def recorded(self) -> dict[str, Any]:
+        """The fields as they stand in `results.json`, models by name."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value.setting if isinstance(value, ModelSource) else value for name, value in values.items()}
+
     def plan(self, has_model: bool) -> list[SystemSpec]:
         """The systems to run, in the table's order.
 
         Raises:
-            UsageError: a system is unknown or lacks its checkpoint, or `memory_store` has no model.
+            UsageError: a system is unknown or lacks its checkpoint, its NAME cannot be a model's, or `memory_store` has
+                no model.
         """
         if self.memory_store is not None and not has_model:
             raise UsageError("--memory_store needs --model, which makes its memories.")
-        names = [part.strip() for part in self.systems.split(",")] if isinstance(self.systems, str) else self.systems
+        if self.systems == []:
+            raise UsageError("--systems names no system.")
         given = {name for name in ("before_joint", "sup", "text_model") if getattr(self, name) is not None}
         try:
-            return choose_systems(names, {*given, "model"} if has_model else given)
+            specs = choose_systems(self.systems, {*given, "model"} if has_model else given)
         except ValueError as error:
             raise UsageError(f"--systems: {error}.") from error
+        for name in filter(None, (name for spec in specs for name in (spec.name, spec.shortener))):
+            source = ModelSource(name)
+            check_model_name("--systems", source.model_name_or_path, source.revision)
+        return specs
+
+
+def model_source(argument: str, model: Any) -> ModelSource | Any:
+    """A model as `argument` gives it: a name becomes a source; an object, a source and `None` stay.
+
+    Raises:
+        UsageError: it cannot be a model's name, or is a GGUF file.
+    """
+    if isinstance(model, (str, Path)):
+        model = ModelSource(str(model))
+    if isinstance(model, ModelSource):
+        check_model_name(argument, model.model_name_or_path, model.revision)
+        if model.gguf_file is not None:
+            raise UsageError(f"{argument}: an evaluation loads no GGUF file; gguf_file is {model.gguf_file}.")
+    return model

@@ -8,34 +8,30 @@
     torchrun --nproc_per_node 4 eval/run.py --model runs/nano/joint --data questions.jsonl        # several on a CPU
 
 Data: one JSON object per line with `question`, `answers`, `docs` and, where known, `pos_index`, `id`, `type` (see
-`eval/data.py`). Prints the tables and writes `results.json`, `table.md`, `table.csv`, `costs.md`, `costs.csv` and the
-predictions to the output folder; `cache/` in it holds what later calls need not compute again. Run an interrupted call
-again to resume it. See `docs/evaluation.md`.
+`clara_hf.data.schema`). Prints the tables and writes `results.json`, `table.md`, `table.csv`, `costs.md`, `costs.csv`
+and the predictions to the output folder; `cache/` in it holds what later calls need not compute again. Run an
+interrupted call again to resume it. See `docs/evaluation.md`.
 """
 
-import argparse
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from clara_hf.data.schema import DataError
-from clara_hf.data.sources import kind_of, source_name, split_sources
+from clara_hf.data.sources import digest_of, kind_of, source_name
 from clara_hf.evaluation import report
 from clara_hf.evaluation.evaluator import Evaluator
-from clara_hf.evaluation.plan import Options, UsageError, file_name
+from clara_hf.evaluation.plan import Options, file_name, model_source
 from clara_hf.evaluation.reference import published_figures
 from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results
-from clara_hf.evaluation.systems.loading import files_hash
-from clara_hf.program.errors import print_what_can_be_printed
+from clara_hf.program import UsageError, parse
+from clara_hf.program.arguments import split
 from clara_hf.program.folders import release_lock, take_lock
+from clara_hf.program.models import ModelSource
 
 
 logger = logging.get_logger(__name__)
@@ -53,13 +49,10 @@ class EvalSettings(Options):
         UsageError: a file or folder does not exist, a system is unknown or lacks its checkpoint, a limit is below 1.
     """
 
-    data: str = field(
-        metadata={"help": "Files of questions, separated by commas; or data sets, see eval/data_files.py."}
-    )
-    model: str | None = field(
+    data: list[str] = field(metadata={"help": "Questions: files, folders or data sets, see clara_hf.data.sources."})
+    model: ModelSource | None = field(
         default=None, metadata={"help": "The CLaRa checkpoint. Systems that need none run without."}
     )
-    systems: str | None = field(default=None, metadata=Options.__dataclass_fields__["systems"].metadata)
     output_dir: str | None = field(
         default=None,
         metadata={
@@ -89,10 +82,8 @@ class EvalSettings(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("model", "before_joint", "sup", "text_model"):
-            folder = getattr(self, name)
-            if folder is not None and not Path(folder).is_dir() and not could_be_on_hub(folder):
-                raise UsageError(f"--{name}: there is no folder {folder}.")
+        self.data = split(self.data) if isinstance(self.data, str) else list(self.data)
+        self.model = model_source("--model", self.model)
         if self.reference is not None and not Path(self.reference).is_file():
             raise UsageError(f"--reference: there is no file {self.reference}.")
         self.files()
@@ -113,7 +104,7 @@ class EvalSettings(Options):
         if self.model is not None:
             name = _short_name(self.model)
         else:
-            readers = [_short_name(self.text_model)] if self.text_model is not None else []
+            readers = [_short_name(self.text_model)] if self.text_model else []
             name = file_name("-".join([*readers, *(spec.label for spec in self.plan(False))]))
         return Path("runs", "eval", "-".join([name, *self.files()]))
 
@@ -122,19 +113,20 @@ class EvalSettings(Options):
 
         Two runs with equal records give equal results.
         """
-        values = {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
-        hashes = {**{source: data_hash(source) for source in self.files().values()}, **hashes}
-        return {**values, "systems": [spec.label for spec in self.plan(self.model is not None)], "sha256": hashes}
+        values = {name: value for name, value in self.recorded().items() if name not in UNRECORDED}
+        hashes = {**{source: digest_of(source, "sha256") for source in self.data}, **hashes}
+        systems = [spec.label for spec in self.plan(self.model is not None)]
+        return {**values, "data": self.files(), "systems": systems, "sha256": hashes}
 
 
-def data_files(data: str) -> dict[str, str]:
-    """Sources of questions, as they were given with commas between, by the name that they have in the results.
+def data_files(sources: Iterable[str]) -> dict[str, str]:
+    """Sources of questions by the name that they have in the results.
 
     Raises:
         UsageError: there is none, one does not exist, or two have the same name.
     """
     files = {}
-    for source in split_sources(data):
+    for source in sources:
         name = source_name(source)
         if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
             raise UsageError(f"--data: there is no file {source}.")
@@ -147,21 +139,13 @@ def data_files(data: str) -> dict[str, str]:
     return files
 
 
-def data_hash(source: str) -> str:
-    """Changes with what a source of questions holds; of one on the Hub nothing is known but its name."""
-    place = Path(source) if Path(source).exists() else Path(source.split("#")[0])
-    if place.is_dir():
-        return files_hash(place, [path for path in place.rglob("*") if path.is_file()])
-    return files_hash(place.parent, [place][: place.is_file()])
+def recorded_files(settings: dict) -> dict[str, str]:
+    """As [`data_files`], from what stands in `results.json`; earlier versions wrote one text there."""
+    return data_files(split(settings["data"])) if isinstance(settings["data"], str) else settings["data"]
 
 
-def could_be_on_hub(name: str) -> bool:
-    """Whether a name has the form of a model's on the Hub, and is no path."""
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-
-
-def _short_name(folder: str) -> str:
-    return "-".join(Path(folder).resolve().parts[-2:])
+def _short_name(source: ModelSource) -> str:
+    return "-".join(source.folder.resolve().parts[-2:])
 
 
 def run(settings: EvalSettings) -> Results:
@@ -226,7 +210,7 @@ def _adds(earlier: dict, record: dict) -> bool:
     hashes = earlier.get("sha256", {})
     return (
         set(earlier["systems"]) <= set(record["systems"])
-        and set(split_sources(earlier["data"])) <= set(split_sources(record["data"]))
+        and recorded_files(earlier).items() <= record["data"].items()
         and (record["limit"] is None or (earlier["limit"] is not None and earlier["limit"] <= record["limit"]))
         and all(hashes[name] == record["sha256"][name] for name in hashes.keys() & record["sha256"].keys())
     )
@@ -260,56 +244,11 @@ def _locked(*folders: Path | None) -> Iterator[None]:
             release_lock(folder, lock)
 
 
-def read_config(arguments: list[str]) -> list[str]:
-    """Replaces `--config FILE` by the file's values as arguments, in front of the others, which override them.
-
-    Raises:
-        UsageError: the file cannot be read, or is no mapping of names to plain values.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    given, rest = parser.parse_known_args(arguments)
-    if given.config is None:
-        return arguments
-    path = given.config
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise UsageError(f"--config: {path} must hold one value, or one list, per argument.")
-    for name, value in reversed(values.items()):
-        if value is not None:
-            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            rest = [f"--{name}", value, *rest]
-    return rest
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
-    print_what_can_be_printed()
-    try:
-        parser = HfArgumentParser(EvalSettings)
-        # Read before the others are; here for --help.
-        parser.add_argument(
-            "--config", default=argparse.SUPPRESS, help="YAML file with any of these; the command line overrides it."
-        )
-        arguments = read_config(list(sys.argv[1:] if arguments is None else arguments))
-        settings, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"there is no argument {' '.join(unknown)}")
-        results = run(settings)
-    except (UsageError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}. The results were not written: mend that and run it again.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: run the same command again to resume.", file=sys.stderr)
-        return 130
+def main(arguments: list[str] | None = None) -> None:
+    """The program, see the top of this file."""
+    settings = parse(EvalSettings, arguments, description=__doc__)
+    results = run(settings)
     if PartialState().is_main_process:
         print(results.to_text())
         print(report.format_costs(results.data))
         print(f"{results.data['seconds']} s. Results, tables and predictions: {settings.folder()}")
-    return 0

@@ -13,11 +13,14 @@ from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.cache import Cache, Orders, Shelf, digest
-from clara_hf.evaluation.plan import CHECKPOINTS, MEMORY, Options, SystemSpec, UsageError, ranker_class
+from clara_hf.evaluation.plan import CHECKPOINTS, MEMORY, Options, SystemSpec, model_source, ranker_class
 from clara_hf.evaluation.results import dataset_results, question_record, system_costs
 from clara_hf.evaluation.systems import loading
 from clara_hf.evaluation.systems.documents import distinct_candidates, fixed_documents
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
+from clara_hf.program import UsageError
+from clara_hf.program.errors import loading as told
+from clara_hf.program.models import ModelSource
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +34,7 @@ class Work:
 
     Args:
         options: what to do.
-        model: the CLaRa model of `clara`, as a folder, a name on the Hub or an object; `None` without one.
+        model: the CLaRa model of `clara`, as a folder, a name on the Hub, a source of one or an object; `None` without.
         examples: all questions of each data file, of which `options.limit` are asked.
         cache: what is there already, and where the rest goes.
 
@@ -45,6 +48,7 @@ class Work:
     """
 
     def __init__(self, options: Options, model, examples: dict[str, list[QAExample]], cache: Cache):
+        model = model_source("--model", model)
         self.options, self.model, self.cache = options, model, cache
         self.plan = options.plan(model is not None)
         self.state = PartialState()
@@ -105,20 +109,20 @@ class Work:
         given = {"model": self.model, "before_joint": self.options.before_joint, "sup": self.options.sup}
         for argument, model in given.items():
             if model is not None:
-                with loading.loading(f"--{argument}", model):
+                with told(f"--{argument}", model):
                     self.checkpoints[argument], processor = loading.describe_clara(model)
                     self._ids[argument] = self._identity(model)
                 self._check_texts(processor)
         if (text_model := self.options.text_model) is not None:
-            with loading.loading("--text_model", text_model):
+            with told("--text_model", text_model):
                 loading.check_model(text_model, needs_tokenizer=self.model is None)
                 self._ids["text_model"] = self._identity(text_model)
         for spec in self.plan:
             for kind, name in ((spec.chooser, spec.name), ("llmlingua2", spec.shortener)):
                 if name is not None:
-                    with loading.loading("--systems", f"{kind} {name}"):
-                        loading.check_model(name, kind)
-                        self._ids[name] = self._identity(name)
+                    with told("--systems", f"{kind} {name}"):
+                        loading.check_model(ModelSource(name), kind)
+                        self._ids[name] = self._identity(ModelSource(name))
             reads_text = spec.reader != "memory" and text_model is None
             if reads_text and self.model is not None and loading.is_object(self.model):
                 raise UsageError(f"{spec.label} needs text_model: a model in memory keeps its adapters.")
@@ -126,10 +130,10 @@ class Work:
     def _identity(self, model) -> str:
         if loading.is_object(model):
             return loading.model_fingerprint(model)
-        if model not in self.hashes:
+        if str(model) not in self.hashes:
             beside = filter(None, [self.options.memory_store, self.cache.folder])
-            self.hashes[model] = loading.model_hash(model, *beside)
-        return self.hashes[model]
+            self.hashes[str(model)] = loading.model_hash(model, *beside)
+        return self.hashes[str(model)]
 
     def reads(self, spec: SystemSpec) -> bool:
         """Whether the system answers: one that would read memories needs a checkpoint for that."""
@@ -208,7 +212,7 @@ class Work:
         if not left:
             return
         kind, _, name = ranker.partition(" ")
-        with loading.loading("--systems", ranker):
+        with told("--systems", ranker):
             system = ranker_class(kind).load(name, self.options, self.state.device)
         for dataset in left:
 
@@ -286,7 +290,7 @@ class Work:
     def _memory_reader(self, checkpoint: str) -> MemoryReader:
         model, store = self.model if checkpoint == "model" else getattr(self.options, checkpoint), None
         if not loading.is_object(model):
-            with loading.loading(f"--{checkpoint}", model):
+            with told(f"--{checkpoint}", model):
                 model = loading.load_clara(model)
         if self.options.memory_store is not None:
             store = self._store(checkpoint, model)
@@ -335,12 +339,12 @@ class Work:
     def _text_reader(self, shortener: str | None) -> TextReader:
         options, shorten = self.options, None
         argument = "--text_model" if options.text_model is not None else "--model"
-        with loading.loading(argument, options.text_model or self.model):
+        with told(argument, options.text_model or self.model):
             model, processor = loading.load_text_model(options.text_model, self.model)
         if self.model is None:
             self._check_texts(processor)
         if shortener is not None:
-            with loading.loading("--systems", f"llmlingua2 {shortener}"):
+            with told("--systems", f"llmlingua2 {shortener}"):
                 from clara_hf.evaluation.systems.lingua import LLMLingua2
 
                 shorten = LLMLingua2(shortener, options.llmlingua_rate, self.state.device)

@@ -384,14 +384,24 @@ def as_list(value: Any, kinds: tuple, place: str) -> list:
 
 
 def split(text: str) -> list[str]:
-    """The parts of `text` between commas; a comma in the name of an existing file or folder does not split it."""
+    """The parts of `text` between commas; a comma in the name of an existing file or folder does not split it.
+
+    >>> split("a.jsonl, b.jsonl#test")
+    ['a.jsonl', 'b.jsonl#test']
+    """
     pieces, found = text.split(","), []
     while pieces:
-        ends = [end for end in range(len(pieces), 1, -1) if os.path.exists(",".join(pieces[:end]).strip())]
+        ends = [end for end in range(len(pieces), 1, -1) if names_a_place(",".join(pieces[:end]).strip())]
         end = ends[0] if ends else 1
         found.append(",".join(pieces[:end]).strip())
         pieces = pieces[end:]
     return [part for part in found if part]
+
+
+def names_a_place(text: str) -> bool:
+    """Whether `text` is a file or folder, or one with `#SPLIT` after it or a word before it, as `bi-encoder PATH`."""
+    word, _, rest = text.partition(" ")
+    return any(map(os.path.exists, (text, text.rpartition("#")[0], rest.strip() if "," not in word else "")))
 
 
 def as_mapping(value: Any, kinds: tuple, place: str) -> dict:

@@ -1,6 +1,6 @@
 """A model as an argument names it: in a folder or on the Hub, CLaRa checkpoint or plain base, and how it is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from transformers.utils import CONFIG_NAME
 
 from clara_hf.program import UsageError, read_json
 from clara_hf.program.arguments import checked_mapping
+from clara_hf.program.paths import check_model_name
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.pretrained_clara import SET_BY_FROM_BASE
-from trainers.quantization import quantize_base
+from modeling_clara.quantization_clara import quantize_base
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,7 +29,8 @@ class ModelSource:
         dtype (`str`): of the weights, or `auto`.
         attn_implementation (`str`, *optional*): attention kernel, as in `from_pretrained`.
         device_map (`str` or `dict`, *optional*): where layers go, as in `from_pretrained`.
-        load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see [`~trainers.quantization.quantize_base`].
+        load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see
+            [`~modeling_clara.quantization_clara.quantize_base`].
         gguf_file (`str`, *optional*): name of the base's GGUF file in its folder, see
             [`~modeling_clara.quantization_clara.dequantized`].
     """
@@ -56,6 +58,28 @@ class ModelSource:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
 
+    def __str__(self) -> str:
+        """The name with what else is set, for messages and as a key."""
+        name = f"{self.model_name_or_path}@{self.revision}" if self.revision else self.model_name_or_path
+        return " ".join([name, *(f"{option}={value}" for option, value in self.chosen.items())])
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What is set besides name and revision."""
+        values = {one.name: getattr(self, one.name) for one in fields(ModelSource)[2:]}
+        return {one.name: values[one.name] for one in fields(ModelSource)[2:] if values[one.name] != one.default}
+
+    @property
+    def setting(self) -> str | dict[str, Any]:
+        """As it stands in a settings file: its name, or a mapping where more is set."""
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"model_name_or_path": self.model_name_or_path, **revision, **self.chosen} if self.chosen else str(self)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, if it is local."""
+        return Path(self.model_name_or_path, self.subfolder)
+
     @property
     def place(self) -> dict[str, Any]:
         """Where it lies, as arguments of every `from_pretrained`."""
@@ -75,9 +99,10 @@ class ModelSource:
         Raises:
             UsageError: there is no model.
         """
-        folder = Path(self.model_name_or_path, self.subfolder)
         if self.gguf_file is not None:
             return False
+        folder = self.folder
+        check_model_name("model_name_or_path", self.model_name_or_path, self.revision)
         if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
             raise UsageError(f"{folder} holds no model: finish the stage that writes it, or name another folder.")
         try:
@@ -124,7 +149,7 @@ def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
 
     Raises:
         UsageError: there is no model.
-        ImportError, ValueError: the base cannot be quantized, see [`~trainers.quantization.quantize_base`].
+        ImportError, ValueError: the base cannot be quantized, see [`~modeling_clara.quantization_clara.quantize_base`].
     """
     name = source.model_name_or_path
     if source.is_clara:

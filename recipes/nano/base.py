@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tokenizer import make_tokenizer, save_tokenizer  # noqa: E402
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from world import (  # noqa: E402
     Entity,
     Question,
@@ -34,6 +33,8 @@ from world import (  # noqa: E402
     single_question,
     two_hop_question,
 )
+
+from clara_hf.program import parse, run_program
 
 
 HERE = Path(__file__).resolve().parent
@@ -326,19 +327,11 @@ def train(arguments: Arguments) -> dict[str, float]:
     return scores
 
 
-def main() -> int:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    try:
-        scores = train(arguments)
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command resumes from {arguments.work}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+def main() -> None:
+    arguments = parse(Arguments, description=__doc__)
+    scores = train(arguments)
     print(json.dumps({"held_out": scores, "exported_to": arguments.out}, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

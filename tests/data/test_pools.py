@@ -318,7 +318,7 @@ def test_without_a_corpus_the_questions_docs_are_the_corpus(tmp_path):
         (["--batch_size", "0"], "--batch_size must be at least 1, but is 0"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (["--questions", "none.jsonl"], "none.jsonl: the file cannot be read"),
-        (["--retriever", "./no-such-folder"], "--retriever: ./no-such-folder cannot be loaded: "),
+        (["--retriever", "./no-such-folder"], "--retriever: there is no folder ./no-such-folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(

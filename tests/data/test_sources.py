@@ -16,7 +16,8 @@ import zstandard
 
 from clara_hf.data.files import write_jsonl
 from clara_hf.data.schema import DataError, QAExample, iter_examples, load_examples, load_scp
-from clara_hf.data.sources import read_rows, source_name, split_sources
+from clara_hf.data.sources import read_rows, source_name
+from clara_hf.program.arguments import split
 
 
 ROWS = [
@@ -344,7 +345,7 @@ def test_a_path_is_a_path_and_never_a_pattern(tmp_path, name, kind):
     if "/" in kind and "saved" not in kind:
         assert load_examples(given.parent) == EXAMPLES
     listed = f"{given},{tmp_path / kind.format('q1')}"
-    assert split_sources(listed) == [str(given), str(tmp_path / kind.format("q1"))]
+    assert split(listed) == [str(given), str(tmp_path / kind.format("q1"))]
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, zstandard.compress])

@@ -1,6 +1,7 @@
 """Systems by their names, and other settings of an evaluation."""
 
 import pytest
+from programs import exit_code
 
 from clara_hf.evaluation.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, parse_system
 from clara_hf.evaluation.run import EvalSettings, main
@@ -69,9 +70,8 @@ def test_the_table_has_one_order_and_the_lists_follow_it():
 
 
 def test_help_names_the_settings_file(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "--config CONFIG" in capsys.readouterr().out
+    assert exit_code(main, ["--help"]) == 0
+    assert "--config" in capsys.readouterr().out
 
 
 def test_all_may_be_followed_by_other_systems(tmp_path):
@@ -82,10 +82,10 @@ def test_all_may_be_followed_by_other_systems(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("data: [", "cannot be read"), ("- a", "must hold one value"), ("data: {a: b}", "must hold one value")],
+    [("data: [", "no valid YAML"), ("- a", "must hold a mapping"), ("data: {a: b}", "line 1: data: {'a': 'b'}")],
 )
 def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message):
     (tmp_path / "e.yaml").write_text(content)
-    assert main(["--config", str(tmp_path / "e.yaml")]) == 2
+    assert exit_code(main, ["--config", str(tmp_path / "e.yaml")]) == 2
     error = capsys.readouterr().err
-    assert "--config: " in error and message in error and error.count("\n") == 1
+    assert str(tmp_path / "e.yaml") in error and message in error and error.count("\n") == 1

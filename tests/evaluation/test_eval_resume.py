@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXTS
 from processes import in_processes
+from programs import exit_code
 
 from clara_hf.evaluation.cache import Cache, CacheError, Orders
 from clara_hf.evaluation.run import main
@@ -57,7 +58,7 @@ def environment():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, arguments):
     folder = tmp_path_factory.mktemp("whole")
-    assert main([*arguments, "--output_dir", str(folder)]) == 0
+    assert exit_code(main, [*arguments, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -73,7 +74,7 @@ def batches(tmp_path_factory, arguments):
     with pytest.MonkeyPatch.context() as patch:
         for reader in (MemoryReader, TextReader):
             patch.setattr(reader, "answer", counted(reader.answer, counts, -1))
-        assert main([*arguments, "--output_dir", str(tmp_path_factory.mktemp("counted"))]) == 0
+        assert exit_code(main, [*arguments, "--output_dir", str(tmp_path_factory.mktemp("counted"))]) == 0
     # Never more than 5 for each of 6 systems; what two systems answer from the same documents is answered once.
     assert 20 < counts["all"] <= 30
     return counts["all"]
@@ -86,9 +87,9 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_files(
     out, counts = tmp_path / "out", {"all": 0}
     for reader in (MemoryReader, TextReader):
         monkeypatch.setattr(reader, "answer", counted(reader.answer, counts, calls))
-    assert main([*arguments, "--output_dir", str(out)]) == 130
+    assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 130
     assert not (out / "results.json").exists() and counts["all"] == calls
-    assert main([*arguments, "--output_dir", str(out)]) == 0
+    assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 0
     assert written(out) == uninterrupted
     # The interrupted batch is the only one that is tried twice.
     assert counts["all"] == batches + 1
@@ -110,13 +111,13 @@ def test_an_interrupted_overwrite_leaves_the_earlier_results_and_goes_on(
     folder, counts = shutil.copytree(whole, tmp_path / "whole"), {"all": 0}
     more = [*arguments, "--output_dir", str(folder), "--top_k", "1"]
     monkeypatch.setattr(MemoryReader, "answer", counted(MemoryReader.answer, counts, 4))
-    assert main([*more, "--overwrite"]) == 130
+    assert exit_code(main, [*more, "--overwrite"]) == 130
     assert {name: (folder / name).read_text() for name in COMPARED} == {name: uninterrupted[name] for name in COMPARED}
-    assert main([*more, "--overwrite"]) == 0
+    assert exit_code(main, [*more, "--overwrite"]) == 0
     assert json.loads((folder / "results.json").read_text())["settings"]["top_k"] == 1
     # Without --top_k again: what the first run made is there.
     done = counts["all"]
-    assert main([*arguments, "--output_dir", str(folder), "--overwrite"]) == 0
+    assert exit_code(main, [*arguments, "--output_dir", str(folder), "--overwrite"]) == 0
     assert counts["all"] == done and written(folder) == uninterrupted
 
 
@@ -139,7 +140,7 @@ def test_a_finished_run_is_added_to_and_only_what_is_missing_is_made(tmp_path, a
     def call(*changes):
         for rows in made.values():
             rows.clear()
-        assert main([*arguments, *out, *changes]) == 0
+        assert exit_code(main, [*arguments, *out, *changes]) == 0
         return {name: len(rows) for name, rows in made.items()}
 
     few = ("--systems", "clara,no-memory", "--limit", "9")
@@ -190,13 +191,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_files(tmp_path, arguments, un
     assert not (out / "results.json").exists()
     # What a kill in the middle of a write leaves.
     journal.write_bytes(journal.read_bytes() + b'{"key": "4", "predic')
-    assert main([*arguments, "--output_dir", str(out)]) == 0
+    assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 0
     assert written(out) == uninterrupted
 
 
 def evaluate(rank, arguments, folder):
     with open(folder / f"told{rank}", "w") as told, contextlib.redirect_stdout(told):
-        return main(arguments)
+        return exit_code(main, arguments)
 
 
 @pytest.mark.slow
@@ -272,10 +273,10 @@ def test_a_folder_that_is_evaluated_into_is_refused_and_its_process_is_named(tmp
     command = [*arguments, "--systems", "bm25", "--output_dir", str(out)]
     with subprocess.Popen([sys.executable, "-c", program, str(out)], **pipes) as other:
         other.stdout.readline()
-        assert main(command) == 2
+        assert exit_code(main, command) == 2
         error = capsys.readouterr().err
         assert str(out) in error and f"process {other.pid} " in error and not (out / "results.json").exists()
         other.kill()
         other.wait()
     # What a dead process leaves is no lock.
-    assert (out / ".lock").exists() and main(command) == 0 and not (out / ".lock").exists()
+    assert (out / ".lock").exists() and exit_code(main, command) == 0 and not (out / ".lock").exists()

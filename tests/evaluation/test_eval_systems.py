@@ -11,6 +11,7 @@ from clara_hf.evaluation.systems.documents import fixed_documents, wrong_documen
 from clara_hf.evaluation.systems.listwise import ListwiseRanker, cut, parse_order
 from clara_hf.evaluation.systems.loading import load_text_model
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
+from clara_hf.program.models import ModelSource
 
 
 QUESTIONS = ["Where does the glassblower live?", "Who sells copper lanterns?", "Who wrote The Long Winter?"]
@@ -208,7 +209,7 @@ def test_a_decoder_that_knows_the_added_tokens_never_writes_one(clara, examples)
 
 def test_the_decoder_without_its_adapters_answers_as_the_base(clara, base, examples, tmp_path):
     clara.save_pretrained(tmp_path)
-    model, processor = load_text_model(None, str(tmp_path))
+    model, processor = load_text_model(None, ModelSource(str(tmp_path)))
     bare = TextReader(model, processor, max_new_tokens=6, doc_max_length=256)
     answers = []
     for reader in (bare, text_reader(clara, base)):

@@ -1,8 +1,6 @@
 """Models for an evaluation, each on this process's device; what cannot be loaded is told in one sentence."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
-from clara_hf.evaluation.plan import NAMED, UsageError
+from clara_hf.data.files import content_digest
+from clara_hf.evaluation.plan import NAMED
+from clara_hf.program import models
+from clara_hf.program.models import ModelSource
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 
 
@@ -36,33 +37,9 @@ BESIDE_MODEL = (
 )
 
 
-@contextmanager
-def loading(argument: str, name: str) -> Iterator[None]:
-    """Turns what goes wrong in loading `name` into one sentence.
-
-    Raises:
-        UsageError: names `argument`, `name` and the reason.
-    """
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"{argument}: {name} cannot be loaded: {reason}") from error
-    except ImportError as error:
-        raise UsageError(f"{argument} needs a package that is not installed: {error}") from error
-
-
 def is_object(model) -> bool:
     """Whether a model is given as an object, not by its folder or name."""
-    return not isinstance(model, (str, Path))
-
-
-def on_hub(name: str) -> tuple[str, dict[str, str]]:
-    """A model's name, and the revision behind its `@` as an argument of `from_pretrained`; a folder is as it is."""
-    if Path(name).exists() or "@" not in str(name):
-        return str(name), {}
-    name, revision = str(name).rsplit("@", 1)
-    return name, {"revision": revision}
+    return not isinstance(model, ModelSource)
 
 
 def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
@@ -74,12 +51,11 @@ def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
     if is_object(model):
         return _facts(model.config), model.processor
     config = _clara_config(model)
-    if Path(model).is_dir():
-        if not any(Path(model).glob("*.safetensors")):
+    if model.folder.is_dir():
+        if not any(model.folder.glob("*.safetensors")):
             raise OSError("it holds no weights (*.safetensors).")
-        _check_weights(model)
-    name, place = on_hub(model)
-    return _facts(config), CLaRaProcessor.from_pretrained(name, config=config, **place)
+        _check_weights(model.folder)
+    return _facts(config), CLaRaProcessor.from_pretrained(model.model_name_or_path, config=config, **model.place)
 
 
 def _facts(config: CLaRaConfig) -> dict:
@@ -87,30 +63,32 @@ def _facts(config: CLaRaConfig) -> dict:
     return {**{name: getattr(config, name) for name in names}, "base": config.base_model_name_or_path}
 
 
-def load_clara(folder: str) -> CLaRaForRetrievalGeneration:
+def load_clara(source: ModelSource) -> CLaRaForRetrievalGeneration:
     """A CLaRa checkpoint, ready to answer.
 
     Raises:
         OSError, ValueError: the folder holds no checkpoint, an incomplete one, or another kind of model.
     """
-    _clara_config(folder)
-    name, place = on_hub(folder)
-    return CLaRaForRetrievalGeneration.from_pretrained(name, **place).to(PartialState().device).eval()
+    _clara_config(source)
+    return _placed(models.load_clara(source), source)
 
 
-def _clara_config(folder: str) -> CLaRaConfig:
-    name, place = on_hub(folder)
-    config = AutoConfig.from_pretrained(name, **place)
+def _placed(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    return (model if source.device_map else model.to(PartialState().device)).eval()
+
+
+def _clara_config(source: ModelSource) -> CLaRaConfig:
+    config = AutoConfig.from_pretrained(source.model_name_or_path, **source.place)
     if not isinstance(config, CLaRaConfig):
         raise ValueError(f"it holds a {config.model_type} model, not a CLaRa checkpoint.")
     return config
 
 
-def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = True) -> None:
+def check_model(source: ModelSource, kind: str = "llm-listwise", needs_tokenizer: bool = True) -> None:
     """Looks whether a model is there and whole, without loading its weights.
 
     Args:
-        name: a local folder, or a name on the Hub.
+        source: the model.
         kind: the system that it is for, `llm-listwise` for any causal language model, or an adapter on one.
         needs_tokenizer: whether the tokenizer is taken from it, too.
 
@@ -119,14 +97,14 @@ def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = T
     """
     if kind in NAMED and find_spec(NAMED[kind]) is None:
         raise ImportError(f"No module named {NAMED[kind]!r}")
-    if Path(name).is_dir():
-        _check_weights(name)
+    if source.folder.is_dir():
+        _check_weights(source.folder)
+    name, place = source.model_name_or_path, source.place
     if kind == "bi-encoder":
         from sentence_transformers.util import is_sentence_transformer_model
 
         if is_sentence_transformer_model(name):
             return  # its parts have configurations of their own
-    name, place = on_hub(name)
     if kind == "llm-listwise" and find_adapter_config_file(name, **place) is not None:
         AutoConfig.from_pretrained(PeftConfig.from_pretrained(name, **place).base_model_name_or_path)
     else:
@@ -135,8 +113,8 @@ def check_model(name: str, kind: str = "llm-listwise", needs_tokenizer: bool = T
         AutoTokenizer.from_pretrained(name, **place)
 
 
-def _check_weights(folder: str) -> None:
-    for path in sorted(Path(folder).rglob("*.safetensors")):
+def _check_weights(folder: Path) -> None:
+    for path in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
                 pass
@@ -144,34 +122,32 @@ def _check_weights(folder: str) -> None:
             raise OSError(f"{path.name} is damaged ({error}).") from error
 
 
-def load_causal_model(name: str) -> PreTrainedModel:
+def load_causal_model(source: ModelSource) -> PreTrainedModel:
     """A causal language model, with its adapter if the folder holds one."""
-    name, place = on_hub(name)
-    return AutoModelForCausalLM.from_pretrained(name, **place).to(PartialState().device).eval()
+    return _placed(AutoModelForCausalLM.from_pretrained(source.model_name_or_path, **source.options), source)
 
 
 def load_chat_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer."""
-    place = on_hub(name)
-    return load_causal_model(name), AutoTokenizer.from_pretrained(place[0], **place[1])
+    source = ModelSource(name)
+    return load_causal_model(source), AutoTokenizer.from_pretrained(source.model_name_or_path, **source.place)
 
 
-def load_text_model(folder: str | None, clara: str | None) -> tuple[PreTrainedModel, CLaRaProcessor]:
+def load_text_model(source: ModelSource | None, clara: ModelSource | None) -> tuple[PreTrainedModel, CLaRaProcessor]:
     """The model that answers from raw text, and the processor that writes its prompts.
 
     Args:
-        folder: a causal language model or an adapter on one; without it, the decoder of `clara` without its adapters.
+        source: a causal language model or an adapter on one; without it, the decoder of `clara` without its adapters.
         clara: the CLaRa checkpoint whose prompts and tokenizer are used; without it, the model's own tokenizer and the
             default prompts.
     """
-    if folder is None:
+    if source is None:
         model = load_clara(clara)
         return without_adapters(model.decoder), model.processor
-    model = load_causal_model(folder)
+    model = load_causal_model(source)
     if clara is None:
-        return model, plain_processor(folder, model)
-    name, place = on_hub(clara)
-    return model, CLaRaProcessor.from_pretrained(name, **place)
+        return model, plain_processor(source, model)
+    return model, CLaRaProcessor.from_pretrained(clara.model_name_or_path, **clara.place)
 
 
 def without_adapters(decoder: PreTrainedModel) -> PreTrainedModel:
@@ -182,10 +158,9 @@ def without_adapters(decoder: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def plain_processor(folder: str, model: PreTrainedModel) -> CLaRaProcessor:
+def plain_processor(source: ModelSource, model: PreTrainedModel) -> CLaRaProcessor:
     """A processor with the default prompts over the tokenizer of a plain model."""
-    name, place = on_hub(folder)
-    tokenizer = AutoTokenizer.from_pretrained(name, **place)
+    tokenizer = AutoTokenizer.from_pretrained(source.model_name_or_path, **source.place)
     config = CLaRaConfig(decoder_config=model.config)
     added = CLaRaProcessor.add_tokens(tokenizer, config.num_memory_tokens, config.distinct_memory_tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -196,39 +171,32 @@ def plain_processor(folder: str, model: PreTrainedModel) -> CLaRaProcessor:
     return CLaRaProcessor(tokenizer, config)
 
 
-def model_hash(folder: str, *without: str | Path) -> str:
-    """Changes with every file in a model's folder that may decide about its answers; of a name on the Hub, its commit.
+def model_hash(source: ModelSource, *without: str | Path) -> str:
+    """Changes with what decides about a model's answers: its folder's files, or its commit on the Hub, and how it is
+    loaded.
 
     Args:
         without: folders whose files do not count, should they lie in it.
     """
-    if not Path(folder).is_dir():
-        return f"{folder}@{_commit(folder)}"
-    place = Path(folder).resolve()
-    without = [other for other in (Path(other).resolve() for other in without) if place in other.parents]
-    paths = []
-    for path in place.rglob("*"):
-        parts = path.relative_to(place).parts
-        beside = any(fnmatch(part, pattern) for part in parts for pattern in BESIDE_MODEL)
-        if path.is_file() and not beside and not any(path.is_relative_to(other) for other in without):
-            paths.append(path)
-    return files_hash(place, paths)
+    place = source.folder.resolve()
+    if place.is_dir():
+        without = [other for other in (Path(other).resolve() for other in without) if place in other.parents]
+        paths = [path for path in place.rglob("*") if path.is_file() and _decides(path.relative_to(place))]
+        paths = [path for path in paths if not any(path.is_relative_to(other) for other in without)]
+        found = content_digest(place, paths, "sha256")
+    else:
+        found = f"{ModelSource(source.model_name_or_path, source.revision)}@{_commit(source)}"
+    chosen = {name: value for name, value in source.chosen.items() if name not in ("subfolder", "device_map")}
+    return hashlib.sha256(f"{found} {sorted(chosen.items())}".encode()).hexdigest() if chosen else found
 
 
-def files_hash(root: Path, paths: list[Path]) -> str:
-    """Digest of files: their names from `root` on, and what they hold."""
-    digest = hashlib.sha256()
-    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _decides(path: Path) -> bool:
+    return not any(fnmatch(part, pattern) for part in path.parts for pattern in BESIDE_MODEL)
 
 
-def _commit(name: str) -> str | None:
+def _commit(source: ModelSource) -> str | None:
     """The commit of a model on the Hub, as its configuration was fetched."""
-    name, place = on_hub(name)
+    name, place = source.model_name_or_path, source.place
     path = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False, **place)
     return extract_commit_hash(path, None)
 
@@ -257,5 +225,8 @@ def store_form(path: str, model) -> list:
     if place.exists():
         store = MemoryStore.open(place)
         return [str(place), str(store.dtype), store.stored_as]
-    dtype = str((model.config if is_object(model) else _clara_config(model)).dtype)
+    if is_object(model):
+        dtype = str(model.config.dtype)
+    else:
+        dtype = str(_clara_config(model).dtype) if model.dtype == "auto" else model.dtype
     return [str(place), "torch.bfloat16" if dtype.endswith("bfloat16") else "torch.float16", "memory"]
