@@ -20,7 +20,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clara_hf.data.schema import distinct_docs
@@ -174,6 +182,23 @@ def collate(features: list[dict]) -> dict:
     return {EXAMPLE_INDEX: torch.tensor([row[EXAMPLE_INDEX] for row in features]), "rows": features}
 
 
+@dataclass
+class Reading:
+    """Prompts that the selection model has read, and lists that it writes after them.
+
+    Parameters:
+        cache: keys and values of all that was read.
+        mask (`[R, T]`): which of it is no padding.
+        first (`[R, 1, N]`): logits of the identifiers that may begin a list.
+        is_candidate (`[R, N]` bool): `False` where a question has fewer than N candidates.
+    """
+
+    cache: Cache
+    mask: torch.Tensor
+    first: torch.Tensor
+    is_candidate: torch.Tensor
+
+
 class DRO:
     """Selection model and generator at use.
 
@@ -218,80 +243,95 @@ class DRO:
         counts = torch.tensor([len(row["document_ids"]) for row in rows], device=self.device)
         return torch.arange(int(counts.max()), device=self.device) < counts.unsqueeze(1)
 
-    def _forward(self, model: nn.Module, ids: list[list[int]], adapter: str, keep: int) -> torch.Tensor:
-        """Logits `[R, keep, vocab]` at the last positions of prompts, padded on the left."""
-        mask = left_pad([[1] * len(row) for row in ids], 0).to(self.device)
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids `[R, T]`, padded on the left, and their mask."""
+        mask = left_pad([[1] * len(row) for row in rows], 0)
+        return left_pad(rows, self.prompts.pad).to(self.device), mask.to(self.device)
+
+    def _forward(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, adapter: str, keep: int, **kwargs):
+        """Outputs with logits `[R, keep, vocab]` at the last positions of `ids` `[R, T]`, where `mask` ends."""
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with use_adapter(self.model, adapter):
-            return model(
-                input_ids=left_pad(ids, self.prompts.pad).to(self.device),
-                attention_mask=mask,
-                position_ids=positions,
-                logits_to_keep=keep,
-                use_cache=False,
-            ).logits
+            return model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **kwargs)
 
-    def list_logits(self, model: nn.Module, rows: list[dict], picks: torch.Tensor, steps: int) -> torch.Tensor:
-        """Logits `[R, steps, N]` of the identifiers at the last `steps` positions after the lists `picks` `[R, j]`."""
+    def read(self, model: nn.Module, rows: list[dict], lists: int = 1) -> "Reading":
+        """Have the selection model read the prompts of `rows`, each once for all of its `lists`, `R` in all."""
+        ids, mask = self._padded([self.prompts.selection(row) for row in rows])
+        outputs = self._forward(model, ids, mask, SELECTION, 1, use_cache=True)
+        outputs.past_key_values.batch_repeat_interleave(lists)
+        is_candidate = self.is_candidate(rows)
+        first = outputs.logits[..., self.prompts.identifiers[: is_candidate.shape[1]]]
+        each = [value.repeat_interleave(lists, dim=0) for value in (mask, first, is_candidate)]
+        return Reading(outputs.past_key_values, *each)
+
+    def go_on(self, reading: "Reading", picks: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, j, N]` of the identifiers after each of `picks` `[R, j]`, which follow what was read so far."""
         names = torch.tensor(self.prompts.identifiers, device=self.device)
-        written = [[self.prompts.identifiers[place] for place in own] for own in picks.clamp(min=0).tolist()]
-        ids = [self.prompts.selection(row) + own for row, own in zip(rows, written, strict=True)]
-        width = max(len(row["document_ids"]) for row in rows)
-        return self._forward(model, ids, SELECTION, steps)[..., names[:width]]
+        reading.mask = torch.cat([reading.mask, torch.ones_like(picks)], dim=1)
+        ids, options = names[picks.clamp(min=0)], {"past_key_values": reading.cache, "use_cache": True}
+        # Not by a wrapper around the model, whose forward passes must be as many in every process.
+        outputs = self._forward(self.model, ids, reading.mask, SELECTION, picks.shape[1], **options)
+        return outputs.logits[..., names[: reading.first.shape[2]]]
 
-    def draw(self, rows: list[dict], greedy: bool = False) -> torch.Tensor:
-        """Lists `[R, k]` for rows, drawn or the most likely ones, -1 where a row has fewer candidates."""
-        k = min(self.prompts.top_k, max(len(row["document_ids"]) for row in rows))
-
-        def next_logits(picks: torch.Tensor) -> torch.Tensor:
-            return self.list_logits(self.model, rows, picks, 1)[:, 0]
-
+    def draw(self, rows: list[dict], lists: int = 1) -> torch.Tensor:
+        """Lists `[R, k]` drawn for rows, -1 where a row has fewer candidates."""
         with evaluated(self.model):
-            return draw_lists(next_logits, self.is_candidate(rows), k, greedy)
+            return self._draw(self.read(self.model, rows, lists))
+
+    def _draw(self, reading: "Reading", greedy: bool = False) -> torch.Tensor:
+        def next_logits(picks: torch.Tensor) -> torch.Tensor:
+            return (self.go_on(reading, picks[:, -1:]) if picks.shape[1] else reading.first)[:, 0]
+
+        k = min(self.prompts.top_k, reading.is_candidate.shape[1])
+        return draw_lists(next_logits, reading.is_candidate, k, greedy)
 
     def list_log_probs(self, model: nn.Module, rows: list[dict], picks: torch.Tensor) -> torch.Tensor:
-        """`log p(z | x)` `[R]` of the lists `picks` `[R, k]`."""
-        logits = self.list_logits(model, rows, picks[:, :-1], picks.shape[1])
-        return selection_log_probs(logits, picks, self.is_candidate(rows))
+        """`log p(z | x)` `[R]` of the lists `picks` `[R, k]`, equally many for each of `rows`."""
+        reading = self.read(model, rows, len(picks) // len(rows))
+        logits = reading.first
+        if picks.shape[1] > 1:
+            logits = torch.cat([logits, self.go_on(reading, picks[:, :-1])], dim=1)
+        return selection_log_probs(logits, picks, reading.is_candidate)
 
     def answer_log_probs(self, model: nn.Module, rows: list[dict], picks: torch.Tensor) -> torch.Tensor:
         """`log p(y | x, z)` `[R]` of the rows' `answer_ids` after the texts of their lists."""
+        rows = [row for row in rows for _ in range(len(picks) // len(rows))]
         pairs = zip(rows, picks.tolist(), strict=True)
-        ids = [self.prompts.answer(row, own) + row["answer_ids"] for row, own in pairs]
+        ids, mask = self._padded([self.prompts.answer(row, own) + row["answer_ids"] for row, own in pairs])
         longest = max(len(row["answer_ids"]) for row in rows)
         labels = left_pad([row["answer_ids"] for row in rows], IGNORE_INDEX).to(self.device)
-        logits = self._forward(model, ids, GENERATOR, longest + 1)[:, :-1].float()
+        outputs = self._forward(model, ids, mask, GENERATOR, longest + 1, use_cache=False)
+        logits = outputs.logits[:, :-1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return -losses.view(labels.shape).sum(dim=1)
 
     def rank_rows(self, rows: list[dict]) -> torch.Tensor:
         """All candidates `[R, N]`: the most likely list, then the others as likely as they are to begin one."""
-        first, is_candidate = self.draw(rows, greedy=True), self.is_candidate(rows)
         with evaluated(self.model):
-            logits = self.list_logits(self.model, rows, first[:, :0], 1)[:, 0].float()
-        place = torch.arange(first.shape[1], 0, -1, device=first.device).expand_as(first)
-        listed = torch.zeros_like(is_candidate, dtype=torch.long)
-        listed = listed.scatter_reduce(1, first.clamp(min=0), place.masked_fill(first < 0, 0), "amax")
-        rest = logits.masked_fill(~is_candidate, float("-inf")).log_softmax(dim=-1)
-        order = torch.where(listed > 0, listed.to(rest.dtype), rest).sort(dim=1, descending=True, stable=True)
-        return order.indices.masked_fill(order.values.isneginf(), -1)
+            reading = self.read(self.model, rows)
+            listed = self._draw(reading, greedy=True)
+        best = reading.first[:, 0].argsort(dim=1, descending=True, stable=True)
+        orders = []
+        for row, own, others in zip(rows, listed.tolist(), best.tolist(), strict=True):
+            own = [place for place in own if place >= 0]
+            orders.append(own + [p for p in others if p < len(row["document_ids"]) and p not in own])
+        return index_matrix(orders).to(self.device)
 
     def generate(self, rows: list[dict], picks: torch.Tensor, max_new_tokens: int = 32, **kwargs) -> torch.Tensor:
         """Ids `[R, new tokens]` of greedy answers from the texts of the lists `picks`."""
-        ids = [self.prompts.answer(row, own) for row, own in zip(rows, picks.tolist(), strict=True)]
-        mask = left_pad([[1] * len(row) for row in ids], 0).to(self.device)
-        inputs = left_pad(ids, self.prompts.pad).to(self.device)
+        ids, mask = self._padded([self.prompts.answer(row, own) for row, own in zip(rows, picks.tolist(), strict=True)])
         options = {"eos_token_id": self.prompts.tokenizer.eos_token_id, "pad_token_id": self.prompts.pad}
         with evaluated(self.model), use_adapter(self.model, GENERATOR):
             found = self.model.generate(
-                input_ids=inputs,
+                input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 **options,
                 **kwargs,
             )
-        return found[:, inputs.shape[1] :]
+        return found[:, ids.shape[1] :]
 
     def rank(self, questions: list[str], docs: list[list[str]]) -> list[list[int]]:
         """Positions of each question's documents, best first."""
@@ -301,7 +341,7 @@ class DRO:
     def answer(self, questions: list[str], docs: list[list[str]], max_new_tokens: int = 32) -> list[str]:
         """An answer to each question, from the list that the selection model makes of its documents."""
         rows = self.rows(questions, docs)
-        found = self.generate(rows, self.draw(rows, greedy=True), max_new_tokens)
+        found = self.generate(rows, self.rank_rows(rows)[:, : self.prompts.top_k], max_new_tokens)
         return [text.strip() for text in self.prompts.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
 
@@ -369,20 +409,20 @@ class DROTrainer(CLaRaTrainer):
         return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Loss, and the lists `[B * m, k]` that it is of: drawn in training, gold in a warm-up, else the likeliest."""
+        """Loss, and the lists `[B * m, k]` that it is of, drawn ones or in a warm-up gold ones; in evaluation the
+        ranking `[B, N]`, which begins with the likeliest list."""
         rows, is_training = inputs["rows"], self.model.training
-        if is_training and self.state.global_step < self.args.supervised_steps:
+        if not is_training:
+            picks = self.dro.rank_rows(rows)
+        elif self.state.global_step < self.args.supervised_steps:
             picks = gold_lists(rows, self.args.top_k).to(self.args.device)
         else:
-            if is_training:
-                rows = [row for row in rows for _ in range(self.args.num_lists)]
-            picks = self.dro.draw(rows, greedy=not is_training)
-        shape = (len(inputs["rows"]), -1)
-        lists = self.dro.list_log_probs(model, rows, picks).view(shape)
-        answers = self.dro.answer_log_probs(model, rows, picks).view(shape)
+            picks = self.dro.draw(rows, self.args.num_lists)
+        lists = self.dro.list_log_probs(model, rows, picks[:, : self.args.top_k]).view(len(rows), -1)
+        answers = self.dro.answer_log_probs(model, rows, picks[:, : self.args.top_k]).view(lists.shape)
         loss = reweighted_loss(lists, answers)
         if is_training:
-            self._count(inputs["rows"], picks.view(*lists.shape, -1), answers.detach())
+            self._count(rows, picks.view(*lists.shape, -1), answers.detach())
         return (loss, picks) if return_outputs else loss
 
     def _count(self, rows: list[dict], picks: torch.Tensor, answers: torch.Tensor) -> None:
@@ -398,13 +438,13 @@ class DROTrainer(CLaRaTrainer):
         """As the base's: loss, answers with rankings (or those alone), and the rows' numbers."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, picks = self.compute_loss(model, inputs, return_outputs=True)
+            loss, order = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        ranking = self.dro.rank_rows(inputs["rows"])[:, : max(self.args.top_k, *RECALL_KS)]
+        ranking = order[:, : max(self.args.top_k, *RECALL_KS)]
         if not self.generates:
             return loss, ranking, inputs[EXAMPLE_INDEX]
-        ids = self.dro.generate(inputs["rows"], picks, self.args.generation_max_new_tokens)
+        ids = self.dro.generate(inputs["rows"], order[:, : self.args.top_k], self.args.generation_max_new_tokens)
         return loss, (ids.masked_fill(ids == self.processor.pad, IGNORE_INDEX), ranking), inputs[EXAMPLE_INDEX]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -9,10 +9,13 @@ import torch
 from conftest import TEXTS
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clara_hf.program import parse
 from clara_hf.program.dro import BaseArguments
 from clara_hf.program.training import DataArguments
+from modeling_clara.adapters_clara import use_adapter
 from recipes import dro
 from trainers import DRO, DROConfig, DROTrainer
 from trainers.losses import draw_lists, reweighted_loss, selection_log_probs
@@ -128,6 +131,55 @@ def make(base: str, folder, rows=ROWS, **options) -> DROTrainer:
     settings |= {"generation_max_new_tokens": 4}
     args = DROConfig(output_dir=str(folder), **{**settings, **options})
     return DROTrainer(model=base, args=args, train_dataset=rows, eval_dataset=ROWS)
+
+
+def plain_lists(dro: DRO, rows: list[dict], picks: torch.Tensor, steps: int) -> torch.Tensor:
+    """Logits at the last `steps` positions of lists, each read anew with its whole prompt."""
+    names = dro.prompts.identifiers
+    rows = [row for row in rows for _ in range(len(picks) // len(rows))]
+    written = [[names[place] for place in own] for own in picks.clamp(min=0).tolist()]
+    ids = [dro.prompts.selection(row) + own for row, own in zip(rows, written, strict=True)]
+    logits = []
+    for own in ids:  # one by one: nothing is padded
+        with use_adapter(dro.model, "selection"):
+            logits.append(dro.model(torch.tensor([own])).logits[:, -steps:])
+    return torch.cat(logits)[..., names[: max(len(row["document_ids"]) for row in rows)]]
+
+
+def test_a_prompt_is_read_once_for_all_its_lists_with_the_values_and_gradients_of_reading_it_for_each(base, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    args = DROConfig(output_dir=str(tmp_path), use_cpu=True, top_k=3, num_lists=4, lora_r=4)
+    trainer = DROTrainer(model, args, train_dataset=ROWS, tokenizer=AutoTokenizer.from_pretrained(base))
+    trainer.model.double()
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_B." in name:  # fresh adapters change nothing
+            torch.nn.init.normal_(parameter, std=0.3)
+    dro, rows = trainer.dro, list(trainer.train_dataset)
+    weights = [parameter for name, parameter in trainer.model.named_parameters() if ".lora_" in name]
+    is_candidate = dro.is_candidate(rows).repeat_interleave(4, dim=0)
+    torch.manual_seed(1)
+    drawn = dro.draw(rows, 4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        wanted = draw_lists(lambda picks: plain_lists(dro, rows, picks, 1)[:, 0], is_candidate, 3)
+    assert torch.equal(drawn, wanted) and (drawn == -1).any()
+
+    def gradients(log_probs) -> tuple[torch.Tensor, torch.Tensor, int]:
+        with FlopCounterMode(display=False) as counter:
+            found = log_probs()
+            loss = reweighted_loss(found.view(4, 4), dro.answer_log_probs(trainer.model, rows, drawn).view(4, 4))
+            grads = torch.autograd.grad(loss, weights)
+        return found.detach(), torch.cat([grad.flatten() for grad in grads]), counter.get_total_flops()
+
+    found, grads, flops = gradients(lambda: dro.list_log_probs(trainer.model, rows, drawn))
+    plain, expected, work = gradients(
+        lambda: selection_log_probs(plain_lists(dro, rows, drawn[:, :-1], 3), drawn, is_candidate)
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+    assert expected.abs().max() > 0.01
+    assert flops < 0.7 * work
 
 
 def test_both_adapters_train_and_the_base_does_not(base, tmp_path):
