@@ -34,8 +34,8 @@ from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.store import digest_of
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import IGNORE_INDEX
+from trainers.arguments import cpu_computes_bfloat16
 from trainers.scp import SCPConfig, SCPTrainer
-from trainers.trainer import cpu_computes_bfloat16
 
 
 ROOT = Path(__file__).resolve().parents[1]

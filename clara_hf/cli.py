@@ -15,7 +15,7 @@ COMMANDS = {
     "instruct": ("clara_hf.program.stages:instruct", "train", "Train stage 2: answer from given memories."),
     "joint": ("clara_hf.program.stages:joint", "train", "Train stage 3: retrieve and answer, from answers alone."),
     "contrastive": ("clara_hf.program.stages:contrastive", "train", "Train the retriever from relevance labels."),
-    "dro": ("clara_hf.program.dro:main", "train", "Train the baseline that retrieves and answers in raw text."),
+    "dro": ("clara_hf.program.stages:dro", "train", "Train the baseline that retrieves and answers in raw text."),
     "text-lora": ("clara_hf.program.text_lora:main", "train", "Train the baseline on raw text."),
     "cost": ("clara_hf.program.cost:main", "train", "Compute memory, time and size that a recipe needs."),
     "synthesize": ("clara_hf.synthesis.synthesize:main", "synthesis", "Make SCP data from documents by a teacher."),

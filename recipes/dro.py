@@ -5,7 +5,7 @@ accelerate launch recipes/dro.py --config recipes/nano/dro.yaml --num_lists 8 --
 """
 
 from clara_hf.program import run_program
-from clara_hf.program.dro import main
+from clara_hf.program.stages import dro as main
 
 
 if __name__ == "__main__":

@@ -90,8 +90,7 @@ class ContrastiveTrainer(RetrievalTrainer):
         # How rows become examples, and how these are batched.
         encode = ContrastiveRows(model.processor, self.store)
         collator = ContrastiveCollator(model.processor, self.store, args.in_batch_negatives)
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        super().__init__(model, args, encode, collator, True, False, **datasets, **kwargs)
+        super().__init__(model, args, encode, collator, train_dataset, eval_dataset, **kwargs)
         self.prepare_datasets()
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):

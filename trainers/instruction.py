@@ -11,8 +11,8 @@ from clara_hf.data.schema import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 
 from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents
-from .scp import CompressionTrainingArguments, prepare_compressor
-from .trainer import CLaRaTrainer, load_model
+from .scp import CompressionTrainingArguments, compressor_to_train
+from .trainer import CLaRaTrainer
 
 
 @dataclass
@@ -45,6 +45,8 @@ class InstructionTrainer(CLaRaTrainer):
         args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
     """
 
+    answers = True
+
     def __init__(
         self,
         model: CLaRaForRetrievalGeneration | str,
@@ -54,11 +56,9 @@ class InstructionTrainer(CLaRaTrainer):
         **kwargs,
     ):
         # What trains.
-        model = load_model(model, args)
-        prepare_compressor(model, args)
+        model = compressor_to_train(model, args)
         # How rows become examples, and how these are batched: documents are compressed in the step.
         encode = InstructionRows(model.processor, args.max_length)
         collator = CompressionCollator(model.processor)
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        super().__init__(model, args, encode, collator, False, args.predict_with_generate, **datasets, **kwargs)
+        super().__init__(model, args, encode, collator, train_dataset, eval_dataset, **kwargs)
         self.prepare_datasets()

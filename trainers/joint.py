@@ -163,6 +163,8 @@ class JointTrainer(RetrievalTrainer):
         args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
     """
 
+    answers = True
+
     def __init__(
         self,
         model: CLaRaForRetrievalGeneration | str,
@@ -182,8 +184,7 @@ class JointTrainer(RetrievalTrainer):
         # How rows become examples, and how these are batched.
         encode = JointRows(model.processor, self.store, model.config.top_k, args.max_length)
         collator = JointCollator(model.processor, self.store)
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        super().__init__(model, args, encode, collator, True, args.predict_with_generate, **datasets, **kwargs)
+        super().__init__(model, args, encode, collator, train_dataset, eval_dataset, **kwargs)
         if args.query_learning_rate is not None and self.optimizer is not None:
             raise ValueError("query_learning_rate has no effect on optimizers that are given: leave one of them out.")
         if args.temperature_end is not None:

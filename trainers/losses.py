@@ -108,6 +108,14 @@ def memory_gaps(losses: np.ndarray) -> dict[str, float]:
     return {"ce_right_memory": float(losses[:, 0].mean()), **found}
 
 
+def score_names(generates: bool, retrieves: bool) -> list[str]:
+    """Names of what evaluation gives where answers are generated and candidates ranked."""
+    if not (generates or retrieves):
+        return ["token_accuracy"]
+    answers = list(answer_scores(["a"], [["a"]])[0]) if generates else []
+    return answers + [f"recall@{k}" for k in RECALL_KS if retrieves]
+
+
 def answer_scores(texts: list[str], answers: list[list[str]]) -> list[dict[str, float]]:
     """F1, EM and cover-EM of every answer against the accepted ones."""
     return [score_answer(text.strip(), accepted) for text, accepted in zip(texts, answers, strict=True)]

@@ -22,12 +22,15 @@ from clara_hf.memory_store.store import MemoryStore
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
 from modeling_clara.sharded_clara import gathered
 
+from .arguments import CLaRaTrainingArguments
 from .batches import encoded_documents
-from .trainer import MEMORIES_FOLDER, CLaRaTrainer, CLaRaTrainingArguments
+from .trainer import CLaRaTrainer
 
 
 logger = logging.get_logger(__name__)
 
+# In a run's folder, where the memory store is unless another place is given.
+MEMORIES_FOLDER = "memories"
 # Rows whose documents go into the store together: their texts are in memory at once.
 FILL_ROWS = 50_000
 
@@ -109,6 +112,7 @@ def fill_memories(store: MemoryStore, rows: Dataset, args: RetrievalTrainingArgu
 class RetrievalTrainer(CLaRaTrainer):
     """What stages share whose candidates' memories are in `store`; `None` where they are made in every step."""
 
+    retrieves = True
     store: MemoryStore | None
 
     def prepare(self, rows: Dataset) -> Dataset:

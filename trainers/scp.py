@@ -7,6 +7,7 @@ is the list of its question and answer pairs, that of a `paraphrase` row its one
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset
@@ -17,16 +18,10 @@ from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProces
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
-from .batches import EXAMPLE_INDEX, CompressionCollator, encoded_documents
-from .losses import row_losses
-from .sampling import MixSampler, check_weights
-from .trainer import (
-    CLaRaTrainer,
-    CLaRaTrainingArguments,
-    configure,
-    load_model,
-    train_parts,
-)
+from .arguments import CLaRaTrainingArguments
+from .batches import EXAMPLE_INDEX, CompressionCollator, MixSampler, check_weights, encoded_documents
+from .losses import memory_gaps, row_losses
+from .trainer import CLaRaTrainer, configure, load_model, train_parts
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +52,7 @@ class SCPConfig(CompressionTrainingArguments):
 
         data_mix (`dict[str, float]`, *optional*):
             Weight of each `data_type` among the rows that are drawn, such as `{qa: 0.5, paraphrase: 0.5}`, see
-            [`~trainers.sampling.MixSampler`]; a kind that is not named is left out. By default all rows are drawn
+            [`~trainers.batches.MixSampler`]; a kind that is not named is left out. By default all rows are drawn
             alike.
 
         > Parameters that control evaluation
@@ -116,17 +111,21 @@ class SCPRows:
         return {**example, **encoded_documents(processor, docs), "copies": copies, EXAMPLE_INDEX: number}
 
 
-def prepare_compressor(model: CLaRaForRetrievalGeneration, args: CompressionTrainingArguments) -> None:
-    """Let compressor, generator and memory embeddings of `model` train.
+def compressor_to_train(
+    model: CLaRaForRetrievalGeneration | str, args: CompressionTrainingArguments
+) -> CLaRaForRetrievalGeneration:
+    """`model`, see [`~trainers.trainer.load_model`], whose compressor, generator and memory embeddings train.
 
     A query reasoner that the model brings is taken off: it belongs to the memories of the compressor as it was. Until
     joint training starts a new one, the compressor reads questions.
     """
+    model = load_model(model, args)
     if model.config.query_reasoner:
         logger.warning("The query reasoner is taken off: it would not follow the compressor, which trains.")
         model.remove_query_reasoner()
     configure(model, args, "mse_weight")
     train_parts(model, args, COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+    return model
 
 
 def other_documents(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,8 +160,7 @@ class SCPTrainer(CLaRaTrainer):
         **kwargs,
     ):
         # What trains.
-        model = load_model(model, args)
-        prepare_compressor(model, args)
+        model = compressor_to_train(model, args)
         # Which rows are drawn.
         self.mix_sampler = None
         if args.data_mix is not None and train_dataset is not None:
@@ -172,18 +170,13 @@ class SCPTrainer(CLaRaTrainer):
         # How they become examples, and how these are batched: documents are compressed in the step.
         encode = SCPRows(model.processor, args.order_seed, args.max_length)
         collator = CompressionCollator(model.processor)
-        super().__init__(
-            model,
-            args,
-            encode,
-            collator,
-            False,
-            False,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        super().__init__(model, args, encode, collator, train_dataset, eval_dataset, **kwargs)
         self.prepare_datasets()
+
+    @classmethod
+    def scores(cls, args: SCPConfig) -> list[str]:
+        gaps = memory_gaps(np.zeros((2, 3))) if args.compare_memories and not args.prediction_loss_only else ()
+        return [*super().scores(args), *gaps]
 
     @torch.no_grad()
     def losses_by_memory(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor | None:

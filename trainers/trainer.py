@@ -1,22 +1,20 @@
-"""What the stages share: arguments, rows as examples, the loss and its log, and evaluation."""
+"""What the stages share: what trains, rows as examples, the loss and its log, and evaluation."""
 
-import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
 from pyarrow.compute import list_value_length
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedConfig, TrainingArguments, get_scheduler, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers import EvalPrediction, PreTrainedConfig, set_seed
 from transformers.utils import logging
 
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaOutput
 from modeling_clara.processing_clara import IGNORE_INDEX
 
-from .batches import EXAMPLE_INDEX, encode_rows, model_inputs, prompts_of, rows_at
+from .arguments import CLaRaTrainingArguments
+from .batches import EXAMPLE_INDEX, LengthSampler, encode_rows, model_inputs, prompts_of, rows_at
 from .callbacks import (
     DivergenceGuard,
     GradientNorms,
@@ -28,180 +26,10 @@ from .callbacks import (
     take_means,
 )
 from .checkpoints import CheckpointTrainer
-from .losses import RECALL_KS, answer_scores, means, memory_gaps, ranking_of, recall_scores, token_accuracy
-from .sampling import LengthSampler
+from .losses import RECALL_KS, answer_scores, means, memory_gaps, ranking_of, recall_scores, score_names, token_accuracy
 
 
 logger = logging.get_logger(__name__)
-
-# In a run's folder, where the memory store is unless another place is given.
-MEMORIES_FOLDER = "memories"
-# Trackers whose package transformers does not look for.
-UNKNOWN_TRACKERS = ("azure_ml", "flyte")
-# Arguments of the Trainer that would change nothing here, with the value that asks for nothing.
-PASSED_OVER = {
-    "label_smoothing_factor": 0.0,
-    "use_liger_kernel": False,
-    "label_names": None,
-    "length_column_name": "length",
-}
-
-
-AT_LEAST_ONE = (
-    *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("generation_max_new_tokens", "dataset_num_proc", "max_length"),
-)
-
-
-@dataclass
-class CLaRaTrainingArguments(TrainingArguments):
-    r"""
-    Arguments that all stages share, on top of [`~transformers.TrainingArguments`]. Defaults that differ from it follow
-    the paper: cosine schedule, warm-up over 3% of the steps, one epoch.
-
-    Parameters:
-        > Parameters that control the data
-
-        max_length (`int`, *optional*):
-            Tokens of a prompt with its target; longer targets are cut. `None` keeps everything.
-        dataset_num_proc (`int`, *optional*):
-            Processes that tokenize the data.
-
-        > Parameters that control evaluation
-
-        predict_with_generate (`bool`, *optional*, defaults to `True`):
-            Whether evaluation generates answers, for metrics that need them.
-        generation_max_new_tokens (`int`, *optional*, defaults to `32`):
-            Tokens to generate per answer in evaluation.
-
-        > Parameters under their former or later name in transformers
-
-        activation_checkpointing, activation_checkpointing_kwargs:
-            The same as `gradient_checkpointing` and `gradient_checkpointing_kwargs`, in every version.
-    """
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Total number of training epochs to perform."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; a share of all steps if below 1."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every X steps; a share of all steps if below 1."})
-    # Every weight that trains takes part in every step: a search for others only costs time.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for weights that took no part in a step."}
-    )
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: collators need every column."})
-    activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in backward; also gradient_checkpointing."}
-    )
-    activation_checkpointing_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Options of activation checkpointing."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt with its target; longer targets are cut."}
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
-    predict_with_generate: bool = field(default=True, metadata={"help": "Whether evaluation generates answers."})
-    generation_max_new_tokens: int = field(
-        default=32, metadata={"help": "Tokens to generate per answer in evaluation."}
-    )
-
-    def __post_init__(self):
-        uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or self.deepspeed
-        if uses_deepspeed and (self.use_cpu or not torch.accelerator.is_available()):
-            leave_out_shared_memory_kernel()
-        self._name_checkpointing()
-        self.report_to = "none" if self.report_to is None else self.report_to
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        super().__post_init__()
-        self._check_library_options()
-        for tracker in self.report_to:
-            if tracker not in (*get_available_reporting_integrations(), *UNKNOWN_TRACKERS):
-                raise ValueError(
-                    f"report_to names {tracker!r}, which is not installed here or not known: install it, or choose "
-                    "'none', whose log is log.jsonl in output_dir."
-                )
-        self._refuse()
-        if self.bf16 and self.device.type == "cpu" and not cpu_computes_bfloat16():
-            logger.warning(
-                "bf16 is on, but this CPU has no instructions for bfloat16: its matrix products take many times longer "
-                "than in float32. Turn bf16 off."
-            )
-
-    def _name_checkpointing(self) -> None:
-        """Set activation checkpointing by the name that this version of transformers reads without a warning."""
-        own = {known.name for known in dataclasses.fields(TrainingArguments)}
-        old, new = "gradient_checkpointing", "activation_checkpointing"
-        old, new = (old, new) if new in own else (new, old)
-        for end in ("", "_kwargs"):
-            if getattr(self, old + end) is not None and not getattr(self, new + end):
-                setattr(self, new + end, getattr(self, old + end))
-            setattr(self, old + end, None)
-
-    def _check_library_options(self) -> None:
-        """Raise a `ValueError` for options of the schedule and optimizer that would only fail when training begins."""
-        optimizer = torch.optim.SGD([torch.zeros(1)])
-        try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
-                f"{self.lr_scheduler_type.value!r} ({error})."
-            ) from error
-        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
-            raise ValueError(f"optim_args is {self.optim_args!r}: write it as NAME=VALUE,NAME=VALUE.")
-
-    def _refuse(self) -> None:
-        """Raise a `ValueError` for what would have no effect here, or a silently wrong one."""
-        for name, neutral in PASSED_OVER.items():
-            if getattr(self, name) != neutral:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but has no effect on this training: leave it out."
-                )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must stay false: the collators need every column.")
-        if self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                "train_sampling_strategy is 'batch_rebalance', whose order a resumed run would not repeat: choose "
-                "'group_by_length', 'random' or 'sequential'."
-            )
-        if self.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "dispatch_batches is true, but a batch here cannot be cut into shares, as questions have documents in "
-                "common: leave it out of accelerator_config."
-            )
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs in one process would each get a share of a batch whose questions have documents in "
-                "common: start one process for each with accelerate launch, or choose one by CUDA_VISIBLE_DEVICES."
-            )
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.device.type == "cpu":
-            raise ValueError(
-                "the configuration of accelerate asks for FSDP, which it does on GPUs only (here every process would "
-                "hold the whole model): use cpu_zero2.yaml or cpu_zero3.yaml of recipes/accelerate."
-            )
-
-    @property
-    def order_seed(self) -> int:
-        """What the order of rows is drawn with: `data_seed`, or `seed` where there is none."""
-        return self.seed if self.data_seed is None else self.data_seed
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether PyTorch multiplies bfloat16 matrices on this CPU with more than plain loops."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def leave_out_shared_memory_kernel() -> None:
-    """Keep DeepSpeed from compiling, on a machine without a GPU, a kernel that only inference calls.
-
-    It takes a minute, and a run that is killed meanwhile leaves a lock on which every later one waits for ever.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def load_model(model: CLaRaForRetrievalGeneration | str, args: CLaRaTrainingArguments) -> CLaRaForRetrievalGeneration:
@@ -253,14 +81,18 @@ class CLaRaTrainer(CheckpointTrainer):
         encode: makes the columns of a training example from a row and its number. A dataclass, whose fields but
             `processor` say, with the rows, what the result depends on.
         data_collator: makes batches of such examples.
-        retrieves, generates (`bool`): whether the stage ranks candidates, and whether its evaluation generates answers.
         train_dataset, eval_dataset (`datasets.Dataset`): rows of the stage's schema, in text, or examples that the
             trainer's `prepare` made. `eval_dataset` may be a dictionary of several.
         compute_metrics: by default F1, EM, cover-EM and Recall@k as far as the stage has them, else the accuracy of
             tokens; `None` for the loss alone. `label_ids` are the numbers of the rows, where answers are generated or
             candidates ranked.
         kwargs: further arguments of [`~transformers.Trainer`].
+
+    Attributes:
+        retrieves, answers (`bool`): of a stage, whether it ranks candidates, and whether it answers questions.
     """
+
+    retrieves = answers = False
 
     def __init__(
         self,
@@ -268,8 +100,6 @@ class CLaRaTrainer(CheckpointTrainer):
         args: CLaRaTrainingArguments,
         encode: Callable[[dict, int], dict],
         data_collator: Callable[[list[dict]], dict],
-        retrieves: bool,
-        generates: bool,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs,
@@ -277,7 +107,7 @@ class CLaRaTrainer(CheckpointTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func has no effect on this training: override compute_loss in a subclass.")
         self.processor = encode.processor
-        self.encode, self.retrieves, self.generates = encode, retrieves, generates
+        self.encode, self.generates = encode, self.answers and args.predict_with_generate
         self.counters: dict[str, list] = {}
         self.documents_in_batch: torch.Tensor | None = None
         self.examples_evaluated: Dataset | None = None
@@ -313,14 +143,7 @@ class CLaRaTrainer(CheckpointTrainer):
             self.eval_dataset = self.prepare(self.eval_dataset)
 
     def prepare(self, rows: Dataset) -> Dataset:
-        """Examples of `rows`, in their order; `rows` themselves if they are examples.
-
-        Rows that are memory-mapped give examples that are so too, tokenized once for all processes of a machine.
-
-        Raises:
-            TypeError: no `datasets.Dataset`.
-            ValueError: a row that breaks the stage's schema.
-        """
+        """Examples of `rows`, see [`~trainers.batches.encode_rows`]."""
         return encode_rows(rows, self.encode, self.args, self.args.dataset_num_proc)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -467,16 +290,20 @@ class CLaRaTrainer(CheckpointTrainer):
             scores = [{**own, **recalls} for own, recalls in pairs]
         return means(scores)
 
+    @classmethod
+    def scores(cls, args: CLaRaTrainingArguments) -> list[str]:
+        """Names of what evaluation gives under these arguments."""
+        parts = (
+            [] if args.prediction_loss_only else score_names(cls.answers and args.predict_with_generate, cls.retrieves)
+        )
+        return ["loss", *parts]
+
     def _check_best_metric(self) -> None:
         """Raise a `ValueError` unless evaluation gives `metric_for_best_model`, if that is known."""
         wanted = self.args.metric_for_best_model
         if wanted is None or self.compute_metrics not in (None, self.default_metrics):
             return
-        names = ["loss"]
-        if self.compute_metrics is not None and not self.args.prediction_loss_only:
-            names += list(answer_scores(["a"], [["a"]])[0]) if self.generates else []
-            names += [f"recall@{k}" for k in RECALL_KS] if self.retrieves else []
-            names += [] if self.generates or self.retrieves else ["token_accuracy"]
+        names = ["loss"] if self.compute_metrics is None else self.scores(self.args)
         if isinstance(self.eval_dataset, dict):
             names = [f"{data}_{name}" for data in self.eval_dataset for name in names]
         if wanted.removeprefix("eval_") not in names:

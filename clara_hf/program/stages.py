@@ -1,114 +1,98 @@
 """The training stages as programs: what `clara joint`, `recipes/joint.py` and their sisters run."""
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
 from datasets import Dataset
 from transformers import set_seed
 from transformers.utils import logging
 
-from clara_hf.data.mapped import distinct_texts, shared_questions, training_rows
+from clara_hf.data.mapped import distinct_texts
 from clara_hf.program import UsageError, parse
 from clara_hf.program.models import CLaRaModelArguments, load_model
-from clara_hf.program.training import (
-    DataArguments,
-    begin,
-    check_arguments,
-    checkpoint_to_resume,
-    claimed,
-    is_finished,
-    quieten,
-    run_folder,
-    train_stage,
-)
+from clara_hf.program.training import DataArguments, carry_out, nano_recipe
+from trainers.arguments import CLaRaTrainingArguments
 from trainers.contrastive import ContrastiveConfig, ContrastiveTrainer
+from trainers.dro import DROConfig, DROTrainer
+from trainers.dro.model import SETTINGS_FILE
 from trainers.instruction import InstructionConfig, InstructionTrainer
 from trainers.joint import JointConfig, JointTrainer
+from trainers.retrieval import RetrievalTrainer
 from trainers.scp import SCPConfig, SCPTrainer
-from trainers.trainer import CLaRaTrainer, CLaRaTrainingArguments
+from trainers.trainer import CLaRaTrainer
 
 
 logger = logging.get_logger(__name__)
 
-RECALLS = {"recall@1", "recall@3", "recall@5"}
-ANSWERS = {"f1", "em", "cover_em"}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What differs between the stages.
-
-    Parameters:
-        trainer, config: the trainer and its arguments.
-        yaml: the recipe of the nano world, which is read where no other is given.
-        rows: kind of its rows, as of [`~clara_hf.data.mapped.training_rows`].
-        scores: names that evaluation may give.
-    """
-
-    trainer: type[CLaRaTrainer]
-    config: type[CLaRaTrainingArguments]
-    yaml: str
-    rows: Literal["scp", "questions", "labelled"]
-    scores: frozenset[str] | set[str]
-
 
 def scp(arguments: list[str] | None = None) -> None:
     """Stage 1: compressor, generator and memory embeddings learn to compress."""
-    train(Stage(SCPTrainer, SCPConfig, "scp", "scp", {"loss", "token_accuracy"}), arguments)
+    train(SCPTrainer, SCPConfig, "scp", "scp", arguments)
 
 
 def instruct(arguments: list[str] | None = None) -> None:
     """Stage 2: compressor and generator learn to answer from given documents."""
-    scores = {"loss", *ANSWERS}
-    train(Stage(InstructionTrainer, InstructionConfig, "instruct", "questions", scores), arguments)
+    train(InstructionTrainer, InstructionConfig, "instruct", "questions", arguments)
 
 
 def joint(arguments: list[str] | None = None) -> None:
     """Stage 3: query reasoner and generator learn from the answer's loss, over candidates."""
-    scores = {"loss", *ANSWERS, *RECALLS}
-    train(Stage(JointTrainer, JointConfig, "joint", "questions", scores), arguments)
+    train(JointTrainer, JointConfig, "joint", "questions", arguments)
 
 
 def contrastive(arguments: list[str] | None = None) -> None:
     """Instead of stage 3: the query reasoner learns from relevance labels."""
-    train(Stage(ContrastiveTrainer, ContrastiveConfig, "contrastive", "labelled", {"loss", *RECALLS}), arguments)
+    train(ContrastiveTrainer, ContrastiveConfig, "contrastive", "labelled", arguments)
 
 
-def train(stage: Stage, arguments: list[str] | None) -> None:
-    """Carry out one stage as the YAML and command line say; a finished run is reused.
+@dataclass
+class BaseArguments:
+    """The base that both of DRO's adapters are put on."""
 
-    Raises:
-        UsageError, DataError, ValueError, OSError: one sentence that says what to mend.
+    model_name_or_path: str = field(metadata={"help": "A causal language model."})
+
+
+def dro(arguments: list[str] | None = None) -> None:
+    """Joint training on raw text, for comparison; `trainers.DRO.from_pretrained` loads what is in `output_dir`."""
+    types = (DataArguments, DROConfig, BaseArguments)
+    data, training, base = parse(types, arguments, nano_recipe("dro"), DROTrainer.__doc__)
+
+    def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> DROTrainer:
+        begin()
+        return DROTrainer(base.model_name_or_path, training, train_rows, validation)
+
+    carry_out(data, base, training, "questions", make, SETTINGS_FILE, DROTrainer.scores(training))
+
+
+def train(
+    trainer: type[CLaRaTrainer],
+    config: type[CLaRaTrainingArguments],
+    recipe: str,
+    rows: str,
+    arguments: list[str] | None,
+) -> None:
+    """Carry out one stage as the YAML and command line say, see [`~clara_hf.program.training.carry_out`].
+
+    Args:
+        trainer, config: the stage's trainer and its arguments.
+        recipe: name of its YAML file for the nano world, which is read where no other is given.
+        rows: kind of its rows.
     """
-    types = (DataArguments, stage.config, CLaRaModelArguments)
-    data_args, training_args, model_args = parse(types, arguments, nano_recipe(stage.yaml), stage.trainer.__doc__)
-    quieten(training_args)
-    move_settings(model_args, training_args)
-    check_arguments(data_args, training_args, stage.scores)
-    folder = run_folder(data_args, model_args, training_args)
-    with claimed(folder, training_args):
-        if not data_args.overwrite and is_finished(training_args.output_dir):
-            return
-        checkpoint = checkpoint_to_resume(data_args, training_args)
-        # The first process may write what all read.
-        with training_args.main_process_first(desc="loading data"):
-            train_rows, validation = load_split(data_args, stage.rows)
+    types = (DataArguments, config, CLaRaModelArguments)
+    data, training, model_args = parse(types, arguments, nano_recipe(recipe), trainer.__doc__)
+    move_settings(model_args, training)
+
+    def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> CLaRaTrainer:
         # Fresh adapters are drawn at random: alike in every process, and in a run that starts again.
-        set_seed(training_args.seed)
+        set_seed(training.seed)
         model = load_model(model_args)
-        check_user_texts(model.processor, [(data_args.train_file, train_rows), (data_args.validation_file, validation)])
+        check_user_texts(model.processor, [(data.train_file, train_rows), (data.validation_file, validation)])
+        begin()
         # What an overwritten run left: the memories are used again if this model's compressor made them.
-        options = {"replace_memories": data_args.overwrite} if hasattr(training_args, "memory_store") else {}
-        begin(folder, training_args)
-        trainer = stage.trainer(
-            model=model,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=validation,
-            **options,
-        )
-        train_stage(trainer, checkpoint)
+        options = {"replace_memories": data.overwrite} if issubclass(trainer, RetrievalTrainer) else {}
+        return trainer(model, training, train_rows, validation, **options)
+
+    carry_out(data, model_args, training, rows, make, scores=trainer.scores(training))
 
 
 def move_settings(model: CLaRaModelArguments, training: CLaRaTrainingArguments) -> None:
@@ -124,26 +108,6 @@ def move_settings(model: CLaRaModelArguments, training: CLaRaTrainingArguments) 
             raise UsageError(f"{name} is given twice: leave it out of clara_config.")
         logger.warning(f"{name} belongs beside the stage's other arguments, no longer in clara_config.")
         setattr(training, name, value)
-
-
-def nano_recipe(stage: str) -> str | None:
-    """The stage's recipe for the nano world, where the program runs in the repository."""
-    path = Path("recipes", "nano", f"{stage}.yaml")
-    return str(path) if path.is_file() else None
-
-
-def load_split(data: DataArguments, kind: str) -> tuple[Dataset, Dataset | None]:
-    """Training and validation data of a kind, up to their limits, memory-mapped."""
-    train_rows = training_rows(data.train_file, kind, data.train_limit)
-    if data.validation_file is None:
-        return train_rows, None
-    validation = training_rows(data.validation_file, kind, data.validation_limit, targets=False)
-    if shared := shared_questions(train_rows, validation):
-        logger.warning(
-            f"validation_file {data.validation_file}: {shared} of {len(validation)} rows ask what rows of train_file "
-            f"{data.train_file} ask, too, so that its scores say little about new questions."
-        )
-    return train_rows, validation
 
 
 def check_user_texts(processor, files: list[tuple[str | None, Dataset | None]]) -> None:

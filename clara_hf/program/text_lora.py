@@ -6,23 +6,14 @@ The prompts are those of the CLaRa checkpoint `clara_checkpoint`, with text wher
 TRL's `SFTTrainer`; the adapter in `output_dir` is what `eval/run.py --text_model` takes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from clara_hf.program import parse
-from clara_hf.program.stages import load_split, nano_recipe
-from clara_hf.program.training import (
-    DataArguments,
-    begin,
-    check_arguments,
-    checkpoint_to_resume,
-    claimed,
-    is_finished,
-    run_folder,
-    train_stage,
-)
+from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
 from modeling_clara.quantization_clara import dequantized
 
@@ -31,7 +22,7 @@ from modeling_clara.quantization_clara import dequantized
 class TextArguments(DataArguments):
     """Data, the CLaRa checkpoint whose prompts are used, and where the base is a GGUF file."""
 
-    clara_checkpoint: str = field(default="", metadata={"help": "CLaRa checkpoint whose prompts are used."})
+    clara_checkpoint: str = field(kw_only=True, metadata={"help": "CLaRa checkpoint whose prompts are used."})
     gguf_file: str | None = field(
         default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
     )
@@ -49,25 +40,20 @@ def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
-    data_args, training_args, model_args = parse(types, arguments, nano_recipe("text_lora"), __doc__.split("\n")[0])
-    check_arguments(data_args, training_args)
-    folder = run_folder(data_args, model_args, training_args)
-    with claimed(folder, training_args):
-        if not data_args.overwrite and is_finished(training_args.output_dir, "adapter_config.json"):
-            return
-        checkpoint = checkpoint_to_resume(data_args, training_args)
-        processor = CLaRaProcessor.from_pretrained(data_args.clara_checkpoint)
-        with training_args.main_process_first(desc="loading data"):
-            train, validation = load_split(data_args, "questions")
-        base = model_args.model_name_or_path
-        if data_args.gguf_file is not None:
-            base = dequantized(base, data_args.gguf_file)
-        begin(folder, training_args)
-        trainer = SFTTrainer(
+    data, training, model = parse(types, arguments, nano_recipe("text_lora"), __doc__.split("\n")[0])
+
+    def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> SFTTrainer:
+        processor = CLaRaProcessor.from_pretrained(data.clara_checkpoint)
+        base = model.model_name_or_path
+        if data.gguf_file is not None:
+            base = dequantized(base, data.gguf_file)
+        begin()
+        return SFTTrainer(
             model=base,
-            args=training_args,
-            train_dataset=as_examples(train, processor),
+            args=training,
+            train_dataset=as_examples(train_rows, processor),
             eval_dataset=None if validation is None else as_examples(validation, processor),
-            peft_config=get_peft_config(model_args),
+            peft_config=get_peft_config(model),
         )
-        train_stage(trainer, checkpoint, "adapter_config.json")
+
+    carry_out(data, model, training, "questions", make, "adapter_config.json")

@@ -1,23 +1,25 @@
-"""What the training stages share: their data arguments, when a run goes on, from which checkpoint, and saving."""
+"""The life of a training run: its data arguments, when it goes on, from which checkpoint, and saving."""
 
 import logging as python_logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import TrainingArguments
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
+from clara_hf.data.mapped import shared_questions, training_rows
 from clara_hf.program import RunFolder, UsageError, read_json
 from clara_hf.program.folders import first_difference
 from trainers.checkpoints import damaged_file, holds_training_state
-from trainers.trainer import MEMORIES_FOLDER
+from trainers.retrieval import MEMORIES_FOLDER
 
 
 logger = logging.get_logger(__name__)
@@ -85,11 +87,72 @@ def quieten(training: TrainingArguments) -> None:
         datasets.disable_progress_bars()
 
 
-def check_arguments(data: DataArguments, training: TrainingArguments, metrics: set[str] | None = None) -> None:
+def carry_out(
+    data: DataArguments,
+    model,
+    training: TrainingArguments,
+    rows: str,
+    make: Callable[[Callable[[], None], Dataset, Dataset | None], Trainer],
+    last: str = CONFIG_NAME,
+    scores: list[str] | None = None,
+) -> None:
+    """A training run, from its claim on `output_dir` to the saved model; a finished one is reused. Ctrl-C leaves the
+    checkpoints to resume from.
+
+    Args:
+        data, model, training: dataclasses of arguments.
+        rows: kind of its rows, as of [`~clara_hf.data.mapped.training_rows`].
+        make: makes the trainer from training and validation rows; it calls its first argument, which records the run,
+            when nothing is left to refuse.
+        last: file of the model that saving moves in last.
+        scores: names that evaluation gives, where they are known.
+
+    Raises:
+        UsageError, DataError, ValueError, OSError: one sentence that says what to mend.
+    """
+    quieten(training)
+    check_arguments(data, training, scores)
+    folder = run_folder(data, model, training)
+    # The first process claims the folder for all.
+    with folder.claimed() if training.process_index == 0 else nullcontext():
+        if not data.overwrite and is_finished(training.output_dir, last):
+            return
+        checkpoint = None
+        if data.resume and not data.overwrite:
+            checkpoint = last_complete_checkpoint(Path(training.output_dir))
+        # The first process may write what all read.
+        with training.main_process_first(desc="loading data"):
+            train_rows, validation = load_split(data, rows)
+        trainer = make(lambda: begin(folder, training), train_rows, validation)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        save_stage(trainer, last)
+
+
+def nano_recipe(stage: str) -> str | None:
+    """The stage's recipe for the nano world, where the program runs in the repository."""
+    path = Path("recipes", "nano", f"{stage}.yaml")
+    return str(path) if path.is_file() else None
+
+
+def load_split(data: DataArguments, kind: str) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data of a kind, up to their limits, memory-mapped."""
+    train_rows = training_rows(data.train_file, kind, data.train_limit)
+    if data.validation_file is None:
+        return train_rows, None
+    validation = training_rows(data.validation_file, kind, data.validation_limit, targets=False)
+    if shared := shared_questions(train_rows, validation):
+        logger.warning(
+            f"validation_file {data.validation_file}: {shared} of {len(validation)} rows ask what rows of train_file "
+            f"{data.train_file} ask, too, so that its scores say little about new questions."
+        )
+    return train_rows, validation
+
+
+def check_arguments(data: DataArguments, training: TrainingArguments, scores: list[str] | None) -> None:
     """Raise for what a run would only find out after its longest work.
 
     Args:
-        metrics: names that evaluation gives, where they are known.
+        scores: names that evaluation gives, where they are known.
 
     Raises:
         UsageError: names the argument and how to mend it.
@@ -105,8 +168,8 @@ def check_arguments(data: DataArguments, training: TrainingArguments, metrics: s
             "eval_strategy to 'no'."
         )
     wanted = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    if metrics is not None and wanted not in metrics:
-        known = ", ".join(sorted(metrics))
+    if scores is not None and wanted not in scores:
+        known = ", ".join(scores)
         raise UsageError(f"metric_for_best_model is {training.metric_for_best_model!r}: it must be one of {known}.")
 
 
@@ -126,13 +189,6 @@ def run_folder(data: DataArguments, model, training: TrainingArguments) -> RunFo
         kept=(MEMORIES_FOLDER,),
         described=difference,
     )
-
-
-@contextmanager
-def claimed(folder: RunFolder, training: TrainingArguments) -> Iterator[None]:
-    """The run's folder, claimed by the first process for all."""
-    with folder.claimed() if training.process_index == 0 else nullcontext():
-        yield
 
 
 def begin(folder: RunFolder, training: TrainingArguments) -> None:
@@ -169,11 +225,6 @@ def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
     if finished:
         logger.warning(f"{output_dir} holds this run, finished: it is reused.")
     return finished
-
-
-def checkpoint_to_resume(data: DataArguments, training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from, or `None` to start."""
-    return last_complete_checkpoint(Path(training.output_dir)) if data.resume and not data.overwrite else None
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -223,9 +274,3 @@ def save_stage(trainer, last: str = CONFIG_NAME) -> None:
         partial.rmdir()
         # A kill between a checkpoint and the removal of the one that it supersedes leaves both.
         rotate_checkpoints(str(folder), trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
-
-
-def train_stage(trainer, checkpoint: str | None, last: str = CONFIG_NAME) -> None:
-    """Train, from `checkpoint` if given, and save. Ctrl-C leaves the checkpoints to resume from."""
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_stage(trainer, last)

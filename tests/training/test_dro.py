@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clara_hf.program import parse
-from clara_hf.program.dro import BaseArguments
+from clara_hf.program.stages import BaseArguments
 from clara_hf.program.training import DataArguments
 from modeling_clara.adapters_clara import use_adapter
 from recipes import dro

@@ -9,7 +9,7 @@ from test_trainers import SCP_ROWS, make_trainer
 from clara_hf.program import parse
 from clara_hf.program.training import DataArguments
 from trainers import SCPConfig
-from trainers.sampling import MixSampler, exact_shares
+from trainers.batches import MixSampler, exact_shares
 
 
 KINDS = ["qa"] * 9 + ["paraphrase"] * 3

@@ -21,8 +21,7 @@ from clara_hf.program import UsageError, run_program, write_json
 from clara_hf.program.errors import one_sentence
 from clara_hf.program.folders import RunFolder
 from clara_hf.program.models import CLaRaModelArguments, load_model
-from clara_hf.program.stages import load_split
-from clara_hf.program.training import DataArguments, difference
+from clara_hf.program.training import DataArguments, difference, load_split
 from modeling_clara import CLaRaForRetrievalGeneration
 from recipes import instruct, joint, scp
 from trainers.trainer import CLaRaTrainer
@@ -398,7 +397,7 @@ def test_three_stages_hand_their_checkpoints_on_and_train_from_mapped_rows(confi
 def test_limits_take_rows_from_the_start_of_the_files(qa_file, monkeypatch, capsys, config):
     data = DataArguments(str(qa_file), train_limit=3, validation_file=str(qa_file), validation_limit=2)
     told = []
-    monkeypatch.setattr("clara_hf.program.stages.logger.warning", told.append)
+    monkeypatch.setattr("clara_hf.program.training.logger.warning", told.append)
     train, validation = load_split(data, "questions")
     assert (len(train), len(validation)) == (3, 2)
     assert len(told) == 1 and "2 of 2 rows" in told[0], "validation asks what training asks"

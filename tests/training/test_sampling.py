@@ -10,7 +10,7 @@ from test_mix import drawn_rows
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
 from torch.utils.data import BatchSampler
 
-from trainers.sampling import LengthSampler
+from trainers.batches import LengthSampler
 
 
 LENGTHS = [(7 * row) % 31 for row in range(128)]

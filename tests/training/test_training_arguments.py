@@ -11,8 +11,8 @@ from clara_hf.program import UsageError
 from clara_hf.program.models import CLaRaModelArguments
 from clara_hf.program.stages import move_settings
 from trainers import ContrastiveConfig, JointConfig, JointTrainer
-from trainers import trainer as base_module
-from trainers.trainer import CLaRaTrainingArguments
+from trainers import arguments as base_module
+from trainers.arguments import CLaRaTrainingArguments
 
 
 @pytest.mark.parametrize(("computes", "warns"), [(False, True), (True, False)])
