@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, MistralConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
@@ -22,37 +22,12 @@ from modeling_clara.weights_clara import SAMPLED_VALUES, saved_rows
 
 
 # Shapes of the bases that the recipes name, as their config.json has them.
-BASES: dict[str, PreTrainedConfig] = {
-    "mistralai/Mistral-7B-Instruct-v0.2": MistralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "Qwen/Qwen3-4B-Instruct-2507": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
-    "microsoft/Phi-4-mini-instruct": Phi3Config(
-        vocab_size=200064,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=32,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        pad_token_id=199999,
-        bos_token_id=199999,
-        eos_token_id=199999,
-        tie_word_embeddings=True,
-    ),
+SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPE += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+BASES = {
+    "mistralai/Mistral-7B-Instruct-v0.2": ("mistral", 32000, 4096, 14336, 32, 32, 8, 128, False),
+    "Qwen/Qwen3-4B-Instruct-2507": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
+    "microsoft/Phi-4-mini-instruct": ("phi3", 200064, 3072, 8192, 32, 24, 8, 128, True),
 }
 TRAINED = {
     "scp": (COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS),
@@ -110,6 +85,15 @@ class Cost:
     def memory(self) -> float:
         """The peak: the two come one after the other."""
         return max(self.training_memory, self.compression_memory)
+
+
+def base_config(name: str) -> PreTrainedConfig:
+    """Configuration of a base of `BASES`, or of another one in a folder or on the Hub."""
+    if name not in BASES:
+        return AutoConfig.from_pretrained(name)
+    # Tokens that an architecture has by default may lie beyond the vocabulary.
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return AutoConfig.for_model(**dict(zip(SHAPE, BASES[name], strict=True)), **tokens)
 
 
 def meta_model(decoder: PreTrainedConfig, stage: str, **fields) -> CLaRaForRetrievalGeneration:
@@ -208,9 +192,7 @@ def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost
     # Later stages start from a checkpoint in a run's folder: their base stands in the first stage's recipe.
     first = yaml.safe_load(Path(path).with_name("scp.yaml").read_text(encoding="utf-8"))
     name = first["model_name_or_path"]
-    decoder = CLaRaConfig(decoder_config=BASES[name].to_dict()).decoder_config if name in BASES else None
-    decoder = decoder or AutoConfig.from_pretrained(name)
-    model = meta_model(decoder, stage, **first["clara_config"])
+    model = meta_model(base_config(name), stage, **first["clara_config"])
     rows, top_k = values["per_device_train_batch_size"], values.get("top_k") or model.config.top_k
     memory_batch = values.get("memory_batch_size", MEMORY_BATCH)
     return cost(model, stage, rows, top_k, gpus, zero, memory_batch), values

@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from clara_hf.program import UsageError, read_json
-from clara_hf.program.arguments import checked_mapping
 from clara_hf.program.paths import check_model_name
+from clara_hf.program.values import checked_mapping
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.pretrained_clara import SET_BY_FROM_BASE
 from modeling_clara.quantization_clara import quantize_base

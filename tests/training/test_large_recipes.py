@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_trainers import make_trainer
 
 from clara_hf.program import parse
-from clara_hf.program.cost import BASES, checkpoint_bytes, meta_model, recipe_cost, report
+from clara_hf.program.cost import BASES, base_config, checkpoint_bytes, meta_model, recipe_cost, report
 from clara_hf.program.models import CLaRaModelArguments
 from clara_hf.program.training import DataArguments
 from modeling_clara import CLaRaConfig
@@ -66,8 +66,8 @@ def test_a_gpu_holds_the_whole_base_while_documents_are_compressed_even_under_ze
 
 def test_counted_weights_are_those_of_the_known_models():
     billions = {}
-    for name, decoder in BASES.items():
-        model = meta_model(CLaRaConfig(decoder_config=decoder.to_dict()).decoder_config, "scp", lora_r=16)
+    for name in BASES:
+        model = meta_model(base_config(name), "scp", lora_r=16)
         frozen = [value for key, value in model.decoder.named_parameters() if ".lora_" not in key]
         billions[name.rpartition("/")[2]] = round(sum(value.numel() for value in frozen) / 1e9, 2)
     assert billions == {
@@ -89,8 +89,7 @@ def test_checkpoint_at_7b_shapes_is_under_1_4_gb(stage, base, tmp_path):
     moments = [value[name] for value in optimizer.values() for name in ("exp_avg", "exp_avg_sq")]
     written = sum(tensor.nbytes for tensor in [*weights.values(), *moments])
     assert written == checkpoint_bytes(trainer.model, stage, frozen_bytes=4)
-    decoder = BASES["mistralai/Mistral-7B-Instruct-v0.2"]
-    model = meta_model(CLaRaConfig(decoder_config=decoder.to_dict()).decoder_config, stage, lora_r=16)
+    model = meta_model(base_config("mistralai/Mistral-7B-Instruct-v0.2"), stage, lora_r=16)
     assert all(parameter.is_meta for parameter in model.parameters())
     # That DeepSpeed's files are as counted is in test_distributed.py.
     assert max(checkpoint_bytes(model, stage), checkpoint_bytes(model, stage, deepspeed=True)) < 1.4e9
