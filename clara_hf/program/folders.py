@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clara_hf.program.arguments import shown
 from clara_hf.program.errors import UsageError
 from clara_hf.program.files import PARTIAL, read_json, write_json
+from clara_hf.program.values import shown
 
 
 try:

@@ -13,8 +13,8 @@ from typing import Any
 import xxhash
 
 from clara_hf.program import UsageError
-from clara_hf.program.arguments import load_text
 from clara_hf.program.folders import LOCK_FILE, first_difference, release_lock, take_lock
+from clara_hf.program.values import load_text
 from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
 from clara_hf.synthesis.backends.secrets import masked
 from clara_hf.synthesis.prompts import Prompts
