@@ -27,9 +27,9 @@ from clara_hf.evaluation.run import recorded_files
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 from clara_hf.evaluation.systems.loading import load_clara, model_hash
 from clara_hf.program import UsageError, parse, write_json, write_text
-from clara_hf.program.arguments import split
 from clara_hf.program.errors import loading
 from clara_hf.program.models import ModelSource
+from clara_hf.program.values import split
 
 
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"

@@ -23,10 +23,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from clara_hf.program.arguments import split
 from clara_hf.program.errors import UsageError
 from clara_hf.program.models import ModelSource
 from clara_hf.program.paths import check_model_name
+from clara_hf.program.values import split
 
 
 CHECKPOINTS = {"clara": "model", "clara-before-joint": "before_joint", "sup": "sup"}

@@ -29,9 +29,9 @@ from clara_hf.evaluation.plan import Options, file_name, model_source
 from clara_hf.evaluation.reference import published_figures
 from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results
 from clara_hf.program import UsageError, parse
-from clara_hf.program.arguments import split
 from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.program.models import ModelSource
+from clara_hf.program.values import split
 
 
 logger = logging.get_logger(__name__)

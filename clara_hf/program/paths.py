@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from clara_hf.program.arguments import did_you_mean
 from clara_hf.program.errors import UsageError
+from clara_hf.program.values import did_you_mean
 
 
 def is_plain_name(name) -> bool:

@@ -17,7 +17,7 @@ import zstandard
 from clara_hf.data.files import write_jsonl
 from clara_hf.data.schema import DataError, QAExample, iter_examples, load_examples, load_scp
 from clara_hf.data.sources import read_rows, source_name
-from clara_hf.program.arguments import split
+from clara_hf.program.values import split
 
 
 ROWS = [
