@@ -3,6 +3,8 @@
     clara, clara-before-joint, sup      a CLaRa checkpoint ranks, and answers from memories
     bm25                                ranks by words
     bi-encoder NAME                     ranks by a bi-encoder of sentence-transformers
+    multi-vector NAME                   ranks by late interaction of token vectors (ColBERT's kind)
+    sparse-encoder NAME                 ranks by learned word weights (SPLADE's kind)
     cross-encoder NAME                  ranks by a cross-encoder of sentence-transformers
     llm-listwise NAME                   ranks by asking a causal language model to order the list
     gold, no-memory, wrong-memory       no ranking: the gold documents, none, another question's
@@ -34,6 +36,8 @@ CHECKPOINTS = {"clara": "model", "clara-before-joint": "before_joint", "sup": "s
 RANKERS = {
     "bm25": ("bm25.BM25", None),
     "bi-encoder": ("encoders.BiEncoderRanker", "sentence_transformers"),
+    "multi-vector": ("encoders.MultiVectorRanker", "sentence_transformers"),
+    "sparse-encoder": ("encoders.SparseRanker", "sentence_transformers"),
     "cross-encoder": ("encoders.CrossEncoderRanker", "sentence_transformers"),
     "llm-listwise": ("listwise.ListwiseRanker", "transformers"),
 }

@@ -10,6 +10,7 @@ from programs import exit_code
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -69,6 +70,20 @@ def cross_encoder(tmp_path_factory) -> str:
     return save_bert(tmp_path_factory.mktemp("cross"), BertForSequenceClassification, num_labels=1)
 
 
+def save_late_interaction(folder) -> str:
+    from sentence_transformers import MultiVectorEncoder
+
+    MultiVectorEncoder(save_bert(folder / "bert", BertModel), device="cpu").save(str(folder / "model"))
+    return str(folder / "model")
+
+
+def save_splade(folder) -> str:
+    from sentence_transformers import SparseEncoder
+
+    SparseEncoder(save_bert(folder / "bert", BertForMaskedLM), device="cpu").save(str(folder / "model"))
+    return str(folder / "model")
+
+
 @pytest.fixture
 def data(tmp_path):
     rows = [
@@ -109,6 +124,24 @@ def test_encoders_rank_as_they_do_on_their_own_without_a_clara_model(tmp_path, d
             assert row["prediction"] is None and set(row["scores"]) >= {"recall@1", "mrr"}
 
 
+def test_late_interaction_sums_each_question_tokens_best_match_and_sparse_weights_are_multiplied(tmp_path, data):
+    from sentence_transformers import MultiVectorEncoder, SparseEncoder
+
+    late, sparse = save_late_interaction(tmp_path / "late"), save_splade(tmp_path / "sparse")
+    labels = f"multi-vector {late}", f"sparse-encoder {sparse}"
+    found = evaluate(tmp_path, data, ",".join(labels), "--batch_size", "2")
+    tokens, words = MultiVectorEncoder(late, device="cpu"), SparseEncoder(sparse, device="cpu")
+    for place, question in enumerate(QUESTIONS):
+        documents = TEXTS[: 3 + place]
+        query = tokens.encode_query(question)
+        matches = [(query @ each.T).max(dim=1).values.sum().item() for each in tokens.encode_document(documents)]
+        products = words.encode_document(documents).to_dense() @ words.encode_query(question).to_dense()
+        for label, scores in zip(labels, (matches, products.tolist()), strict=True):
+            row = found[slug(label)][place]
+            assert row["ranking"] == sorted(range(len(scores)), key=lambda at: -scores[at])
+            assert row["candidate_scores"] == pytest.approx(sorted(scores, reverse=True), rel=1e-4)
+
+
 def test_every_foreign_ranker_is_followed_by_the_same_generator_on_memories_and_on_text(
     tmp_path, data, clara, base, bi_encoder, cross_encoder
 ):
@@ -140,7 +173,10 @@ def test_text_systems_need_no_clara_model(tmp_path, data, base):
     assert all(row["prediction"] is not None for rows in found.values() for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder", "llm-listwise", "llmlingua2", "text_model"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bi-encoder", "multi-vector", "sparse-encoder", "cross-encoder", "llm-listwise", "llmlingua2", "text_model"],
+)
 def test_what_is_no_such_model_is_one_sentence_before_anything_is_done(tmp_path, data, base, capsys, monkeypatch, kind):
     monkeypatch.setattr(loading, "find_spec", lambda package: package)
     out, empty = tmp_path / "out", tmp_path / "empty"

@@ -1,7 +1,7 @@
 """Ranking by encoders of sentence-transformers, each with its own prompts, similarity and length limit."""
 
 import torch
-from sentence_transformers import CrossEncoder
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
 from clara_hf.data.retrievers import BiEncoderRetriever
 from clara_hf.data.schema import QAExample
@@ -70,3 +70,51 @@ class CrossEncoderRanker:
             rankings.append(Ranking.of(scores[start : start + len(example.docs)].tolist()))
             start += len(example.docs)
         return rankings
+
+
+class EmbeddingRanker:
+    """Questions and documents are encoded apart, each distinct document once, to more than one dense vector.
+
+    Args:
+        name: a local folder, or a name on the Hub.
+        batch_size: texts per forward pass.
+        device: where it runs.
+    """
+
+    encoder: type[MultiVectorEncoder] | type[SparseEncoder]
+    options: dict[str, bool] = {}
+
+    def __init__(self, name: str, batch_size: int, device: torch.device):
+        self.model = self.encoder(name, device=str(device))
+        self.settings = {"batch_size": batch_size, "show_progress_bar": False, **self.options}
+
+    @classmethod
+    def load(cls, name: str, options: Options, device: torch.device) -> "EmbeddingRanker":
+        return cls(name, options.batch_size, device)
+
+    def prepare(self, examples: list[QAExample], corpus: list[str]) -> int:
+        documents = list(dict.fromkeys(document for example in examples for document in example.docs))
+        embeddings = self.model.encode_document(documents, **self.settings)
+        self.embeddings = dict(zip(documents, embeddings, strict=True))
+        return len(documents)
+
+    def rank(self, examples: list[QAExample]) -> list[Ranking]:
+        queries = self.model.encode_query([example.question for example in examples], **self.settings)
+        rankings = []
+        for query, example in zip(queries, examples, strict=True):
+            scores = self.model.similarity([query], [self.embeddings[document] for document in example.docs])
+            rankings.append(Ranking.of(scores[0].tolist()))
+        return rankings
+
+
+class MultiVectorRanker(EmbeddingRanker):
+    """Late interaction: a vector per token, and for each of the question's the most similar one of a document
+    (ColBERT, arXiv 2004.12832)."""
+
+    encoder = MultiVectorEncoder
+
+
+class SparseRanker(EmbeddingRanker):
+    """A learned weight per word of the vocabulary (SPLADE, arXiv 2107.05720)."""
+
+    encoder, options = SparseEncoder, {"convert_to_tensor": False}

@@ -100,7 +100,7 @@ def check_model(source: ModelSource, kind: str = "llm-listwise", needs_tokenizer
     if source.folder.is_dir():
         _check_weights(source.folder)
     name, place = source.model_name_or_path, source.place
-    if kind == "bi-encoder":
+    if NAMED.get(kind) == "sentence_transformers":
         from sentence_transformers.util import is_sentence_transformer_model
 
         if is_sentence_transformer_model(name):
