@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -198,7 +197,7 @@ class Addition:
         table = self.table
         if self.missing() or table.snapshot().unreadable or not set(self.arrays) <= set(table.names):
             return False
-        if table.parts.are_waiting() and os.access(table.path, os.W_OK):
+        if table.parts.are_waiting() and table.is_writable:
             return False
         return not table.changed_rows(list(self.first), pick(self.arrays, list(self.first.values())))
 

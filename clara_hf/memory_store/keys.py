@@ -3,6 +3,8 @@
 import hashlib
 from dataclasses import dataclass, replace
 
+from torch.distributed.tensor import DTensor
+
 
 KEY_LENGTH = 32
 
@@ -46,3 +48,20 @@ class Maker:
 
 def key_of(fingerprint: str, text: str) -> str:
     return hashlib.sha256(f"{fingerprint}\0{text}".encode()).hexdigest()[:KEY_LENGTH]
+
+
+def state_of(model) -> tuple:
+    """What changes with a model's weights and geometry, at the cost of a look at its adapters.
+
+    Versions count changes in place; changes beside them are seen in the sums of what is trained.
+    """
+    config = model.config
+    geometry = config.num_memory_tokens, config.hidden_size, config.doc_max_length
+    parameters = list(model.named_parameters())
+    versions = hash(tuple((name, value.data_ptr(), value._version) for name, value in parameters))
+    small = [
+        value.detach()
+        for name, value in parameters
+        if (".lora_" in name or "memory_embeddings" in name) and not isinstance(value, DTensor) and not value.is_meta
+    ]
+    return (*geometry, versions, float(sum(value.double().sum().cpu() for value in small)))

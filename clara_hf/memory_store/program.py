@@ -12,6 +12,7 @@ from clara_hf.data.sources import read_rows
 from clara_hf.program.errors import UsageError
 from clara_hf.program.models import ModelSource, load_clara
 
+from .copies import locate
 from .encoding import FORMS
 from .store import MemoryStore
 
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, told: str, needs_model: bool | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=told, description=told)
-        added.add_argument("store", help="Folder of the store.")
+        added.add_argument("store", help="Folder of the store; to read, also s3://... or hf://datasets/...")
         if needs_model is not None:
             added.add_argument("--model", required=needs_model, help="CLaRa checkpoint: folder or Hub id.")
             added.add_argument("--device", help="Such as cuda:0; the accelerator if there is one, by default.")
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     model = _load(options.model, options.device) if "model" in options and options.model else None
-    if options.command != "build" and not Path(options.store).is_dir():
+    place, _ = locate(options.store)
+    if options.command != "build" and isinstance(place, Path) and not place.is_dir():
         raise UsageError(f"there is no memory store at {options.store}: build it with `clara store build`.")
     store = MemoryStore.open(options.store, model, form=options.form if options.command == "build" else "auto")
     return COMMANDS[options.command](store, options) or 0

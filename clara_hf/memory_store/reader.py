@@ -32,7 +32,8 @@ class StoreReader:
         return key_of(fingerprint, text)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
+        """The local folder of the store, or its address in object storage."""
         return self._table.path
 
     @property

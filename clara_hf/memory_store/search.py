@@ -186,7 +186,7 @@ class Searcher:
             return None
         digest = self._table.sketch_column.removeprefix("sketch_")
         if self._index is None or self._index.sketch != digest or not self._index.path.exists():
-            self._index, self._loose = _Index.load(self._table.path / SIDE_FOLDER, digest), None
+            self._index, self._loose = _Index.load(self._table.side_files(f"index-{digest}-*.faiss"), digest), None
         return self._index
 
     def loose(self) -> "_Loose":
@@ -231,8 +231,7 @@ class Searcher:
 
     def damaged_indexes(self) -> list[Path]:
         """Index files of the table whose content is not what was written."""
-        files = (self._table.path / SIDE_FOLDER).glob("index-*.faiss")
-        return [path for path in files if not _is_whole(path)]
+        return [path for path in self._table.side_files("index-*.faiss") if not _is_whole(path)]
 
     def remove_damaged_indexes(self) -> None:
         for path in self.damaged_indexes():
@@ -273,9 +272,8 @@ class _Index:
             base.nprobe = max(16, base.nlist // 64)
 
     @classmethod
-    def load(cls, folder: Path, sketch: str) -> "_Index | None":
+    def load(cls, found: list[Path], sketch: str) -> "_Index | None":
         """The largest whole index of a sketch; damaged ones are passed over and told."""
-        found = folder.glob(f"index-{sketch}-*.faiss")
         for path in sorted(found, key=lambda path: path.lstat().st_size, reverse=True):
             if _is_whole(path):
                 return cls(path, sketch, faiss.read_index(str(path)))
@@ -339,4 +337,4 @@ def _digest(path: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and _digest(path) == path.stem.rpartition("-")[2]
+    return path.is_file() and _digest(path) == path.stem.rpartition("-")[2]

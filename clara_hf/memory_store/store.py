@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from .build import Addition
+from .copies import copy_store, locate, push_store
 from .encoding import FITTED, FORMS
-from .keys import Maker
+from .keys import Maker, state_of
 from .processes import Processes
 from .reader import StoreReader, checked
 from .table.columns import check_columns
@@ -58,26 +58,36 @@ class MemoryStore(StoreReader):
 
     def __init__(self, table: MemoryTable, model=None):
         super().__init__(table, model)
-        self._seen = None if model is None else _state_of(model)
+        self._seen = None if model is None else state_of(model)
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_seen": None}
 
     @classmethod
-    def open(cls, path: str | os.PathLike, model=None, dtype: str = "auto", form: str = "auto") -> "MemoryStore":
+    def open(
+        cls,
+        path: str | os.PathLike,
+        model=None,
+        dtype: str = "auto",
+        form: str = "auto",
+        revision: str | None = None,
+    ) -> "MemoryStore":
         """Opens the store at `path`, or creates it there when a model is given.
 
         Args:
-            path: a local folder.
+            path: a local folder; or, to read it alone, "s3://bucket/folder", or "hf://datasets/user/repository", which
+                is downloaded into the Hub's cache.
             model: the model whose compressor makes the memories; without one, an existing store is opened to read.
             dtype: of the memories, "float16", "bfloat16", "float32", or "auto": an existing store's own; for a new one
                 bfloat16 if the model is in bfloat16, else float16.
             form: in which memories are stored: "none" (as they are), "rotated8", "rotated4", "rotated2", "fitted2",
                 "fitted1.5" or "fitted1" (the number is bits per value), or "auto": an existing store's own, "none" for
                 a new one. A store of a fitted form keeps memories as they are until [`MemoryStore.fit`].
+            revision: branch, tag or commit of a repository of the Hub.
 
         Raises:
             FileNotFoundError: nothing is at `path` and no model is given.
+            OSError: no store can be read at an address, or it cannot be downloaded.
             ValueError: `path` holds something else; the store was made by another compressor, rate, width or document
                 length (both makers are named), or holds another dtype or form.
         """
@@ -85,16 +95,16 @@ class MemoryStore(StoreReader):
             raise ValueError(f"dtype is {dtype!r}; it must be 'auto', 'float16', 'bfloat16' or 'float32'")
         if form not in ("auto", *FORMS):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
-        path = Path(path).expanduser().absolute()
+        path, frozen = locate(path, revision)
         maker = None if model is None else Maker.of(model)
-        if is_blank(path):
+        if isinstance(path, Path) and not frozen and is_blank(path):
             if maker is None:
                 raise FileNotFoundError(
                     f"no memory store at {path}: open it with a model to create it, or mend the path"
                 )
             auto = "bfloat16" if model.dtype == torch.bfloat16 else "float16"
             MemoryTable.create(path, maker, auto if dtype == "auto" else dtype, "none" if form == "auto" else form)
-        table = MemoryTable.open(path)
+        table = MemoryTable.open(path, frozen)
         if maker is not None and not maker.makes_the_same_as(table.maker):
             raise ValueError(
                 f"the memories in {path} were made by {table.maker}; the model given is {maker}: open the store with "
@@ -184,7 +194,7 @@ class MemoryStore(StoreReader):
                 f"the memory store at {self.path} is open to read: add through MemoryStore.open(path, model)"
             )
         # The fingerprint reads all weights: only where something of them is not as it was.
-        seen = _state_of(self.model)
+        seen = state_of(self.model)
         if seen == self._seen:
             return
         maker = Maker.of(self.model)
@@ -196,11 +206,11 @@ class MemoryStore(StoreReader):
         self._seen = seen
 
     def _check_writable(self, what: str) -> None:
-        if not os.access(self.path, os.W_OK):
+        if not self._table.is_writable:
             raise OSError(
                 errno.EROFS,
                 f"the memory store at {self.path} is read-only here, so that it can be read and searched, and nothing "
-                f"can be written ({what}): copy it to where you can write",
+                f"can be written ({what}): copy it to where you can write, by copy_to(folder)",
             )
 
     def _tidy(self) -> None:
@@ -310,6 +320,41 @@ class MemoryStore(StoreReader):
         """
         return verify_store(self, repair, show_progress)
 
+    def copy_to(self, target: str | os.PathLike) -> None:
+        """Copies the newest version of the store to a new local folder or, "s3://bucket/folder", to object storage.
+
+        Others may read and write meanwhile. After an interruption, the same call sends object storage what it lacks.
+
+        Raises:
+            FileExistsError: something is at `target`.
+        """
+        copy_store(self, target)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads the newest version of the store to a data set repository of the Hub, in one commit, with a card.
+
+        `MemoryStore.open("hf://datasets/" + repo_id, model)` reads it. A card that is there keeps what is outside of
+        the part about the store.
+
+        Args:
+            repo_id: such as "user/corpus-memories"; made where it does not exist.
+            private: whether a repository that is made is private; its owner's default where it is None.
+            revision: branch, made where it does not exist.
+            license: of the documents, for the card.
+            token: of the Hub; the one that is logged in by default.
+
+        Returns:
+            The commit's URL.
+        """
+        return push_store(self, repo_id, private, revision, license, token)
+
     def recode(self, form: str) -> None:
         """Stores all memories in another form, made from how they are stored now; nothing is compressed again.
 
@@ -339,23 +384,6 @@ class MemoryStore(StoreReader):
                 return
             self._check_recodable(form.name)
             self._table.recode(column, lambda keys, offsets: form.encode(self._read(keys, offsets)).numpy())
-
-
-def _state_of(model) -> tuple:
-    """What changes with a model's weights and geometry, at the cost of a look at its adapters.
-
-    Versions count changes in place; changes beside them are seen in the sums of what is trained.
-    """
-    config = model.config
-    geometry = config.num_memory_tokens, config.hidden_size, config.doc_max_length
-    parameters = list(model.named_parameters())
-    versions = hash(tuple((name, value.data_ptr(), value._version) for name, value in parameters))
-    small = [
-        value.detach()
-        for name, value in parameters
-        if (".lora_" in name or "memory_embeddings" in name) and not isinstance(value, DTensor) and not value.is_meta
-    ]
-    return (*geometry, versions, float(sum(value.double().sum().cpu() for value in small)))
 
 
 __all__ = ["CorruptMemoryError", "MemoryStore"]

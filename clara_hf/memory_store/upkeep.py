@@ -17,6 +17,7 @@ from .encoding import FITTED, Form, Moments, documents_needed, fit
 from .search import FEWEST_DOCUMENTS, SAMPLE_BYTES, SKETCH_SAMPLE, Sketch
 from .table.journal import write_beside
 from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column
+from .table.rows import Rows
 from .table.snapshot import unpacked
 
 
@@ -221,8 +222,8 @@ def stats_of(store) -> dict:
     table = store._table
     snapshot = table.snapshot()
     sizes: Counter = Counter()
-    for path in table.path.rglob("*"):
-        if path.is_file() and not path.is_symlink():
+    for path in table.path.rglob("*") if table.remote is None else ():
+        if path.is_file() and (table.frozen or not path.is_symlink()):
             sizes[path.relative_to(table.path).parts[0]] += path.stat().st_size
     count, searcher = len(table), store._searcher
     index = searcher.index()
@@ -234,20 +235,21 @@ def stats_of(store) -> dict:
         "version": snapshot.version,
         "files": sum(len(piece.files) for piece in snapshot.pieces),
         "bytes": dict(sizes),
-        "bytes_per_document": sum(sizes.values()) / count if count else None,
+        "bytes_per_document": sum(sizes.values()) / count if count and sizes else None,
         "bytes_per_memory": table.form.size * table.form.numpy_type.itemsize,
         "sketch_dims": None if searcher.sketch is None else searcher.sketch.dims,
         "indexed": 0 if index is None else int((index.offsets(index.ids, table) >= 0).sum()),
         "waiting_parts": table.parts.are_waiting(),
         "columns": table.column_names,
-        "fit": _read_fit(table.path),
+        "fit": _read_fit(table),
         "maker": str(store.maker),
     }
 
 
-def _read_fit(path: Path) -> dict | None:
+def _read_fit(table: Rows) -> dict | None:
     try:
-        found = json.loads((path / SIDE_FOLDER / FIT_FILE).read_text(encoding="utf-8"))
+        (file,) = table.side_files(FIT_FILE)
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -34,7 +34,17 @@ class Link(OSError):
     """A link where a folder of the store should be."""
 
 
-def check_description(path: Path, metadata: dict, schema: pa.Schema) -> None:
+def check_folder(path: Path) -> None:
+    """Raises `OSError` unless a local table can be at `path`."""
+    if not path.is_dir():
+        raise NotADirectoryError(path)  # Lance would retry for seconds
+    for name in FOLDERS:
+        # What is made, renamed and removed in them must be inside the store.
+        if (path / name).is_symlink():
+            raise Link(path / name)
+
+
+def check_description(path: Path | str, metadata: dict, schema: pa.Schema) -> None:
     """Raises `CorruptMemoryError` unless a store says all of what it is, and has the columns for it."""
     maker = metadata.get("maker")
     kinds = {"fingerprint": str, "num_memory_tokens": int, "hidden_size": int, "doc_max_length": int}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Self
 
@@ -11,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..encoding import FITTED, Fitted, Form, Plain, Rotated, from_file, to_file
+from ..encoding import FITTED, Fitted, Form, Plain, Rotated, from_file
 from ..keys import KEY_LENGTH, Maker, key_of
 from .columns import checksums, guard_of, is_own
-from .journal import Parts, write_beside
+from .journal import Parts
 from .layout import (
-    FOLDERS,
     FORMAT,
     METADATA_KEY,
     READ_ROWS,
@@ -25,15 +25,20 @@ from .layout import (
     CorruptMemoryError,
     Link,
     check_description,
+    check_folder,
     checksum,
     form_in,
     list_type,
 )
+from .remote import Remote
 from .snapshot import Snapshot, Unreadable, packed, reading
 
 
 class Rows:
     """Rows of key, text, memory, checksum and the user's columns at `path`, as they are in one Lance version.
+
+    The path is a local folder, or the address of one in object storage. A table that is `frozen` is only read, as are
+    those in object storage.
 
     It reads the version that it loaded at its first use, until `forget` or `refresh` is called. It can be pickled: the
     copy opens the dataset for itself. A forked process cannot use it, where Lance's threads are missing, not their
@@ -43,29 +48,32 @@ class Rows:
     with the hash of its file where it was fitted: what a column holds cannot be mistaken.
     """
 
-    def __init__(self, path: Path, metadata: dict):
+    def __init__(self, path: Path | str, metadata: dict, frozen: bool = False):
         self.path = path
+        self.remote = Remote(path) if isinstance(path, str) else None
+        self.frozen = frozen
+        self.parts = Parts(self.folder)
         self.maker = Maker(**metadata["maker"])
         self.dtype = metadata["dtype"]
         self.format = metadata["format"]
-        self.parts = Parts(path)
         self._loaded: Snapshot | None = None
         self._forms: dict[str, Form] = {}
         self._process = os.getpid()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path | str, frozen: bool = False) -> Self:
         try:
             with reading():
-                if not path.is_dir():
-                    raise NotADirectoryError(path)  # Lance would retry for seconds
-                for name in FOLDERS:
-                    # What is made, renamed and removed in them must be inside the store.
-                    if (path / name).is_symlink():
-                        raise Link(path / name)
+                if isinstance(path, Path):
+                    check_folder(path)
                 schema = lance.dataset(str(path)).schema
                 metadata = json.loads(schema.metadata[METADATA_KEY])
         except (Unreadable, RecursionError) as error:
+            if isinstance(path, str):
+                raise OSError(
+                    f"no memory store can be read at {path} ({error}): build one in a local folder, and copy it there "
+                    "by copy_to()"
+                ) from error
             if isinstance(error.__cause__, Link):
                 raise ValueError(
                     f"{error} is a link: a memory store holds no links; put what it leads to in its place"
@@ -81,7 +89,7 @@ class Rows:
         if found not in (1, FORMAT):
             raise ValueError(f"the memory store at {path} has format {found!r}; this version reads 1 and {FORMAT}")
         check_description(path, metadata, schema)
-        return cls(path, metadata)
+        return cls(path, metadata, frozen)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_loaded": None, "_forms": {}}
@@ -91,6 +99,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.snapshot().keys)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder with the files beside the table."""
+        return self.path if self.remote is None else self.remote.folder
+
+    @property
+    def is_writable(self) -> bool:
+        return self.remote is None and not self.frozen and os.access(self.path, os.W_OK)
 
     # Versions
 
@@ -206,17 +223,18 @@ class Rows:
             metadata={METADATA_KEY: json.dumps(metadata)} if metadata else self.snapshot().dataset.schema.metadata,
         )
 
-    def write_side_file(self, kind: str, tensors: dict[str, torch.Tensor]) -> str:
-        """Writes a basis beside the table; returns the hash that names it."""
-        digest, content = to_file(tensors)
-        folder = self.path / SIDE_FOLDER
-        folder.mkdir(exist_ok=True)
-        write_beside(folder / f"{kind}-{digest}.safetensors", content)
-        return digest
+    def side_files(self, pattern: str) -> list[Path]:
+        """Files beside the table."""
+        if self.remote is not None:
+            for name in self.remote.names(SIDE_FOLDER):
+                if fnmatch(name, f"{SIDE_FOLDER}/{pattern}"):
+                    self.remote.fetch(name)
+        return sorted((self.folder / SIDE_FOLDER).glob(pattern))
 
     def read_side_file(self, name: str, digest: str) -> dict[str, torch.Tensor]:
         try:
-            return from_file(self.path / SIDE_FOLDER / name, digest)
+            self.side_files(name)
+            return from_file(self.folder / SIDE_FOLDER / name, digest)
         except OSError as error:
             raise CorruptMemoryError(str(error)) from error
 

@@ -82,7 +82,7 @@ class Snapshot:
         return numbers_of(self.keys)
 
     @classmethod
-    def load(cls, path: Path, before: "Snapshot | None" = None, version: int | None = None) -> "Snapshot":
+    def load(cls, path: Path | str, before: "Snapshot | None" = None, version: int | None = None) -> "Snapshot":
         """Loads a version of the table at `path`: of what was only appended to `before`, only the new keys are read."""
         dataset = lance.dataset(str(path), version=version)
         if before is not None and before.version == dataset.version:
@@ -148,10 +148,12 @@ def _pieces(dataset: "lance.LanceDataset") -> tuple[Piece, ...]:
 
 
 def _read_keys(
-    dataset: "lance.LanceDataset", path: Path, pieces: tuple[Piece, ...]
+    dataset: "lance.LanceDataset", path: Path | str, pieces: tuple[Piece, ...]
 ) -> tuple[np.ndarray, np.ndarray, tuple[Piece, ...]]:
     """Keys and offsets of all rows of `pieces`, in their order, and the pieces that cannot be read."""
-    lost = {piece.fragment_id for piece in pieces if not all((path / name).is_file() for name in piece.files)}
+    lost: set[int] = set()
+    if isinstance(path, Path):  # in object storage, reading shows it
+        lost = {piece.fragment_id for piece in pieces if not all((path / name).is_file() for name in piece.files)}
     whole = [piece for piece in pieces if piece.fragment_id not in lost]
     try:
         found = [(_key_array(dataset, whole), whole)]

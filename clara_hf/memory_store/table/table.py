@@ -10,15 +10,18 @@ from pathlib import Path
 import lance
 import numpy as np
 import pyarrow as pa
+import torch
 from lance.fragment import FragmentMetadata, write_fragments
 
-from ..encoding import FITTED
+from ..encoding import FITTED, to_file
 from ..keys import KEY_LENGTH, Maker
 from .columns import OWN_COLUMNS, checksums, guard_of, to_arrow
+from .journal import write_beside
 from .layout import (
     FILE_BYTES,
     FORMAT,
     READ_ROWS,
+    SIDE_FOLDER,
     CorruptMemoryError,
     checksum,
     code_column,
@@ -70,6 +73,14 @@ class MemoryTable(Rows):
         """Takes in what an interrupted call left, drops what cannot be read; returns the version."""
         with self.changing():
             return self.version
+
+    def write_side_file(self, kind: str, tensors: dict[str, torch.Tensor]) -> str:
+        """Writes a basis beside the table; returns the hash that names it."""
+        digest, content = to_file(tensors)
+        folder = self.path / SIDE_FOLDER
+        folder.mkdir(exist_ok=True)
+        write_beside(folder / f"{kind}-{digest}.safetensors", content)
+        return digest
 
     def arrays(self, columns: Mapping[str, Sequence] | None) -> dict[str, pa.Array]:
         """The user's columns in Arrow, typed as in the table if it has them."""
