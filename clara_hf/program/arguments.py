@@ -38,7 +38,8 @@ def parse(
     default_config: str | Path | None = None,
     description: str | None = None,
 ) -> Any:
-    """Dataclasses filled from `--config FILE.yaml`, if given, and the command line, which overrides it.
+    """Dataclasses filled from `--config FILE.yaml`, if given, and the command line, which overrides it; of
+    several files a later one overrides those before.
 
     A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, or by spaces or
     commas; a comma in the name of an existing file does not split it. A field of a dataclass's type takes a mapping, or
@@ -60,9 +61,12 @@ def parse(
     """
     group = kinds if isinstance(kinds, tuple) else (kinds,)
     known = {field.name: (field, hint) for kind in group for field, hint in typed_fields(kind)}
-    given, config = command_line(known, sys.argv[1:] if arguments is None else arguments, description)
-    path = config or (None if default_config is None else str(default_config))
-    values, places = ({}, {}) if path is None else read_yaml(path, known)
+    given, paths = command_line(known, sys.argv[1:] if arguments is None else arguments, description)
+    paths = paths or ([] if default_config is None else [str(default_config)])
+    values, places = {}, {}
+    for path in paths:
+        for all_of, of_one in zip((values, places), read_yaml(path, known), strict=True):
+            all_of.update(of_one)
     for name, texts in given.items():
         values[name] = from_words(texts, known[name][1], f"--{name}")
         places[name] = f"--{name}"
@@ -75,17 +79,17 @@ def parse(
             raise UsageError(f"{places[name]} holds itself, or is nested too deeply.") from error
         if "fields_of" in field.metadata and isinstance(checked[name], dict):
             checked[name] = checked_mapping(checked[name], field.metadata["fields_of"], places[name])
-    made = tuple(make(kind, checked, path) for kind in group)
+    made = tuple(make(kind, checked, ", ".join(paths) or None) for kind in group)
     return made if isinstance(kinds, tuple) else made[0]
 
 
-def command_line(
-    known: Mapping[str, Any], arguments: Sequence[str], description: str | None
-) -> tuple[dict, str | None]:
-    """The words given for each argument, and the name of the YAML file."""
+def command_line(known: Mapping[str, Any], arguments: Sequence[str], description: str | None) -> tuple[dict, list[str]]:
+    """The words given for each argument, and the names of the YAML files."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": ""}
-    parser.add_argument("--config", help="YAML file with any of these; the command line overrides it.", **options)
+    parser.add_argument(
+        "--config", help="YAML files with any of these; later ones and the command line override.", **options
+    )
     for name, (field, _) in known.items():
         flags = [f"--{name}", *aliases(field)]
         flags += [flag for flag in dict.fromkeys("--" + f[2:].replace("_", "-") for f in flags) if flag not in flags]
@@ -104,9 +108,9 @@ def command_line(
         raise UsageError(f"unknown on the command line: {names[0]}{did_you_mean(names[0][2:], known, '--')}")
     given = vars(found)
     config = given.pop("config", None)
-    if config is not None and len(config) != 1:
-        raise UsageError("--config needs the name of one YAML file after it.")
-    return given, config[0] if config else None
+    if config == []:
+        raise UsageError("--config needs the name of a YAML file after it.")
+    return given, config or []
 
 
 class Parser(argparse.ArgumentParser):

@@ -129,6 +129,18 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert (found.wet, found.output_dir, found.rate, found.weights, found.limit) == (True, "here", 0.02, {"a": 1}, None)
 
 
+def test_a_later_file_overrides_those_before_and_keeps_its_place_in_messages(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("count: 1\nrate: 0.1\nname: first\n")
+    second.write_text("rate: 0.2\nname: second\n")
+    options = parse(Options, ["--config", str(first), str(second), "--name", "third"])
+    assert (options.count, options.rate, options.name) == (1, 0.2, "third")
+    second.write_text("\ncount: much\n")
+    with pytest.raises(UsageError) as error:
+        parse(Options, ["--config", str(first), str(second)])
+    assert f"{second}, line 2: count" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
