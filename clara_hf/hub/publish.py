@@ -124,7 +124,7 @@ def found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def link(folder: Path, place: Path, patterns: tuple[str, ...]) -> None:
     """Have files of `folder` in `place`, too, without copying them where the file system can."""
     for name in found(folder, patterns):
-        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).unlink(missing_ok=True)
         try:
             os.link((folder / name).resolve(), place / name)
@@ -132,7 +132,9 @@ def link(folder: Path, place: Path, patterns: tuple[str, ...]) -> None:
             shutil.copy(folder / name, place / name)
 
 
-def push(staged: Path, card: ModelCard, repo_id: str, token=None, private=None, revision=None, inside="", **options):
+def push(
+    staged: Path, card: ModelCard | None, repo_id: str, token=None, private=None, revision=None, inside="", **options
+):
     """Upload what is staged, with `card`, in one commit; a card that a person wrote there is kept.
 
     Args:
@@ -142,10 +144,11 @@ def push(staged: Path, card: ModelCard, repo_id: str, token=None, private=None, 
     Returns:
         The commit's address.
     """
-    card.validate()
+    if card is not None:
+        card.validate()
     repo_id = open_repository(repo_id, private, token, revision)
     api = HfApi(token=token)
-    for name in {f"{inside}/{CARD_FILE}".lstrip("/"), CARD_FILE}:
+    for name in {f"{inside}/{CARD_FILE}".lstrip("/"), CARD_FILE} if card is not None else ():
         before = OWN_CARD
         if api.file_exists(repo_id, name, revision=revision):
             before = Path(api.hf_hub_download(repo_id, name, revision=revision)).read_text(encoding="utf-8")

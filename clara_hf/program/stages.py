@@ -61,7 +61,7 @@ def dro(arguments: list[str] | None = None) -> None:
         begin()
         return DROTrainer(base.model_name_or_path, training, train_rows, validation)
 
-    carry_out(data, base, training, "questions", make, SETTINGS_FILE, DROTrainer.scores(training))
+    carry_out(data, base, training, "questions", make, SETTINGS_FILE, DROTrainer.scores(training), "dro")
 
 
 def train(
@@ -92,7 +92,7 @@ def train(
         options = {"replace_memories": data.overwrite} if issubclass(trainer, RetrievalTrainer) else {}
         return trainer(model, training, train_rows, validation, **options)
 
-    carry_out(data, model_args, training, rows, make, scores=trainer.scores(training))
+    carry_out(data, model_args, training, rows, make, scores=trainer.scores(training), stage=recipe)
 
 
 def move_settings(model: CLaRaModelArguments, training: CLaRaTrainingArguments) -> None:

@@ -16,9 +16,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from clara_hf.data.mapped import shared_questions, training_rows
+from clara_hf.data.sources import digest_of
 from clara_hf.program import RunFolder, UsageError, read_json
 from clara_hf.program.folders import first_difference
-from trainers.checkpoints import damaged_file, holds_training_state
+from trainers.checkpoints import CheckpointTrainer, damaged_file, holds_training_state
 from trainers.retrieval import MEMORIES_FOLDER
 
 
@@ -95,6 +96,7 @@ def carry_out(
     make: Callable[[Callable[[], None], Dataset, Dataset | None], Trainer],
     last: str = CONFIG_NAME,
     scores: list[str] | None = None,
+    stage: str | None = None,
 ) -> None:
     """A training run, from its claim on `output_dir` to the saved model; a finished one is reused. Ctrl-C leaves the
     checkpoints to resume from.
@@ -106,13 +108,14 @@ def carry_out(
             when nothing is left to refuse.
         last: file of the model that saving moves in last.
         scores: names that evaluation gives, where they are known.
+        stage: its name in the record.
 
     Raises:
         UsageError, DataError, ValueError, OSError: one sentence that says what to mend.
     """
     quieten(training)
     check_arguments(data, training, scores)
-    folder = run_folder(data, model, training)
+    folder = run_folder(data, model, training, stage)
     # The first process claims the folder for all.
     with folder.claimed() if training.process_index == 0 else nullcontext():
         if not data.overwrite and is_finished(training.output_dir, last):
@@ -173,17 +176,19 @@ def check_arguments(data: DataArguments, training: TrainingArguments, scores: li
         raise UsageError(f"metric_for_best_model is {training.metric_for_best_model!r}: it must be one of {known}.")
 
 
-def run_settings(data: DataArguments, model, training: TrainingArguments) -> dict:
-    """The arguments that make a run what it is, as they stand in its `run.json`."""
+def run_settings(data: DataArguments, model, training: TrainingArguments, stage: str | None) -> dict:
+    """What makes a run what it is, as it stands in its `run.json`: stage, arguments, and digests of the data."""
     settings = {**asdict(data), **asdict(model), **training.to_dict(), PROCESSES: training.world_size}
-    return {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    settings = {name: value for name, value in settings.items() if name not in FREE_ARGUMENTS}
+    files = {file for file in (data.train_file, data.validation_file) if file is not None and Path(file).is_file()}
+    return {**settings, "stage": stage, "digests": {file: digest_of(file) for file in sorted(files)}}
 
 
-def run_folder(data: DataArguments, model, training: TrainingArguments) -> RunFolder:
+def run_folder(data: DataArguments, model, training: TrainingArguments, stage: str | None) -> RunFolder:
     """The run's `output_dir`. Memories are kept: they know which compressor made them."""
     return RunFolder(
         training.output_dir,
-        run_settings(data, model, training),
+        run_settings(data, model, training, stage),
         overwrite=data.overwrite,
         resume=data.resume,
         kept=(MEMORIES_FOLDER,),
@@ -200,7 +205,8 @@ def begin(folder: RunFolder, training: TrainingArguments) -> None:
 
 def difference(before: dict, now: dict) -> str | None:
     """What makes a recorded run another one than this, as the end of a sentence."""
-    before = {PROCESSES: now[PROCESSES], **before}
+    unrecorded = (PROCESSES, "stage", "digests")  # by earlier versions
+    before = {**{name: now[name] for name in unrecorded if name in now}, **before}
     before, now = ({k: v for k, v in one.items() if k not in FREE_ARGUMENTS} for one in (before, now))
     told = first_difference({**before, PROCESSES: 0}, {**now, PROCESSES: 0})
     if told is not None or before[PROCESSES] == now[PROCESSES]:
@@ -217,7 +223,7 @@ def difference(before: dict, now: dict) -> str | None:
 def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
     """Whether the folder holds a finished stage: its configuration is what saving moves in last.
 
-    With `push_to_hub` the Trainer copies models of unfinished runs into the folder too, without the run's state.
+    A model that was saved there otherwise is without the run's state.
     """
     folder = Path(output_dir)
     is_saved = (folder / last).is_file() and (folder / TRAINER_STATE_NAME).is_file()
@@ -265,7 +271,8 @@ def save_stage(trainer, last: str = CONFIG_NAME) -> None:
     partial = folder / SAVED_FOLDER
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))
+    is_ours = isinstance(trainer, CheckpointTrainer)
+    trainer.save_model(str(partial), _internal_call=is_ours)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -274,3 +281,5 @@ def save_stage(trainer, last: str = CONFIG_NAME) -> None:
         partial.rmdir()
         # A kill between a checkpoint and the removal of the one that it supersedes leaves both.
         rotate_checkpoints(str(folder), trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+    if is_ours and trainer.args.push_to_hub:
+        trainer.push_saved()

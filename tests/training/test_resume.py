@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,7 +13,6 @@ from conftest import TEXTS, build_clara
 from processes import in_process
 from safetensors.torch import load_file
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
-from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from clara_hf.program import UsageError
@@ -182,18 +180,11 @@ def test_best_checkpoint_is_kept_and_loaded(base, tmp_path):
     assert all(torch.equal(kept[key], state[key]) for key in kept)
 
 
-def test_run_that_uploaded_a_checkpoint_is_not_taken_for_a_finished_one(base, tmp_path, monkeypatch):
-    def upload(trainer, folder):
-        # What transformers' Trainer leaves in the run's folder for an upload.
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(Path(folder, name), tmp_path / name)
-
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", upload)
-    trainer = make_trainer("scp", base, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    trainer.args.push_to_hub = True
+def test_a_model_without_the_run_s_state_is_not_taken_for_a_finished_run(base, tmp_path):
+    trainer = make_trainer("scp", base, tmp_path, max_steps=1)
     trainer.train()
+    trainer.save_model(str(tmp_path))
     assert (tmp_path / "config.json").exists() and not is_finished(tmp_path)
-    trainer.args.push_to_hub = False
     save_stage(trainer)
     assert is_finished(tmp_path)
     (tmp_path / "final.partial").mkdir()
