@@ -18,8 +18,8 @@ import numpy as np
 
 from clara_hf.data.schema import QAExample, load_examples
 from clara_hf.data.sources import is_digest_of
-from clara_hf.evaluation import plots
-from clara_hf.evaluation.latents import logit_lens, mean_states, project
+from clara_hf.evaluation.analysis import plots
+from clara_hf.evaluation.analysis.latents import logit_lens, mean_states, project
 from clara_hf.evaluation.plan import CHECKPOINTS, file_name, model_source
 from clara_hf.evaluation.report import figure_part, html_parts, page
 from clara_hf.evaluation.results import Results

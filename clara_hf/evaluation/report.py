@@ -8,23 +8,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from clara_hf.evaluation.scores import COLUMNS, TERMINAL
 from clara_hf.evaluation.statistics import LEVEL, letters
 
 
-# The metrics of the tables: titles, and which of them a terminal has room for.
-COLUMNS = {
-    "f1": "F1",
-    "em": "EM",
-    "cover_em": "cover-EM",
-    "grounding": "grounded",
-    "recall@1": "R@1",
-    "recall@3": "R@3",
-    "recall@5": "R@5",
-    "all_gold@5": "all@5",
-    "mrr": "MRR",
-    "ndcg@5": "nDCG@5",
-}
-TERMINAL = ("f1", "em", "recall@1", "recall@5", "all_gold@5")
 COST_COLUMNS = {
     "compress_ms": "compress ms",
     "query_ms": "query ms",

@@ -20,10 +20,8 @@ from clara_hf.data.schema import QAExample
 from clara_hf.data.sources import source_name
 from clara_hf.evaluation import report
 from clara_hf.evaluation.plan import UsageError, file_name
+from clara_hf.evaluation.scores import COLUMNS, scores_of
 from clara_hf.evaluation.statistics import intervals, paired_tests
-from clara_hf.metrics.answer_f1.answer_f1 import score_answer
-from clara_hf.metrics.grounding.grounding import score_grounding
-from clara_hf.metrics.retrieval_recall.retrieval_recall import score_ranking
 from clara_hf.program.paths import is_plain_name
 
 
@@ -40,14 +38,6 @@ def question_record(example: QAExample, ranking: dict | None, answer: dict | Non
         answer: `prediction`, for one that answers.
         documents: what it answered from.
     """
-    scores = {}
-    if answer is not None:
-        scores.update(score_answer(answer["prediction"], example.answers))
-        grounding = score_grounding(answer["prediction"], documents)["grounding"]
-        if documents and grounding is not None:
-            scores["grounding"] = grounding
-    if ranking is not None and example.pos_index is not None:
-        scores.update(score_ranking(ranking["order"], example.pos_index))
     return {
         "id": example.id,
         "question": example.question,
@@ -56,7 +46,7 @@ def question_record(example: QAExample, ranking: dict | None, answer: dict | Non
         "prediction": answer and answer["prediction"],
         "ranking": ranking and ranking["order"],
         "candidate_scores": ranking and ranking["scores"],
-        "scores": scores,
+        "scores": scores_of(example, ranking, answer, documents),
     }
 
 
@@ -96,7 +86,7 @@ def summarize(records: list[dict], seed: int) -> dict[str, dict]:
 def compare(records: dict[str, list[dict]], seed: int) -> dict[str, list[dict]]:
     """Paired tests between all systems, for each metric of the tables that two of them have."""
     found = {}
-    for metric in report.COLUMNS:
+    for metric in COLUMNS:
         scores = {
             name: np.array([row["scores"].get(metric, np.nan) for row in rows])
             for name, rows in records.items()

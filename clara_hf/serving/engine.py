@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from clara_hf.evaluation.latents import Lens
+from clara_hf.evaluation.analysis.latents import Lens
 from clara_hf.memory_store.keys import key_of
 from clara_hf.serving.decoding import Decoding, Row, RowControl, RowSampler, TextStream
 from clara_hf.serving.library import Hit, Library

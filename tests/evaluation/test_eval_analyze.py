@@ -13,9 +13,9 @@ from PIL import Image
 from programs import exit_code
 
 from clara_hf.data.schema import QAExample
-from clara_hf.evaluation import latents, plots
+from clara_hf.evaluation.analysis import latents, plots
+from clara_hf.evaluation.analysis.latents import logit_lens, mean_states, project
 from clara_hf.evaluation.analyze import main
-from clara_hf.evaluation.latents import logit_lens, mean_states, project
 from clara_hf.evaluation.run import main as evaluate
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 

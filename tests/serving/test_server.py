@@ -12,7 +12,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from clara_hf.data.schema import load_examples
-from clara_hf.evaluation.latents import Lens
+from clara_hf.evaluation.analysis.latents import Lens
 from clara_hf.memory_store import MemoryStore
 
 

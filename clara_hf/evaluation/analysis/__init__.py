@@ -1,0 +1,1 @@
+"""Pictures of an evaluation, and what memories are seen to hold."""
