@@ -51,6 +51,19 @@ def test_names_numbers_and_dates_are_found():
     assert not {text for _, text in found} & {"The", "It", "However", "12", "2", "5", "911"}
 
 
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("As of September 2017, Indiana had 16 wind farms.", ["September 2017", "Indiana", "16"]),
+        ("On the November 19, 1999, episode Carpenter won.", ["November 19, 1999", "Carpenter"]),
+        ("On the Lucala River lies Kalandula.", ["Lucala River", "Kalandula"]),
+        ("In New York it rains.", ["New York"]),
+    ],
+)
+def test_what_follows_an_empty_first_word_is_a_span_of_its_own(sentence, expected):
+    assert [sentence[span.start : span.end] for span in spans(sentence, sentence)] == expected
+
+
 @pytest.mark.parametrize("title", ["", "Hevelius Bridge"])
 def test_a_question_is_its_sentence_without_the_answer(title):
     pairs = make(title=title)["pairs"]

@@ -106,18 +106,20 @@ def sentences(text: str, language: str) -> Iterator[str]:
 
 def spans(sentence: str, passage: str) -> Iterator[Span]:
     """Dates, years, numbers and names of a sentence."""
-    for match in SPAN.finditer(sentence):
+    place = 0
+    while match := SPAN.search(sentence, place):
         kind, (start, end) = match.lastgroup, match.span()
+        place = end
         if kind == "name":
             first = re.match(r"[\w'’]+", match[0])[0]
             # At the sentence's start one capital is no sign: another one follows, or the word has one elsewhere, too.
             begins = not sentence[:start].strip("\"'“‘(« ")
             if begins and not re.search(rf"[^\W.!?:][\"'“‘(]? [\"'“‘(]?{re.escape(first)}\b", passage):
-                rest = re.compile(LINK).match(match[0], len(first))
-                if rest is None:
-                    continue
                 if first.casefold() in EMPTY_WORDS:
-                    start += rest.end()
+                    place = start + len(first)  # a date or a name of its own may follow
+                    continue
+                if re.compile(LINK).match(match[0], len(first)) is None:
+                    continue
             end -= 2 * sentence[start:end].endswith(("'s", "’s"))
             if end - start < 3 or sentence[start:end].casefold() in EMPTY_WORDS:
                 continue
