@@ -179,7 +179,7 @@ def start_workers_afresh(loader: DataLoader) -> None:
     context = loader.multiprocessing_context
     if loader.num_workers == 0 or (context is not None and context.get_start_method() != "fork"):
         return
-    multiprocessing.set_forkserver_preload([__name__])  # else every worker would import everything anew
+    multiprocessing.set_forkserver_preload(["trainers.worker_server"])
     # A collator of the main script is found only where the script runs again.
     is_own = loader.collate_fn.__module__ != "__main__"
     loader.multiprocessing_context = WorkerContext() if is_own else multiprocessing.get_context(_START_METHOD)

@@ -65,7 +65,7 @@ def test_workers_of_a_killed_run_end_with_it(started):
     assert len(children) >= 3, children  # two workers, and what starts them
     script.send_signal(signal.SIGKILL)
     script.wait()
-    limit = time.monotonic() + 10  # workers end at once; their server takes its imports down first, here in 3.5 s
+    limit = time.monotonic() + 3
     while any(is_running(child) for child in children) and time.monotonic() < limit:
         time.sleep(0.1)
     assert not [child for child in children if is_running(child)]
