@@ -79,10 +79,11 @@ def check_tokens(
     check_whole_matrix(name, ids)
     if rows is not None and len(ids) != rows:
         raise ValueError(f"{name} has {len(ids)} rows, but document_index {rows}: give one for each question.")
-    if mask is not None and mask.shape != ids.shape:
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        found = f"the shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"the type {type(mask).__name__}"
         raise ValueError(
-            f"{name.replace('input_ids', 'attention_mask')} has the shape {list(mask.shape)}, but {name} "
-            f"{list(ids.shape)}: give one for every id."
+            f"{name.replace('input_ids', 'attention_mask')} has {found}, but {name} the shape {list(ids.shape)}: give "
+            "a tensor with one value for every id."
         )
     if ids.shape[1] <= memory_tokens:
         raise ValueError(

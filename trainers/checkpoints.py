@@ -37,7 +37,17 @@ PARTIAL_FOLDER = "checkpoint.partial"
 UPLOADED = ".upload-"
 
 
-class CheckpointTrainer(Trainer):
+class EndsAtLastStep:
+    """For a Trainer that goes on from the checkpoint of its last step: left to itself, it would train one more."""
+
+    def _run_epoch(self, *arguments, **options) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
+
+class CheckpointTrainer(EndsAtLastStep, Trainer):
     """A Trainer whose `checkpoint-N` folders hold what trains, and appear when every process has written its part.
 
     A checkpoint is an adapter-only model (whatever format the finished model is saved in) with the state of optimizer,

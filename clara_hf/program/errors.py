@@ -1,6 +1,7 @@
 """How every program ends: one sentence for what the user can mend, and an exit code."""
 
 import codecs
+import errno
 import io
 import os
 import signal
@@ -113,6 +114,9 @@ def one_sentence(error: BaseException, again: str = "the same command") -> str:
     text = " ".join(text.split()) or type(error).__name__
     if is_full_disk(error):
         return f"the disk is full ({text}): free some space and run {again} again."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        why = "is on a read-only file system" if error.errno == errno.EROFS else "may not be used by this user"
+        return f"{error.filename} {why} ({error.strerror}): change that, or name another place."
     return text
 
 

@@ -16,6 +16,7 @@ from clara_hf.program import parse
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
 from modeling_clara.quantization_clara import dequantized
+from trainers.checkpoints import EndsAtLastStep
 
 
 @dataclass
@@ -38,17 +39,21 @@ def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
     return rows.map(convert, remove_columns=rows.column_names, desc="Writing prompts")
 
 
+class TextTrainer(EndsAtLastStep, SFTTrainer):
+    """TRL's trainer, which ends at its last step also where it goes on from there."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     types = (TextArguments, SFTConfig, ModelConfig)
     data, training, model = parse(types, arguments, nano_recipe("text_lora"), __doc__.split("\n")[0])
 
-    def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> SFTTrainer:
+    def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> TextTrainer:
         processor = CLaRaProcessor.from_pretrained(data.clara_checkpoint)
         base = model.model_name_or_path
         if data.gguf_file is not None:
             base = dequantized(base, data.gguf_file)
         begin()
-        return SFTTrainer(
+        return TextTrainer(
             model=base,
             args=training,
             train_dataset=as_examples(train_rows, processor),

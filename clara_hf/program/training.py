@@ -19,7 +19,7 @@ from clara_hf.data.mapped import shared_questions, training_rows
 from clara_hf.data.sources import digest_of
 from clara_hf.program import RunFolder, UsageError, read_json
 from clara_hf.program.folders import first_difference
-from trainers.checkpoints import CheckpointTrainer, damaged_file, holds_training_state
+from trainers.checkpoints import PARTIAL_FOLDER, CheckpointTrainer, damaged_file, holds_training_state
 from trainers.retrieval import MEMORIES_FOLDER
 
 
@@ -279,7 +279,8 @@ def save_stage(trainer, last: str = CONFIG_NAME) -> None:
         for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
             os.replace(path, folder / path.name)
         partial.rmdir()
-        # A kill between a checkpoint and the removal of the one that it supersedes leaves both.
+        # A kill leaves half a checkpoint; one between a checkpoint and the removal of that before leaves both.
+        shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
         rotate_checkpoints(str(folder), trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
     if is_ours and trainer.args.push_to_hub:
         trainer.push_saved()

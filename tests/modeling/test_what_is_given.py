@@ -27,6 +27,7 @@ def batch(untouched_clara):
     [
         (lambda batch: {"attention_mask": batch["attention_mask"][:, 1:]}, "attention_mask.*input_ids"),
         (lambda batch: {"query_attention_mask": batch["query_attention_mask"][:1]}, "query_attention_mask"),
+        (lambda batch: {"query_attention_mask": batch["query_attention_mask"].tolist()}, "query_attention_mask.*list"),
         (lambda batch: {"document_attention_mask": torch.ones(1, 1)}, "document_attention_mask"),
         (lambda batch: {"input_ids": batch["input_ids"].float()}, r"input_ids.*torch\.float32"),
         (lambda batch: {"query_input_ids": batch["query_input_ids"][0]}, r"query_input_ids.*shape \[\d+\]"),

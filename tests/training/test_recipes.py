@@ -267,6 +267,12 @@ def test_an_error_in_a_data_loader_worker_is_its_last_line():
     assert one_sentence(error) == "it is: so"
 
 
+@pytest.mark.parametrize(("code", "fact"), [(errno.EROFS, "read-only"), (errno.EACCES, "user")])
+def test_a_place_that_cannot_be_written_is_named_with_the_reason(code, fact):
+    told = one_sentence(OSError(code, os.strerror(code), "/mnt/runs"))
+    assert "/mnt/runs" in told and fact in told and "Errno" not in told
+
+
 def test_folder_with_something_else_is_refused(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("important")

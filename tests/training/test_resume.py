@@ -132,6 +132,16 @@ def test_checkpoint_appears_only_when_it_is_whole(where, base, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_run_killed_behind_its_last_checkpoint_trains_no_step_more(base, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    make_trainer("scp", base, tmp_path, **options).train()
+    resumed = make_trainer("scp", base, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    state = resumed.model.adapter_state_dict()
+    assert resumed.state.global_step == 2 and all(torch.equal(saved[key], state[key]) for key in saved)
+
+
 def test_checkpoint_replaces_a_broken_one_of_its_step(base, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"cut off")

@@ -1,0 +1,166 @@
+"""Runs programs where the machine has little: a full disk, a read-only folder, few file descriptors, no home, the C
+locale, another user; each must end well, or in one sentence, and leave nothing that keeps a later run from starting.
+
+    python tests/torture/places.py
+    python tests/torture/places.py --programs store,eval --places full,readonly
+
+As root the full disk is a tmpfs of 256 KiB; else, and where mounting is refused, files may not grow beyond 16 KiB.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from common import PROGRAMS, ROOT, arguments, forked, prepare, serve_teacher  # noqa: E402
+from kills import compare  # noqa: E402
+
+from clara_hf import cli  # noqa: E402
+
+
+PLACES = ("full", "readonly", "descriptors", "homeless", "locale", "user")
+AFRESH = ("homeless", "locale", "user")
+NOBODY = 65534
+SMALL = 16 * 1024
+
+
+def confine(place: str, folder: Path, out: Path) -> None:
+    """Make the process a poor one; for ever, since it is one of its own."""
+    if place == "full" and not os.path.ismount(out.parent):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))
+    elif place == "descriptors":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    elif place == "readonly" and os.geteuid() == 0:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+
+@contextmanager
+def prepared(place: str, out: Path) -> Iterator[None]:
+    """The folder of `out` as the place has it."""
+    parent = out.parent
+    parent.mkdir(parents=True)
+    mounted = (
+        place == "full"
+        and os.geteuid() == 0
+        and not subprocess.call(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(parent)], stderr=subprocess.DEVNULL
+        )
+    )
+    if place == "readonly":
+        parent.chmod(0o555)
+    elif place == "user" and os.geteuid() == 0:
+        os.chown(parent, NOBODY, NOBODY)
+    try:
+        yield
+    finally:
+        if mounted:
+            subprocess.check_call(["umount", str(parent)])
+
+
+def run_afresh(program: str, place: str, folder: Path, out: Path, url: str, log: Path) -> int:
+    """A program in a new interpreter, since libraries read these variables when they are imported."""
+    environment, options = {**os.environ, "PYTHONPATH": str(ROOT)}, {}
+    if place == "homeless":
+        for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
+            environment.pop(name, None)
+    elif place == "locale":
+        environment.update(LC_ALL="C", LANG="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    elif place == "user":
+        environment["HOME"] = str(out.parent)
+        options = {"user": NOBODY, "group": NOBODY} if os.geteuid() == 0 else {}
+    with open(log, "wb") as told:
+        command = [sys.executable, "-m", "clara_hf.cli", *arguments(program, folder, out, url)]
+        return subprocess.call(command, env=environment, stdout=told, stderr=told, **options)
+
+
+def run(program: str, place: str, folder: Path, out: Path, url: str) -> None:
+    confine(place, folder, out)
+    cli.main(arguments(program, folder, out, url))
+
+
+def verdict(code: int, told: str, place: str) -> str | None:
+    """What is wrong with how a program ended; `None` if nothing."""
+    if code < 0:
+        return f"ended by signal {-code}"
+    if "Traceback" in told:
+        return "a traceback"
+    if code == 0:
+        return "it ended as if all was written" if place == "readonly" else None
+    said = [line for line in told.splitlines() if ": error: " in line]
+    return None if len(said) == 1 else f"exit code {code} with {len(said)} sentences"
+
+
+def torture(program: str, place: str, folder: Path, whole: Path, url: str) -> str | None:
+    """Run a program in a place, again where that is mended, and print how it went; what is wrong with it."""
+    out, log = folder / f"{program}-{place}" / "out", folder / "log"
+    with prepared(place, out):
+        if place in AFRESH:
+            code = run_afresh(program, place, folder, out, url, log)
+        else:
+            code = forked(partial(run, program, place, folder, out, url), log)
+        told = log.read_text(errors="replace")
+        wrong = verdict(code, told, place)
+        relieve(out.parent)
+        if wrong is None and code != 0:
+            again = forked(partial(run, program, "", folder, out, url), log)
+            wrong = None if again == 0 else f"again, with room: exit code {again}\n{log.read_text()[-800:]}"
+        if wrong is None and forked(partial(compare, program, folder, whole, out), log):
+            wrong = f"other results\n{log.read_text()[-800:]}"
+    sentence = next((line for line in told.splitlines() if ": error: " in line), "")
+    print(f"{program}, {place}: exit code {code} {sentence[:300]}", flush=True)
+    if wrong is not None:
+        print(f"  FAULT: {wrong}\n    " + told[-1500:].replace("\n", "\n    "), flush=True)
+    shutil.rmtree(out.parent, ignore_errors=True)
+    return wrong
+
+
+def relieve(parent: Path) -> None:
+    """Give a place what it lacked."""
+    parent.chmod(0o755)
+    if os.path.ismount(parent):
+        subprocess.check_call(["mount", "-o", "remount,size=256m", str(parent)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--places", default=",".join(PLACES))
+    given = parser.parse_args()
+    runs, failed = 0, 0
+    with tempfile.TemporaryDirectory(prefix="clara-places-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        os.environ["HF_DATASETS_CACHE"] = os.path.join(name, "rows")
+        os.chdir(name)
+        prepare(folder)
+        (folder / "rows").mkdir(exist_ok=True)
+        (folder / "rows").chmod(0o777)
+        teacher, url = serve_teacher()
+        try:
+            for program in given.programs.split(","):
+                whole = folder / f"{program}-whole"
+                forked(partial(run, program, "", folder, whole, url), folder / "log")
+                for place in given.places.split(","):
+                    wrong = torture(program, place, folder, whole, url)
+                    runs, failed = runs + 1, failed + (wrong is not None)
+        finally:
+            os.kill(teacher, signal.SIGKILL)
+    print(f"{runs} runs, {failed} faults")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
