@@ -100,6 +100,7 @@ class BiEncoderRetriever:
         from sentence_transformers import SentenceTransformer
 
         self.model = SentenceTransformer(name, device=device)
+        split_control_tokens(self.model)
         self.options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
         self.embed(texts, show_progress, parts)
 
@@ -157,6 +158,21 @@ class BiEncoderRetriever:
         save_file({"embeddings": embeddings.cpu().contiguous()}, beside)
         os.replace(beside, path)
         return embeddings
+
+
+def split_control_tokens(model) -> None:
+    """Let an encoder of sentence-transformers read control tokens in its texts, such as `[SEP]`, as text.
+
+    Nothing is changed where its own prompts hold some.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = model.tokenizer
+    prompts = " ".join(map(str, model.prompts.values()))
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and not any(
+        token in prompts for token in tokenizer.all_special_tokens
+    ):
+        tokenizer.split_special_tokens = True
 
 
 def make_retriever(

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from clara_hf.data.retrievers import BiEncoderRetriever
 from clara_hf.evaluation.plan import file_name as slug
 from clara_hf.evaluation.run import main
 from clara_hf.evaluation.systems import loading
@@ -105,6 +106,25 @@ def evaluate(tmp_path, data, systems, *more) -> dict[str, list[dict]]:
     )
     paths = (out / "predictions").glob("*.jsonl")
     return {path.name[: -len(".jsonl")]: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+
+
+def test_control_tokens_in_texts_are_text_to_encoders(bi_encoder, cross_encoder, tmp_path):
+    from sentence_transformers import CrossEncoder, SentenceTransformer
+
+    from clara_hf.evaluation.systems.encoders import CrossEncoderRanker, MultiVectorRanker
+
+    texts, device = [TEXTS[0], f"{TEXTS[0]} [SEP] [CLS] {TEXTS[1]}"], torch.device("cpu")
+    retriever = BiEncoderRetriever(texts, bi_encoder)
+    as_text = retriever.embeddings.cpu()
+    acting = torch.from_numpy(SentenceTransformer(bi_encoder, device="cpu").encode(texts))
+    assert torch.allclose(as_text[0], acting[0], atol=1e-5) and not torch.allclose(as_text[1], acting[1], atol=1e-2)
+    pairs = [("Who?", text) for text in texts]
+    as_text = CrossEncoderRanker(cross_encoder, 2, device).model.predict(pairs)
+    acting = CrossEncoder(cross_encoder, device="cpu").predict(pairs)
+    assert abs(as_text[0] - acting[0]) < 1e-5 and abs(as_text[1] - acting[1]) > 1e-4
+    for encoder in (retriever.model, MultiVectorRanker(save_late_interaction(tmp_path), 2, device).model):
+        ids = encoder.tokenizer(["a [SEP] b"])["input_ids"][0]
+        assert ids.count(encoder.tokenizer.sep_token_id) == 1
 
 
 def test_encoders_rank_as_they_do_on_their_own_without_a_clara_model(tmp_path, data, bi_encoder, cross_encoder):

@@ -3,7 +3,7 @@
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
-from clara_hf.data.retrievers import BiEncoderRetriever
+from clara_hf.data.retrievers import BiEncoderRetriever, split_control_tokens
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.plan import Options
 from clara_hf.evaluation.systems.base import Ranking
@@ -54,6 +54,7 @@ class CrossEncoderRanker:
         if self.model.num_labels != 1:
             raise ValueError(f"it gives {self.model.num_labels} scores for a pair, but a reranker gives one.")
         self.batch_size = batch_size
+        split_control_tokens(self.model)
 
     @classmethod
     def load(cls, name: str, options: Options, device: torch.device) -> "CrossEncoderRanker":
@@ -86,6 +87,7 @@ class EmbeddingRanker:
 
     def __init__(self, name: str, batch_size: int, device: torch.device):
         self.model = self.encoder(name, device=str(device))
+        split_control_tokens(self.model)
         self.settings = {"batch_size": batch_size, "show_progress_bar": False, **self.options}
 
     @classmethod
