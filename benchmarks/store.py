@@ -6,7 +6,8 @@
 The first makes synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
 normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
 whose variances fall likewise in each slot. A question is a document's memory with noise in the latent vector. The
-second compares the stored forms of a trained model on its test questions, paired.
+second compares the stored forms of a trained model on its test questions, paired; with `--searches`, exact search, the
+index and BM25 over all documents.
 """
 
 import argparse
@@ -136,53 +137,95 @@ def sizes_of(store: MemoryStore, before: int) -> dict:
 
 def compare_forms(args: argparse.Namespace, folder: Path) -> dict:
     """F1 and Recall@5 of a trained model over its whole test corpus, by the form that memories are stored in."""
-    from clara_hf.data.schema import load_examples
-    from clara_hf.metrics.answer_f1.answer_f1 import score_answer
-    from modeling_clara import CLaRaForRetrievalGeneration
-
-    model = CLaRaForRetrievalGeneration.from_pretrained(args.nano).eval()
-    examples = load_examples(args.data)[: args.questions]
-    corpus = list(dict.fromkeys(text for example in load_examples(args.data) for text in example.docs))
-    others = (text for example in load_examples(args.others) for text in example.docs) if args.others else ()
-    corpus = list(dict.fromkeys(chain(corpus, islice(dict.fromkeys(others), args.other_documents))))
-    plain = MemoryStore.open(folder / "none", model, dtype="bfloat16")
-    plain.add(corpus, show_progress=False)
-    questions = [example.question for example in examples]
+    plain, examples, corpus = nano_store(args, folder / "none")
     scores = {}
     for form in FORMS:
         store = plain
         if form != "none":
-            store = MemoryStore.open(shutil.copytree(folder / "none", folder / form), model)
+            store = MemoryStore.open(shutil.copytree(folder / "none", folder / form), plain.model)
             if form.startswith("fitted"):
                 store.fit(form=form, show_progress=False)
             else:
                 store.recode(form)
-        found = store.search(questions, top_k=5, exact=True)
-        recall, f1 = [], []
-        for start in range(0, len(questions), 32):
-            part = slice(start, start + 32)
-            memories = store.get(found.keys[part])
-            answers = model.generate(questions[part], memories=memories, rerank=False, max_new_tokens=32).texts
-            for example, answer, texts in zip(examples[part], answers, found.texts[part], strict=True):
-                gold = {example.docs[place] for place in example.pos_index}
-                recall.append(len(gold & set(texts)) / len(gold))
-                f1.append(score_answer(answer, example.answers)["f1"])
-        scores[form] = {"recall": recall, "f1": f1, "bytes": store.stats()["bytes_per_memory"]}
-        print(form, statistics.mean(f1), statistics.mean(recall), flush=True)
-    return {"documents": len(corpus), "questions": len(questions), "forms": summary(scores)}
+        found = store.search([example.question for example in examples], top_k=5, exact=True)
+        scores[form] = scored(store, examples, found.texts, found.keys) | {"bytes": store.stats()["bytes_per_memory"]}
+        print(form, statistics.mean(scores[form]["f1"]), statistics.mean(scores[form]["recall"]), flush=True)
+    return {"documents": len(corpus), "questions": len(examples), "forms": summary(scores, "none")}
 
 
-def summary(scores: dict) -> dict:
-    """Means and paired differences to form `none`, in points, with 95% bootstrap intervals."""
+def compare_searches(args: argparse.Namespace, folder: Path) -> dict:
+    """F1 and Recall@5 of a trained model over the whole corpus, searched exactly, by the index, and by BM25."""
+    from clara_hf.data.retrievers import BM25Retriever
+
+    store, examples, corpus = nano_store(args, folder / "none")
+    questions = [example.question for example in examples]
+    keys = dict(zip(corpus, store.add(corpus, show_progress=False), strict=True))
+    share = store.fit(show_progress=False)["share_of_exact_top_5"]
+    bm25 = BM25Retriever(corpus)
+    ways = {
+        "exact": lambda: store.search(questions, top_k=5, exact=True).texts,
+        "indexed": lambda: store.search(questions, top_k=5).texts,
+        "bm25": lambda: [[corpus[row] for row in rows] for rows in bm25.search(questions, 5)],
+    }
+    scores = {}
+    for name, search in ways.items():
+        began = time.process_time()
+        texts = search()
+        milliseconds = 1e3 * (time.process_time() - began) / len(questions)
+        found = scored(store, examples, texts, [[keys[text] for text in some] for some in texts])
+        scores[name] = found | {"cpu_ms": milliseconds}
+    rows = summary(scores, "exact")
+    print(json.dumps(rows, indent=1))
+    return {"documents": len(corpus), "questions": len(examples), "share_of_exact_top_5": share, "searches": rows}
+
+
+def nano_store(args: argparse.Namespace, folder: Path) -> tuple[MemoryStore, list, list[str]]:
+    """A store of the test questions' documents and others, the questions that are asked, and its texts."""
+    from clara_hf.data.schema import iter_examples, load_examples
+    from modeling_clara import CLaRaForRetrievalGeneration
+
+    model = CLaRaForRetrievalGeneration.from_pretrained(args.nano).eval()
+    examples = load_examples(args.data)
+    others = (text for example in iter_examples(args.others) for text in example.docs) if args.others else ()
+    own = dict.fromkeys(text for example in examples for text in example.docs)
+    corpus = list(dict.fromkeys(chain(own, islice(dict.fromkeys(others), args.other_documents))))
+    store = MemoryStore.open(folder, model, dtype="bfloat16")
+    store.add(corpus, show_progress=False)
+    return store, examples[: args.questions], corpus
+
+
+def scored(store: MemoryStore, examples: list, texts: list[list[str]], keys: list[list[str]]) -> dict[str, list[float]]:
+    """Recall and F1 of each question, answered from the memories of `keys`, whose documents are `texts`."""
+    from clara_hf.metrics.answer_f1.answer_f1 import score_answer
+
+    recall, f1 = [], []
+    for start in range(0, len(examples), 32):
+        part = slice(start, start + 32)
+        questions, memories = [example.question for example in examples[part]], store.get(keys[part])
+        answers = store.model.generate(questions, memories=memories, rerank=False, max_new_tokens=32).texts
+        for example, answer, found in zip(examples[part], answers, texts[part], strict=True):
+            gold = {example.docs[place] for place in example.pos_index}
+            recall.append(len(gold & set(found)) / len(gold))
+            f1.append(score_answer(answer, example.answers)["f1"])
+    return {"recall": recall, "f1": f1}
+
+
+def summary(scores: dict, base: str) -> dict:
+    """Means, and paired differences to `base`, in points, with 95% bootstrap intervals."""
     rows = {}
-    for form, found in scores.items():
-        row = {"bytes": found["bytes"]}
-        for name in ("f1", "recall"):
-            row[name] = 100 * statistics.mean(found[name])
-            gaps = [100 * (one - other) for one, other in zip(found[name], scores["none"][name], strict=True)]
-            low, high = bootstrap_interval(np.array(gaps)[:, None], seed=0)
-            row[f"{name}_difference"] = [statistics.mean(gaps), float(low[0]), float(high[0])]
-        rows[form] = row
+    for name, found in scores.items():
+        row = {key: value for key, value in found.items() if key not in ("f1", "recall")}
+        for metric in ("f1", "recall"):
+            values = np.array(
+                [
+                    [100 * one, 100 * (one - other)]
+                    for one, other in zip(found[metric], scores[base][metric], strict=True)
+                ]
+            )
+            (mean, gap), (low, high) = values.mean(axis=0), bootstrap_interval(values, seed=0)
+            row[metric], row[f"{metric}_interval"] = mean, [low[0], high[0]]
+            row[f"{metric}_difference"] = [gap, low[1], high[1]]
+        rows[name] = row
     return rows
 
 
@@ -219,6 +262,7 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="fitted1")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--nano", help="Checkpoint: compare the stored forms on its test questions.")
+    parser.add_argument("--searches", action="store_true", help="With --nano: compare searches, not forms.")
     parser.add_argument("--data", help="Test questions for --nano.")
     parser.add_argument("--others", help="Questions whose documents are in the store too, to be fitted to.")
     parser.add_argument("--other_documents", type=int, default=3000)
@@ -227,7 +271,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON file with the figures.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        figures = compare_forms(args, Path(folder)) if args.nano else grow(args, Path(folder))
+        compare = compare_searches if args.searches else compare_forms
+        figures = compare(args, Path(folder)) if args.nano else grow(args, Path(folder))
     if args.plot and not args.nano:
         plot_growth(figures, args.plot)
     Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")

@@ -52,6 +52,7 @@ class Inventory:
         self._memories, self._compression = {}, {}
         self._orders = Orders(cache.shelf("work", "orders", None))
         self._costs = cache.shelf("work", "costs", None)
+        self.verdicts = cache.shelf("verdicts", options.judge_model or "none", options.judge_model)
         self._describe_models()
         store = options.memory_store
         self._store_form = None if store is None else loading.store_form(store, model)
@@ -196,12 +197,16 @@ class Inventory:
             rankings = [shelf.records[key] for key in keys]
         documents = self.documents(dataset, spec) if self.reads(spec) else nothing
         if self.reads(spec):
-            shelf, keys = self.answers(spec, documents, dataset)
-            answers = [None if key is None else shelf.records[key] for key in keys]
+            answers = self.found_answers(dataset, spec)
         records = []
         for one, ranking, answer, given in zip(
             questions, rankings or nothing, answers or nothing, documents, strict=True
         ):
+            if answer is not None and self.options.judge is not None:
+                answer = {
+                    **answer,
+                    "judged": self.verdicts.records.get(self.verdict_key(one, answer), {}).get("correct"),
+                }
             places = self.places[dataset].get(one.id)
             if places is not None:
                 gold = one.pos_index and [places[at] for at in one.pos_index]
@@ -209,6 +214,15 @@ class Inventory:
                 one = replace(one, pos_index=gold)
             records.append(question_record(one, ranking, answer, given))
         return records
+
+    def found_answers(self, dataset: str, spec: SystemSpec) -> list[dict | None]:
+        """The answers of a system that has answered; `None` where it cannot."""
+        shelf, keys = self.answers(spec, self.documents(dataset, spec), dataset)
+        return [None if key is None else shelf.records.get(key) for key in keys]
+
+    @staticmethod
+    def verdict_key(example: QAExample, answer: dict) -> str:
+        return digest(example.question, example.answers, answer["prediction"])
 
     def note_cost(self, dataset: str, maker: Any, count: int, seconds: float) -> None:
         """Keeps what preparing `count` documents for a ranker or reader took, in place of what was kept before."""

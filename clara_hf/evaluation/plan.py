@@ -221,6 +221,15 @@ class Options:
     memory_store: str | None = field(
         default=None, metadata={"help": "Folder of a MemoryStore: memories are read from it, missing ones added."}
     )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address, up to /v1, of an OpenAI-compatible endpoint whose model judges every answer, beside F1. "
+            "Questions and answers are sent there."
+        },
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "Name of the model at --judge."})
+    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
 
     def __post_init__(self):
         if isinstance(self.systems, str):
@@ -233,6 +242,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, but is {value}.")
+        if (self.judge is None) != (self.judge_model is None):
+            raise UsageError("--judge, the address, and --judge_model, a name there, need each other.")
         if self.seed < 0:
             raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
 

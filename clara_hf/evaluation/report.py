@@ -55,6 +55,7 @@ def format_tables(results: dict, form: str = "text") -> str:
     tables = score_tables(results, names)
     published = published_tables(results, names)
     notes = [NOTE, PUBLISHED_NOTE] if published else [NOTE]
+    tables += judge_tables(results)
     shown = [titled(title, render(rows, form), form) for title, rows in [*tables, *published]]
     return "\n\n".join([*shown, *(_note(note, form) for note in notes)]) + "\n"
 
@@ -68,7 +69,7 @@ def format_costs(results: dict, form: str = "text") -> str:
 def html_parts(results: dict) -> list[dict]:
     """Tables, costs and notes as parts of a [`page`]."""
     published = published_tables(results, tuple(COLUMNS))
-    parts = [*_html_tables(score_tables(results, tuple(COLUMNS))), {"text": NOTE}]
+    parts = [*_html_tables(score_tables(results, tuple(COLUMNS)) + judge_tables(results)), {"text": NOTE}]
     if published:
         parts += [*_html_tables(published), {"text": PUBLISHED_NOTE}]
     costs = cost_tables(results)
@@ -134,6 +135,20 @@ def score_tables(results: dict, names: tuple[str, ...]) -> list[tuple[str, list[
         (_title(results, dataset, kind and f"type {kind}"), score_rows(systems, tests, names))
         for dataset, kind, systems, tests in parts_of(results)
     ]
+
+
+def judge_tables(results: dict) -> list[tuple[str, list[list[str]]]]:
+    """Titles and tables of how far the judge agrees with F1."""
+    tables = []
+    for dataset, found in datasets_of(results).items():
+        rows = [
+            [name, str(one["n"]), f"{100 * one['share']:.1f}", NONE if one["kappa"] is None else f"{one['kappa']:.2f}"]
+            for name, one in found.get("judge", {}).items()
+        ]
+        if rows:
+            title = _title(results, dataset, "judge beside F1 of 50 or more")
+            tables.append((title, [["system", "n", "same verdict", "kappa"], *rows]))
+    return tables
 
 
 def cost_tables(results: dict) -> list[tuple[str, list[list[str]]]]:

@@ -97,6 +97,23 @@ def compare(records: dict[str, list[dict]], seed: int) -> dict[str, list[dict]]:
     return found
 
 
+def judge_agreement(records: dict[str, list[dict]]) -> dict[str, dict]:
+    """How far the judge and F1 say the same, per system that it judged: `n`, the share of answers on which the verdict
+    is that of F1 of at least 0.5, and Cohen's kappa (`None` where one of both knows one verdict only)."""
+    found = {}
+    for system, rows in records.items():
+        pairs = [(row["scores"]["judged"] > 0, row["scores"]["f1"] >= 0.5) for row in rows if "judged" in row["scores"]]
+        if pairs:
+            agreed = sum(one == other for one, other in pairs) / len(pairs)
+            chance = sum(
+                np.mean([one == kind for one, _ in pairs]) * np.mean([other == kind for _, other in pairs])
+                for kind in (True, False)
+            )
+            kappa = None if chance == 1 else float((agreed - chance) / (1 - chance))
+            found[system] = {"n": len(pairs), "share": agreed, "kappa": kappa}
+    return found
+
+
 def system_costs(
     parts: list[tuple[float, float | None]], rankings: list[dict], answers: list[dict]
 ) -> dict[str, float | None]:

@@ -36,9 +36,9 @@ from clara_hf.program.values import split
 
 logger = logging.get_logger(__name__)
 # Where results lie, and how they are shown, does not change them.
-UNRECORDED = ("output_dir", "cache_dir", "overwrite", "reference", "trec")
+UNRECORDED = ("judge_key_env", "output_dir", "cache_dir", "overwrite", "reference", "trec")
 # What may grow, or change, so that a finished run is added to.
-ADDED_TO = ("data", "systems", "limit", "seed", "sha256")
+ADDED_TO = ("data", "systems", "limit", "seed", "sha256", "judge", "judge_model")
 
 
 @dataclass(kw_only=True)

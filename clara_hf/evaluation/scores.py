@@ -11,6 +11,7 @@ COLUMNS = {
     "f1": "F1",
     "em": "EM",
     "cover_em": "cover-EM",
+    "judged": "judged",
     "grounding": "grounded",
     "recall@1": "R@1",
     "recall@3": "R@3",
@@ -30,6 +31,8 @@ def scores_of(
     scores = {}
     if answer is not None:
         scores.update(score_answer(answer["prediction"], example.answers))
+        if answer.get("judged") is not None:
+            scores["judged"] = float(answer["judged"])
         grounding = score_grounding(answer["prediction"], documents)["grounding"]
         if documents and grounding is not None:
             scores["grounding"] = grounding

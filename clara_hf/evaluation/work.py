@@ -13,7 +13,7 @@ from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.cache import Shelf, digest
 from clara_hf.evaluation.inventory import Inventory, missing_from
 from clara_hf.evaluation.plan import CHECKPOINTS, MEMORY, SystemSpec, ranker_class
-from clara_hf.evaluation.results import dataset_results
+from clara_hf.evaluation.results import dataset_results, judge_agreement
 from clara_hf.evaluation.systems import loading
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
 from clara_hf.program import UsageError
@@ -21,6 +21,8 @@ from clara_hf.program.errors import loading as told
 
 
 logger = logging.get_logger(__name__)
+# Verdicts are kept after so many.
+JUDGED_AT_ONCE = 256
 
 
 class Work(Inventory):
@@ -42,6 +44,8 @@ class Work(Inventory):
         for reader, shortener in dict.fromkeys((spec.reader, spec.shortener) for spec in self.plan):
             if reader != "memory":
                 self._run_text(reader, shortener)
+        if self.options.judge is not None:
+            self._judge()
         results, records = {}, {}
         for name, questions in self.questions.items():
             kept = []
@@ -52,6 +56,8 @@ class Work(Inventory):
                     logger.warning(f"{spec.label} is left out for {name}: it {reason}.")
             records[name] = {spec.label: self.records(name, spec) for spec in kept}
             results[name] = dataset_results(questions, records[name], self.options.seed)
+            if self.options.judge is not None:
+                results[name]["judge"] = judge_agreement(records[name])
             results[name]["costs"] = {spec.label: self.costs_of(name, spec) for spec in kept}
         return results, records
 
@@ -179,6 +185,30 @@ class Work(Inventory):
 
                 shorten = LLMLingua2(shortener, options.llmlingua_rate, self.state.device)
         return TextReader(model, processor, options.max_new_tokens, options.text_doc_max_length, shorten)
+
+    # The judge
+
+    def _judge(self) -> None:
+        """Asks for the verdicts that are missing, each distinct answer once; the main process speaks for all."""
+        left = {}
+        for dataset, questions in self.questions.items():
+            for spec in filter(self.reads, self.plan):
+                for one, answer in zip(questions, self.found_answers(dataset, spec), strict=True):
+                    if answer is not None and (key := self.verdict_key(one, answer)) not in self.verdicts.records:
+                        left[key] = (one.question, one.answers, answer["prediction"])
+        if left and self.state.is_main_process:
+            with told("--judge", self.options.judge):
+                from clara_hf.evaluation.systems.judge import judge
+            options = self.options
+            keys = list(left)
+            for start in range(0, len(keys), JUDGED_AT_ONCE):
+                part = keys[start : start + JUDGED_AT_ONCE]
+                asked = [left[key] for key in part]
+                found = zip(part, judge(options.judge, options.judge_model, options.judge_key_env, asked), strict=True)
+                self.verdicts.add({key: {"correct": verdict} for key, verdict in found if verdict is not None})
+            if missing := sum(key not in self.verdicts.records for key in keys):
+                logger.warning(f"{options.judge_model} gave no verdict on {missing} of {len(keys)} answers.")
+        self.verdicts.share()
 
     # Batches
 

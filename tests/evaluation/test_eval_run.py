@@ -14,6 +14,7 @@ from conftest import build_clara
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from programs import exit_code
+from scripted_endpoint import Endpoint, Say
 from transformers import AutoModelForCausalLM
 
 from clara_hf.evaluation import reference, report
@@ -341,6 +342,52 @@ def test_the_twins_ranking_is_read_by_the_models_generator(tmp_path, arguments, 
         exit_code(main, [*arguments[:-1], "--systems", "memory-sup,gold", "--output_dir", str(tmp_path / "alone")]) == 0
     )
     assert read(tmp_path / "alone")["systems"]["memory-sup"] == systems["memory-sup"]
+
+
+def verdict(messages, body, before):
+    """Right is what an accepted answer is; what is said of Brask is no verdict."""
+    asked = json.loads(messages[0]["content"].split("\n\n")[1])
+    if asked["answer"] == "Brask":
+        return Say("I cannot tell.")
+    # The judge is stricter than F1 with one question.
+    return Say(json.dumps({"correct": asked["answer"] in asked["accepted"] and "Tilda" not in asked["question"]}))
+
+
+def test_a_judge_is_asked_once_per_answer_and_set_beside_f1(tmp_path, arguments, models, monkeypatch):
+    assert exit_code(main, arguments) == 0
+    monkeypatch.setattr(RuleModel, "generate", None)  # the answers are there
+    monkeypatch.setenv("JUDGE_KEY", "a-key-of-some-length")
+    with Endpoint(verdict) as endpoint:
+        judged = [*arguments, "--judge", endpoint.url, "--judge_model", "m", "--judge_key_env", "JUDGE_KEY"]
+        assert exit_code(main, judged) == 0
+        asked = {body["messages"][0]["content"] for body in endpoint.requests}
+        assert endpoint.headers[0]["Authorization"] == "Bearer a-key-of-some-length"
+        assert {body["model"] for body in endpoint.requests} == {"m"}
+        results, count = read(tmp_path / "out"), len(endpoint.requests)
+        assert exit_code(main, [*judged, "--overwrite"]) == 0
+        # A verdict is asked for again only where there was none.
+        assert all('"answer": "Brask"' in body["messages"][0]["content"] for body in endpoint.requests[count:])
+    assert len(asked) == count
+    # Of four answers from memories three are right: one has no verdict, one is not good enough for the judge.
+    gold = results["systems"]["gold"]
+    assert (gold["f1"]["value"], gold["judged"]["value"], gold["judged"]["n"]) == (1, 0.5, 2)
+    assert results["judge"]["gold"] == {"n": 2, "share": 0.5, "kappa": 0.0}
+    table = (tmp_path / "out/table.md").read_text()
+    assert "judge beside F1" in table and "| judged |" in table.replace("  ", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge", "http://127.0.0.1:9/v1"], "--judge_model"),
+        (["--judge_model", "m"], "--judge"),
+        (["--judge", "ftp://host", "--judge_model", "m"], "--judge must be an address such as"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_one_sentence(tmp_path, arguments, capsys, options, message):
+    assert exit_code(main, [*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_nothing_to_score_is_an_error(tmp_path, data, capsys):
