@@ -156,17 +156,20 @@ WORKS = ["banker", "baker", "teacher", "painter", "nurse", "sailor", "farmer", "
 PLACES = ["Velholm", "Aumstadt", "Norwick", "Halvex", "Tarn", "Orlby", "Kesten", "Dunmar"]
 
 
-def test_tokenizer_alone_asks_no_question_where_code_is_not_trusted(checkpoint):
-    """transformers asks before it reads `config.json`; what is answered does not matter to the tokenizer."""
+def test_tokenizer_alone_is_the_same_however_it_is_loaded_and_asks_only_without_a_choice(checkpoint):
+    """transformers asks before it reads `tokenizer_config.json`; nobody can answer here, and nobody needs to."""
     code = (
         "import sys; sys.modules['modeling_clara'] = None\n"
-        "from transformers import AutoTokenizer\n"
-        "print(len(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)))"
+        "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        "loaded = [PreTrainedTokenizerFast.from_pretrained(sys.argv[1])]\n"
+        "loaded += [AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=trust) for trust in (False, True)]\n"
+        "print(end='asked: ', flush=True)\n"
+        "loaded.append(AutoTokenizer.from_pretrained(sys.argv[1]))\n"
+        "print([len(one) for one in loaded], len({str(one(sys.argv[2])['input_ids']) for one in loaded}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint[0] / "clara")],
-        stdin=subprocess.PIPE,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and int(done.stdout) == len(checkpoint[1].processor.tokenizer), done.stderr[-2000:]
+    command = [sys.executable, "-c", code, str(checkpoint[0] / "clara"), f"{TEXTS[0]}<ENC>"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, _, after = done.stdout.partition("asked: ")
+    assert "[y/N]" not in before
+    assert after.splitlines()[-1].endswith(f"{[len(checkpoint[1].processor.tokenizer)] * 4} 1")

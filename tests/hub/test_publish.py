@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from clara_hf.hub.publish import publish
 from clara_hf.program import UsageError
+from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
 
 
@@ -68,6 +70,8 @@ for name, options in json.loads(sys.argv[1]):
         except (OSError, ValueError) as error:
             print(json.dumps([name, load.__self__.__name__, str(error)]))
 """
+ROOT = Path(__file__).resolve().parents[2]
+NANO = ROOT / "recipes" / "nano" / "pretrained" / "joint"
 WEIGHTS = {f"{name}/adapter_model.safetensors" for name in ("compressor", "query_reasoner", "generator")}
 NEEDED = {"config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 NEEDED |= {"README.md", "modeling_clara.py", "processing_clara.py", "configuration_clara.py"}
@@ -140,6 +144,7 @@ def hub(tmp_path_factory):
             ("publish", full, "me/hidden", "--private", "--full", "--base-licence", "mit"),
             ("publish", local, "me/local"),
             ("publish", adapter, "me/own-card"),
+            ("publish", NANO, "me/clara-nano"),
         )
         yield hub
 
@@ -150,11 +155,29 @@ def test_what_is_pushed_is_pulled_in_a_fresh_process_bit_for_bit_and_offline_aga
     wanted = {name: (f"me/{name}", {}) for name in ("adapter", "full", "published", "hidden", "local", "own-card")}
     wanted |= {f"cr{rate}": ("me/rates", {"revision": "next", "subfolder": f"cr{rate}"}) for rate in (8, 4)}
     wanted["first"] = ("me/published", {"revision": first})
+    wanted |= {"clara-nano": ("me/clara-nano", {}), "shipped": (str(NANO), {})}
+    nano = CLaRaForRetrievalGeneration.from_pretrained(NANO)
     online, asked = hub.pull(wanted), len(hub.server.log)
     for key, found in online.items():
-        assert torch.equal(found, hub.models[4 if key in ("cr4", "published") else 8].compress(TEXTS)), key
+        model = hub.models[4 if key in ("cr4", "published") else 8] if key not in ("clara-nano", "shipped") else nano
+        assert torch.equal(found, model.compress(TEXTS)), key
     offline = hub.pull(wanted, offline=True)
     assert len(hub.server.log) == asked and all(torch.equal(offline[key], online[key]) for key in online)
+
+
+def test_the_shipped_checkpoint_has_the_package_s_code():
+    code = {path.name: path.read_bytes() for path in (ROOT / "modeling_clara").glob("*_clara.py")}
+    assert code == {path.name: path.read_bytes() for path in NANO.glob("*.py")}
+
+
+def test_the_example_pushes_and_another_process_answers(hub):
+    command = [sys.executable, str(ROOT / "examples" / "push_and_pull.py"), "me/example"]
+    environment = environment_of(hub.server, hub.cache)
+    done = subprocess.run(command, env=environment, cwd=hub.home, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "goat 0", done.stderr[-3000:]
+    results = json.loads((NANO / "results.json").read_text())["datasets"]["nano-test"]["systems"]["clara"]
+    assert f"F1: {round(100 * results['f1']['value'], 1)}" in done.stdout and TOKEN not in done.stdout + done.stderr
+    assert hub.server.repositories["me/example"].private
 
 
 def test_what_is_needed_is_uploaded_and_nothing_of_the_run(hub):

@@ -1,0 +1,1 @@
+../../../../modeling_clara/adapters_clara.py

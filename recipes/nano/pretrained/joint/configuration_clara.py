@@ -1,0 +1,1 @@
+../../../../modeling_clara/configuration_clara.py

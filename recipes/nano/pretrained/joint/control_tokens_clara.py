@@ -1,0 +1,1 @@
+../../../../modeling_clara/control_tokens_clara.py

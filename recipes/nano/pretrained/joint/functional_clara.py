@@ -1,0 +1,1 @@
+../../../../modeling_clara/functional_clara.py

@@ -1,0 +1,1 @@
+../../../../modeling_clara/generation_clara.py

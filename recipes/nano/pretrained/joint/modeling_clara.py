@@ -1,0 +1,1 @@
+../../../../modeling_clara/modeling_clara.py

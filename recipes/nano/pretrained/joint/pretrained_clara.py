@@ -1,0 +1,1 @@
+../../../../modeling_clara/pretrained_clara.py

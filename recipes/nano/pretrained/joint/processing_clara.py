@@ -1,0 +1,1 @@
+../../../../modeling_clara/processing_clara.py

@@ -1,0 +1,1 @@
+../../../../modeling_clara/quantization_clara.py

@@ -1,0 +1,1 @@
+../../../../modeling_clara/sharded_clara.py

@@ -1,0 +1,1 @@
+../../../../modeling_clara/topk_clara.py

@@ -1,0 +1,1 @@
+../../../../modeling_clara/weights_clara.py
