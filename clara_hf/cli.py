@@ -29,6 +29,7 @@ COMMANDS = {
     "store": ("clara_hf.memory_store.program:main", "train", "Build, search and look after a memory store."),
     "eval": ("clara_hf.evaluation.run:main", "eval", "Compare a model with the alternatives on questions."),
     "analyze": ("clara_hf.evaluation.analyze:main", "eval", "Draw and explain what an evaluation found."),
+    "evidence": ("clara_hf.evaluation.evidence.suite:main", "eval", "Settle claims by runs over several seeds."),
     "ask": ("clara_hf.serving.ask:main", "serve", "Ask one's own files in the terminal."),
     "serve": ("clara_hf.serving.serve:main", "serve", "Serve a model and a collection, in OpenAI's form."),
 }

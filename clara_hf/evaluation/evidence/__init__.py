@@ -1,0 +1,1 @@
+"""Claims settled over seeds: runs, effects with intervals, verdicts, one report."""

@@ -1,0 +1,227 @@
+"""The evidence suite: variants × seeds are trained and evaluated, and claims about them settled.
+
+    clara evidence benchmarks/evidence.yaml
+    python benchmarks/evidence.py benchmarks/evidence.yaml --seeds 0 1
+
+Every run has a folder that is named by its content: settings, data, starting checkpoint and code. A finished one is
+reused, an interrupted one resumed; evaluations resume from their cache. The report follows from these alone.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers.utils import logging
+
+import modeling_clara
+import trainers
+from clara_hf.data.files import content_digest
+from clara_hf.data.schema import load_examples
+from clara_hf.evaluation.cache import digest
+from clara_hf.evaluation.evaluator import Evaluator
+from clara_hf.evaluation.evidence.claims import Claim, settle
+from clara_hf.evaluation.evidence.report import write_report
+from clara_hf.evaluation.systems.loading import model_hash
+from clara_hf.program import RunFolder, UsageError, parse, stages
+from clara_hf.program.models import ModelSource
+
+
+logger = logging.get_logger(__name__)
+STAGES = {
+    "scp": stages.scp,
+    "instruct": stages.instruct,
+    "joint": stages.joint,
+    "contrastive": stages.contrastive,
+}
+# Where a run lies, and where it reads memories, does not change it.
+PLACES = ("output_dir", "memory_store", "dataset_num_proc")
+FILES = ("train_file", "validation_file", "prompts_file")
+
+
+@dataclass(kw_only=True)
+class Variant:
+    """One way to train, by a recipe.
+
+    Parameters:
+        stage (`str`): scp, instruct, joint or contrastive.
+        config (`str`): the recipe's YAML file.
+        arguments (`dict`): what differs from it.
+        after (`str`, *optional*): the variant whose run of the same seed it starts from.
+        systems (`list[str]`): what is evaluated with it, see [`~clara_hf.evaluation.plan`]. None: it is only started
+            from.
+    """
+
+    stage: str = field(metadata={"choices": list(STAGES)})
+    config: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    after: str | None = None
+    systems: list[str] = field(default_factory=lambda: ["clara"])
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The recipe's values and what overrides them."""
+        try:
+            read = yaml.safe_load(Path(self.config).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"config {self.config} cannot be read: {' '.join(str(error).split())}.") from error
+        return {**read, **self.arguments}
+
+
+@dataclass(kw_only=True)
+class EvidenceSettings:
+    """What is run, and which claims it settles."""
+
+    output_dir: str = field(metadata={"help": "Folder of runs, evaluations and report."})
+    test_file: str = field(metadata={"help": "Questions to evaluate on."})
+    limit: int | None = field(default=None, metadata={"help": "Take only so many of them from the start."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A run of every variant for each."})
+    batch_size: int = field(default=64, metadata={"help": "Questions, or documents, per batch of an evaluation."})
+    max_new_tokens: int = field(default=12, metadata={"help": "Limit of an answer's length in tokens."})
+    variants: dict[str, Variant] = field(default_factory=dict, metadata={"help": "By name."})
+    claims: dict[str, Claim] = field(default_factory=dict, metadata={"help": "By name."})
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds is {self.seeds}: give at least one, each once.")
+        if not Path(self.test_file).is_file():
+            raise UsageError(f"test_file: there is no file {self.test_file}.")
+        known = []
+        for name, variant in self.variants.items():
+            if variant.after is not None and variant.after not in known:
+                raise UsageError(f"variants.{name}.after is {variant.after!r}: name a variant that stands before it.")
+            if " " in name:
+                raise UsageError(f"variants: {name!r} has a space, which separates a variant from a system in claims.")
+            known.append(name)
+
+
+class Suite:
+    """Runs, evaluations and verdicts of one set of settings; everything is kept in `settings.output_dir`."""
+
+    def __init__(self, settings: EvidenceSettings):
+        self.settings, self.out = settings, Path(settings.output_dir)
+        self.code = code_digest()
+        self.folders: dict[tuple[str, int], Path] = {}
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a run is, or will be."""
+        variant = self.settings.variants[name]
+        values = {key: value for key, value in variant.values.items() if key not in PLACES}
+        for key in FILES:
+            if values.get(key) is not None:
+                path = Path(values[key])
+                if not path.is_file():
+                    raise UsageError(f"variants.{name}: {key}: there is no file {path}.")
+                values[key] = content_digest(path.parent, [path])
+        if variant.after is not None:
+            values["model_name_or_path"] = self.folder(variant.after, seed).name
+        else:
+            values["model_name_or_path"] = model_hash(ModelSource(values["model_name_or_path"]))
+        return self.out / "runs" / f"{name}-{seed}-{digest(variant.stage, values, seed, self.code)[:10]}"
+
+    def start(self, name: str, seed: int) -> str:
+        """The checkpoint that a run starts from."""
+        variant = self.settings.variants[name]
+        after = variant.after and str(self.folder(variant.after, seed))
+        return after or str(variant.values["model_name_or_path"])
+
+    def train(self, name: str, seed: int) -> None:
+        """Carry out a run, or what is left of it."""
+        variant, folder = self.settings.variants[name], self.folder(name, seed)
+        values = {**variant.arguments, "model_name_or_path": self.start(name, seed), "output_dir": folder, "seed": seed}
+        words = [word for key, value in values.items() for word in (f"--{key}", as_word(value))]
+        logger.warning(f"{folder.name}")
+        STAGES[variant.stage](["--config", variant.config, *words])
+
+    def evaluate(self, name: str, seed: int) -> dict[str, list[dict]]:
+        """Records of every question, by system."""
+        variant, settings = self.settings.variants[name], self.settings
+        options = {"limit": settings.limit, "batch_size": settings.batch_size}
+        options |= {"max_new_tokens": settings.max_new_tokens, "cache_dir": self.out / "cache"}
+        if any("before-joint" in system for system in variant.systems):
+            options["before_joint"] = self.start(name, seed)
+        results = Evaluator(settings.test_file, variant.systems, **options)(str(self.folder(name, seed)))
+        return next(iter(results.records.values()))
+
+    def run(self) -> dict:
+        """Train, evaluate, settle, report; returns what the report holds. All variants of a seed come before the
+        next seed."""
+        with RunFolder(self.out, {"suite": "evidence"}).claimed() as folder:
+            for name in self.settings.variants:
+                self.folder(name, self.settings.seeds[0])  # what is missing shows before anything is trained
+            folder.begin()
+            found = {}
+            for seed in self.settings.seeds:
+                for name, variant in self.settings.variants.items():
+                    self.train(name, seed)
+                    found[name, seed] = self.evaluate(name, seed) if variant.systems else {}
+            evidence = self.settle(found)
+            write_report(evidence, self.out)
+        return evidence
+
+    def settle(self, found: dict[tuple[str, int], dict[str, list[dict]]]) -> dict:
+        """Verdicts, and the means of every system, from the records of all evaluations."""
+        seeds = self.settings.seeds
+        types = [one.type for one in load_examples(self.settings.test_file)][: self.settings.limit]
+
+        def scores(metric: str, kind: str | None) -> dict[tuple[str, str], np.ndarray]:
+            """`[seeds, questions]` by variant and system, of questions of a type."""
+            values = {}
+            for name in self.settings.variants:
+                for system in found[name, seeds[0]]:
+                    rows = [[one["scores"].get(metric, np.nan) for one in found[name, s][system]] for s in seeds]
+                    chosen = [at for at, own in enumerate(types) if kind in (None, own)]
+                    array = np.array(rows, dtype=np.float64)[:, chosen]
+                    if not np.isnan(array).all():
+                        values[name, system] = array
+            return values
+
+        claims = {name: settle(claim, scores(claim.metric, claim.type)) for name, claim in self.settings.claims.items()}
+        means = {metric: scores(metric, None) for metric in ("f1", "recall@1", "recall@5")}
+        return {
+            "claims": claims,
+            "means": means,
+            "runs": [self.folder(name, seed).name for name in self.settings.variants for seed in seeds],
+            "seeds": seeds,
+            "questions": len(types),
+            "commit": commit(),
+            "code": self.code,
+            "settings": {name: [v.stage, v.config, v.arguments] for name, v in self.settings.variants.items()},
+        }
+
+
+def as_word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def code_digest() -> str:
+    """Of all that trains: a run by other code is another run."""
+    places = [Path(package.__file__).parent for package in (modeling_clara, trainers)]
+    files = [(path.relative_to(place), path) for place in places for path in sorted(place.rglob("*.py"))]
+    return hashlib.sha256(b"\0".join(str(name).encode() + path.read_bytes() for name, path in files)).hexdigest()[:16]
+
+
+def commit() -> str:
+    """Of the repository that this code lies in."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`clara evidence CONFIG.yaml`, with options that override it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    settings = parse(EvidenceSettings, arguments, description=__doc__.split("\n")[0])
+    evidence = Suite(settings).run()
+    for name, row in evidence["claims"].items():
+        logger.warning(f"{name}: {row['verdict']}")
+    logger.warning(f"Report: {Path(settings.output_dir) / 'evidence.md'}")
