@@ -13,10 +13,10 @@ from clara_hf.program import write_json, write_text
 
 TITLE = "Evidence over seeds"
 HOW = (
-    "Effects are differences of means in percentage points, with 95% intervals of a bootstrap over seeds and questions "
-    "(both drawn anew in every resample). A claim is true if its whole interval is above 0, false if it is below 0, and "
-    "undecided otherwise, or with fewer than three seeds. A bootstrap over few seeds knows little about seeds: its "
-    "intervals are too narrow rather than too wide."
+    "Effects are differences of means in percentage points, with 95% intervals of a bootstrap over seeds and "
+    "questions (both drawn anew in every resample). A claim is true if its whole interval is above 0, false if it is "
+    "below 0, and undecided otherwise, or with fewer than three seeds. A bootstrap over few seeds knows little about "
+    "seeds: its intervals are too narrow rather than too wide."
 )
 
 

@@ -1,0 +1,185 @@
+"""The evidence suite: intervals over seeds and questions, verdicts, and a suite that is killed and goes on."""
+
+import itertools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from pkgutil import resolve_name
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TEXTS, build_clara
+from processes import in_process
+
+from clara_hf.evaluation.evidence import suite
+from clara_hf.evaluation.evidence.claims import Claim, hierarchical_interval, settle
+from clara_hf.evaluation.evidence.suite import EvidenceSettings, Suite
+from clara_hf.program import UsageError, parse, read_json
+
+
+ROOT = Path(__file__).parents[2]
+ROWS = [
+    {"id": "a", "question": "Who keeps bees?", "answers": ["Mara"], "docs": TEXTS[:3], "pos_index": [0], "type": "one"},
+    {"id": "b", "question": "What is sold?", "answers": ["lanterns"], "docs": TEXTS[1:4], "pos_index": [0]},
+    {"id": "c", "question": "Who wrote it?", "answers": ["Oren"], "docs": TEXTS[:4], "pos_index": [3], "type": "one"},
+]
+CLAIM = {"states": "It helps", "metric": "f1", "better": "new", "worse": "old bm25"}
+
+
+def test_interval_is_that_of_all_resamples_of_seeds_and_of_questions():
+    values = np.array([[0.0, 1.0, 5.0], [2.0, 2.0, 0.0]])
+    means = [
+        values[np.ix_(seeds, questions)].mean()
+        for seeds in itertools.product(range(2), repeat=2)
+        for questions in itertools.product(range(3), repeat=3)
+    ]
+    assert hierarchical_interval(values) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.35)
+    # Seeds that disagree widen it, however many questions there are.
+    low, high = hierarchical_interval(np.repeat([[0.0], [1.0], [0.5]], 1000, axis=1))
+    assert (low, high) == (0, 1)
+    # A question without a value takes no part.
+    assert hierarchical_interval(np.array([[1.0, np.nan], [1.0, 1.0]])) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("difference", "seeds", "verdict"),
+    [(0.5, 3, "true"), (-0.5, 3, "false"), (0.0, 3, "undecided"), (0.5, 2, "undecided")],
+)
+def test_verdict_follows_the_interval_from_three_seeds_on(difference, seeds, verdict):
+    chance = np.random.default_rng(0)
+    old = chance.normal(size=(seeds, 200))
+    new = old + difference + chance.normal(size=old.shape, scale=0.1) * np.array([1, -1] * 100)
+    row = settle(Claim(**CLAIM), {("new", "clara"): new, ("old", "bm25"): old})
+    assert row["verdict"] == verdict
+    assert row["effect"] == pytest.approx(difference, abs=0.03) and row["low"] <= row["effect"] <= row["high"]
+    assert len(row["by_seed"]) == row["seeds"] == seeds and row["questions"] == 200
+
+
+def test_claims_without_runs_are_listed_with_the_reason():
+    assert settle(Claim(states="x", not_run="no such model"), {})["why"] == "no such model"
+    row = settle(Claim(**CLAIM), {("new", "clara"): np.zeros((3, 2))})
+    assert row["verdict"] == "not run" and "old bm25" in row["why"]
+    with pytest.raises(UsageError, match="'It helps'"):
+        Claim(states="It helps", metric="f1")
+
+
+@pytest.fixture(scope="module")
+def config(base, tmp_path_factory) -> dict:
+    """Two variants and two seeds on a tiny model."""
+    folder = tmp_path_factory.mktemp("evidence")
+    build_clara(base, lora_dropout=0.1).save_pretrained(folder / "start")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = {"model_name_or_path": str(folder / "start"), "train_file": str(folder / "rows.jsonl"), "max_steps": 3}
+    recipe |= {"per_device_train_batch_size": 2, "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    recipe |= {"learning_rate": 1e-2, "output_dir": "unused"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    stage = {"config": str(folder / "recipe.yaml"), "arguments": {"memory_store": str(folder / "memories")}}
+    joint = {"stage": "joint", **stage, "systems": ["clara", "clara-before-joint", "bm25"]}
+    claims = {
+        "bm25": {"states": "Better than BM25", "metric": "recall@1", "better": "joint", "worse": "joint bm25"},
+        "start": {"states": "It trains", "metric": "f1", "better": "joint", "worse": "joint clara-before-joint"},
+        "twin": {"states": "One", "metric": "recall@1", "better": "joint", "worse": "sup", "type": "one"},
+        "dro": {"states": "Better than DRO", "not_run": "too slow"},
+    }
+    variants = {"joint": joint, "sup": {"stage": "contrastive", **stage}}
+    settings = {"test_file": str(folder / "rows.jsonl"), "seeds": [0, 1], "variants": variants, "claims": claims}
+    return {**settings, "max_new_tokens": 3}
+
+
+def arguments_of(config: dict, out: Path, **changes) -> list[str]:
+    out.mkdir(exist_ok=True)
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(json.dumps({**config, "output_dir": str(out), **changes}))
+    return [str(path)]
+
+
+def run_killed(arguments: list[str], owner: str, name: str, call: int) -> None:
+    """A suite that kills itself without a warning at the n-th call of something."""
+    owner = resolve_name(owner)
+    original, calls = getattr(owner, name), []
+
+    def counting(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counting)
+    suite.main(arguments)
+
+
+def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(config, tmp_path):
+    arguments = arguments_of(config, tmp_path / "killed")
+    chance = random.SystemRandom()
+    place = chance.choice(
+        [("transformers.Trainer", "training_step", 12), ("clara_hf.evaluation.cache.Shelf", "add", 6)]
+    )
+    call = chance.randrange(1, place[2] + 1)
+    assert in_process(run_killed, tmp_path, arguments, *place[:2], call) == -signal.SIGKILL, (place, call)
+    suite.main(arguments)
+    suite.main(arguments_of(config, tmp_path / "whole"))
+    for name in ("evidence.json", "evidence.md", "evidence.html", "evidence.svg", "evidence.png"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            name,
+            place,
+            call,
+        )
+    claims = read_json(tmp_path / "whole" / "evidence.json")["claims"]
+    assert [row["verdict"] for row in claims.values()] == ["undecided"] * 3 + ["not run"]
+    assert claims["twin"]["questions"] == 2 and claims["bm25"]["questions"] == 3
+    # Everything is there: nothing trains and nothing is computed again.
+    for folder in (tmp_path / "whole" / "runs").iterdir():
+        assert (folder / "config.json").is_file() and len(list(folder.glob("checkpoint-*"))) == 3
+
+
+def test_a_run_is_known_by_its_content(config, tmp_path, monkeypatch):
+    def name(variant="joint", seed=0, **arguments) -> str:
+        own = config["variants"][variant]
+        changed = {**own, "arguments": {**own["arguments"], **arguments}}
+        changes = {"variants": {**config["variants"], variant: changed}}
+        settings = parse(EvidenceSettings, ["--config", *arguments_of(config, tmp_path / "out", **changes)])
+        return Suite(settings).folder(variant, seed).name
+
+    first = name()
+    assert name(memory_store="elsewhere") == first
+    assert len({first, name(seed=1), name(temperature=0.3), name("sup")}) == 4
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(ROWS[0]) + "\n")
+    assert name(train_file=str(other)) != first
+    monkeypatch.setattr(suite, "code_digest", lambda: "other")
+    assert name() != first
+
+
+def test_mistakes_name_the_variant_before_anything_is_written(config, tmp_path):
+    own = config["variants"]["joint"]
+    for variant, word in (
+        ({**own, "after": "later"}, "later"),
+        ({**own, "config": "absent.yaml"}, "absent.yaml"),
+        ({**own, "arguments": {"train_file": "absent.jsonl"}}, "absent.jsonl"),
+        ({**own, "stage": "dance"}, "dance"),
+    ):
+        arguments = arguments_of(config, tmp_path / "out", variants={"joint": variant})
+        with pytest.raises(UsageError, match=word):
+            suite.main(arguments)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["evidence.yaml", "evidence_short.yaml"])
+def test_the_suites_that_come_along_know_their_variants(name, tmp_path, monkeypatch):
+    data = tmp_path / "runs" / "nano" / "data"
+    data.mkdir(parents=True)
+    for stage, kind in itertools.product(("scp", "instruct", "joint"), ("train", "validation")):
+        (data / f"{stage}_{kind}.jsonl").touch()
+    (data / "test.jsonl").touch()
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    settings = parse(EvidenceSettings, ["--config", str(ROOT / "benchmarks" / name)])
+    names = {Suite(settings).folder(variant, 0).name for variant in settings.variants}
+    assert len(names) == len(settings.variants)
+    for claim in settings.claims.values():
+        for variant, system in () if claim.not_run else claim.sides:
+            assert system in settings.variants[variant].systems
+    assert yaml.safe_load((ROOT / "benchmarks" / name).read_text())["seeds"] == [0, 1, 2]
