@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
+from clara_hf.evaluation.analysis.plots import FONT, save
 from clara_hf.evaluation.evidence.claims import NOT_RUN, hierarchical_interval
-from clara_hf.evaluation.plots import FONT, save
 from clara_hf.evaluation.report import figure_part, page, render
 from clara_hf.program import write_json, write_text
 
