@@ -10,8 +10,11 @@ import torch
 from conftest import TEXTS, build_base, build_clara
 from hub_server import TOKEN, environment_of, hub_server
 from huggingface_hub import ModelCard
+from original_checkpoint import build_original_base, write_code, write_original
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from clara_hf.hub.publish import publish
+from clara_hf.hub.publish import publish, stage
+from clara_hf.original.convert import convert
 from clara_hf.program import UsageError
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
@@ -168,6 +171,23 @@ def test_what_is_pushed_is_pulled_in_a_fresh_process_bit_for_bit_and_offline_aga
 def test_the_shipped_checkpoint_has_the_package_s_code():
     code = {path.name: path.read_bytes() for path in (ROOT / "modeling_clara").glob("*_clara.py")}
     assert code == {path.name: path.read_bytes() for path in NANO.glob("*.py")}
+
+
+def test_a_converted_checkpoint_keeps_the_release_s_method_names(tmp_path):
+    build_original_base(tmp_path / "base")
+    write_original(tmp_path / "release", tmp_path / "base")
+    write_code(tmp_path / "release" / "modeling_clara.py")
+    convert(str(tmp_path / "release"), str(tmp_path / "ours"))
+    for form in ("full", "adapter"):
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        config["base_model_name_or_path"] = str(tmp_path / "base") if form == "full" else "some-org/some-base"
+        (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+        stage(tmp_path / "ours", tmp_path / form)
+        staged = json.loads((tmp_path / form / "config.json").read_text())
+        assert staged["checkpoint_format"] == form
+        loaded = get_class_from_dynamic_module(staged["auto_map"]["AutoModel"], str(tmp_path / form))
+        options = {"base_model_name_or_path": str(tmp_path / "base")} if form == "adapter" else {}
+        assert loaded.from_pretrained(tmp_path / form, **options).compress_documents(TEXTS).shape == (5, 4, 32)
 
 
 def test_the_example_pushes_and_another_process_answers(hub):

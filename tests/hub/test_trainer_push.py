@@ -74,12 +74,14 @@ def trained(tmp_path_factory):
 
 
 def test_checkpoints_are_uploaded_as_the_strategy_says_and_the_model_replaces_them(trained):
-    _, server, _ = trained
+    home, server, _ = trained
     commits = list(server.repositories["me/adapters"].commits.values())
     assert len(commits) == 4  # made, two checkpoints, the model
     assert set(commits[1]) >= NEEDED | {"model.safetensors", "checkpoint-1/optimizer.pt", "checkpoint-1/config.json"}
     assert "checkpoint-2/trainer_state.json" in commits[2] and not WEIGHTS & set(commits[2])
     assert set(commits[3]) >= NEEDED | WEIGHTS and "model.safetensors" not in commits[3]
+    for path in (home / "adapters" / "checkpoint-2").iterdir():  # all that resuming needs
+        assert path.name == "config.json" or commits[2][f"checkpoint-2/{path.name}"] == path.read_bytes()
     local = list(server.repositories["me/local"].commits.values())
     assert "config.json" not in local[2] and "last-checkpoint/optimizer.pt" in local[2]  # nobody has the base
     assert json.loads(local[2]["last-checkpoint/trainer_state.json"])["global_step"] == 2
