@@ -64,7 +64,7 @@ def files_of(table: MemoryTable) -> list[str]:
         manifests = {name for name in manifests if (table.path / name).exists()}
     else:
         manifests &= set(table.remote.names("_versions"))
-    return [*(name for piece in snapshot.pieces for name in piece.files), *side, *manifests]
+    return [*(name for piece in snapshot.pieces for name in piece.files), *table.texts.files(), *side, *manifests]
 
 
 def _held(table: MemoryTable, held: ExitStack) -> list[str]:
@@ -113,7 +113,7 @@ def _copy_to_remote(table: MemoryTable, names: list[str], target: Remote) -> Non
     if any(name.startswith("_versions/") for name in there):
         raise FileExistsError(f"target is {target.url}, where a store is already: choose another address")
     for name in names:
-        if name not in there or name.endswith(".json"):  # others are named by what they hold, or at random
+        if name not in there or name.endswith("/fit.json"):  # others are named by what they hold, or at random
             target.upload(table.path / name, name)
 
 

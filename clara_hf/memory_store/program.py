@@ -46,11 +46,13 @@ def parser() -> argparse.ArgumentParser:
         "--form", default="auto", choices=("auto", *FORMS), help="Store memories in this form from then on."
     )
     fit.add_argument("--seed", type=int, default=0, help="Of the samples.")
+    fit.add_argument("--texts", action="store_true", help="Only make an index of the texts, for `search --hybrid`.")
     search = command("search", "Find documents; one JSON object per question.", True)
     search.add_argument("questions", nargs="+", metavar="QUESTION")
     search.add_argument("--top_k", type=int, default=5, help="Documents for each question (default: 5).")
     search.add_argument("--filter", help="SQL condition over columns, such as \"title LIKE 'A%%'\".")
     search.add_argument("--exact", action="store_true", help="Score every stored memory.")
+    search.add_argument("--hybrid", action="store_true", help="Let BM25 over the texts count too (fit --texts first).")
     command("compact", "Join small files and remove old versions.")
     command("stats", "Print counts and sizes as JSON.")
     verify = command("verify", "Read everything and compare it with what was written.", False)
@@ -107,11 +109,14 @@ def _documents(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def _fit(store: MemoryStore, options: argparse.Namespace) -> None:
+    if options.texts:
+        store.index_texts()
+        return
     print(json.dumps(store.fit(options.form, options.seed), indent=2))
 
 
 def _search(store: MemoryStore, options: argparse.Namespace) -> None:
-    found = store.search(options.questions, options.top_k, options.exact, options.filter)
+    found = store.search(options.questions, options.top_k, options.exact, options.filter, hybrid=options.hybrid)
     for row, question in enumerate(options.questions):
         names = {"key": found.keys, "score": found.scores.tolist(), "text": found.texts, **found.columns}
         hits = [

@@ -138,6 +138,7 @@ class StoreReader:
         exact: bool = False,
         filter: str | None = None,
         batch_size: int = 32,
+        hybrid: bool = False,
     ) -> Found:
         """The stored documents whose memories are nearest to questions, by cosine similarity as in `model.retrieve`.
 
@@ -148,6 +149,8 @@ class StoreReader:
                 best of which are scored exactly; one that was not is searched exactly.
             filter: an SQL condition over the text and the user's columns, such as "title LIKE 'A%' AND year > 1990".
             batch_size: questions per forward.
+            hybrid: whether documents that share words with a question (BM25) count too: `scores` are then sums of
+                1 / (60 + rank) over both rankings. It needs [`MemoryStore.index_texts`], and questions as texts.
 
         Returns:
             `scores` `[B, k]`, float32; `keys` and `texts`, B lists of k; `columns`, by name B lists of k.
@@ -156,12 +159,17 @@ class StoreReader:
             ValueError: questions that are no texts, or of another shape; a wrong filter.
             CorruptMemoryError: a memory that was scored is damaged on disk.
         """
+        if hybrid and isinstance(questions, torch.Tensor):
+            raise ValueError("hybrid=True compares words: give questions as texts, not as a tensor")
         queries = self._queries(questions, batch_size)
         if not isinstance(top_k, int) or top_k < 1:
             raise ValueError(f"top_k is {top_k!r}; it must be at least 1")
 
         def search() -> Found:
-            scores, keys = self._searcher.search(queries, top_k, exact, filter)
+            if hybrid:
+                scores, keys = self._searcher.search_hybrid(list(questions), queries, top_k, exact, filter)
+            else:
+                scores, keys = self._searcher.search(queries, top_k, exact, filter)
             flat = [key for some in keys for key in some]
             columns = self._columns(flat, None)
             rows = {name: _split(values, scores.shape[1], len(keys)) for name, values in columns.items()}

@@ -32,6 +32,7 @@ SKETCH_SAMPLE = 8192
 FEWEST_DOCUMENTS = 1000  # for a sketch
 SAMPLE_BYTES = 2**30
 CANDIDATES = 128  # of a question, scored exactly
+RANK_OFFSET = 60  # of ranks that are fused
 MOST_LOOSE = 20_000  # rows that are compared one by one, before they go into an index
 IVF_ROWS = 3_000_000  # from here on, an index has cells
 TRAINING_ROWS = 200_000
@@ -120,6 +121,23 @@ class Searcher:
             for row, found in enumerate(self._candidates(queries, candidates, offsets))
         ]
         return torch.stack([scores for scores, _ in best]), [keys for _, keys in best]
+
+    def search_hybrid(
+        self, questions: list[str], queries: torch.Tensor, top_k: int, exact: bool, condition: str | None
+    ) -> tuple[torch.Tensor, list[list[str]]]:
+        """As `search`, of what is nearest and what BM25 finds, fused by reciprocal rank (Cormack et al., 2009)."""
+        depth = max(CANDIDATES, top_k)
+        _, nearest = self.search(queries, depth, exact, condition)
+        best = []
+        for question, by_memory in zip(questions, nearest, strict=True):
+            by_words = unpacked(self._table.texts.search(question, depth, condition))
+            scores: dict[str, float] = {}
+            for keys in (by_memory, by_words):
+                for rank, key in enumerate(keys, start=1):
+                    scores[key] = scores.get(key, 0.0) + 1 / (RANK_OFFSET + rank)
+            best.append(sorted(scores.items(), key=lambda item: -item[1])[:top_k])
+        scores = torch.tensor([[score for _, score in some] for some in best])
+        return scores.view(len(best), -1), [[key for key, _ in some] for some in best]
 
     def _scan(
         self, queries: torch.Tensor, top_k: int, offsets: np.ndarray | None

@@ -309,6 +309,15 @@ class MemoryStore(StoreReader):
         self._check_recodable(form)
         return fit_store(self, form, seed, show_progress)
 
+    def index_texts(self) -> None:
+        """Makes an index of the words of all texts, for `search(..., hybrid=True)`.
+
+        Documents that are added later are found without it, and taken into it by [`MemoryStore.compact`].
+        """
+        self._check_writable("to index texts")
+        with self._table.changing():
+            self._table.texts.make()
+
     def verify(self, repair: bool = False, show_progress: bool = True) -> Report:
         """Reads every value and every file of the store, and compares it with what was written.
 

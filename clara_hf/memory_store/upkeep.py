@@ -175,6 +175,8 @@ def _check_side_files(store, report: Report) -> None:
                 report.files[f"{SIDE_FOLDER}/{name}"] = str(error)
     for path in store._searcher.damaged_indexes():
         report.files[f"{SIDE_FOLDER}/{path.name}"] = "the search index: it can be made anew"
+    for name in table.texts.damaged(again=True):
+        report.files[name] = "the full-text index: it can be made anew"
 
 
 def _repair(store, report: Report) -> None:
@@ -187,6 +189,8 @@ def _repair(store, report: Report) -> None:
         if broken:
             table.drop_sketches(table.sketch_columns)
         store._searcher.remove_damaged_indexes()
+        if table.texts.damaged():
+            table.texts.make()
         table.remove(without_text)
         whole = {key: names for key, names in report.damaged.items() if key in store}
         texts, columns = _intact_values(store, list(whole), whole)
@@ -240,6 +244,7 @@ def stats_of(store) -> dict:
         "sketch_dims": None if searcher.sketch is None else searcher.sketch.dims,
         "indexed": 0 if index is None else int((index.offsets(index.ids, table) >= 0).sum()),
         "waiting_parts": table.parts.are_waiting(),
+        "texts_indexed": bool(table.texts.indexes()),
         "columns": table.column_names,
         "fit": _read_fit(table),
         "maker": str(store.maker),

@@ -31,6 +31,7 @@ def filled(tmp_path_factory):
         store = MemoryStore.open(tmp_path_factory.mktemp("filled") / "store", SpectrumModel(), dtype="float32")
         store.add(TEXTS, {"number": list(range(1100))}, show_progress=False)
         store.fit("fitted2", show_progress=False)
+        store.index_texts()
         store.delete(store.keys(TEXTS[:10]))
         store.add(["one more"], {"number": [-1]}, show_progress=False)
     return store
@@ -71,6 +72,8 @@ def check_equal(copied, filled):
     questions = torch.stack([SpectrumModel().memory(text) for text in ("one more", TEXTS[5], TEXTS[20])])
     for options in ({}, {"exact": True}, {"filter": "number > 500"}):
         assert copied.search(questions, **options).keys == filled.search(questions, **options).keys
+    words = ["one more", "number 17"]
+    assert copied.search(words, hybrid=True).keys == filled.search(words, hybrid=True).keys
     assert copied.stats()["indexed"] == filled.stats()["indexed"] >= 1000
     assert copied.stats()["fit"] == filled.stats()["fit"] is not None
     assert copied.verify(show_progress=False).is_sound
@@ -97,7 +100,13 @@ def test_a_copy_in_a_folder_has_everything_of_the_newest_version_and_nothing_els
     copied = MemoryStore.open(tmp_path / "copy", SpectrumModel())
     check_equal(copied, filled)
     assert files_in(copied.path) < files_in(filled.path)
-    assert {name.split("/")[0] for name in files_in(copied.path)} == {"data", "_deletions", "_search", "_versions"}
+    assert {name.split("/")[0] for name in files_in(copied.path)} == {
+        "data",
+        "_deletions",
+        "_indices",
+        "_search",
+        "_versions",
+    }
     assert len(list((copied.path / "_versions").iterdir())) == 1
     copied.add(["another"], {"number": [3]}, show_progress=False)
     assert len(copied) == 1092 and copied.verify(show_progress=False).is_sound
@@ -142,7 +151,7 @@ def test_a_copy_to_object_storage_that_was_cut_off_is_no_store_and_is_resumed(fi
     first = len(sent)
     filled.copy_to(address)
     assert len(sent) - first == 2  # the measurements of fit, and the version
-    check_equal(MemoryStore.open(address), filled)
+    check_equal(MemoryStore.open(address, SpectrumModel()), filled)
 
 
 def test_damage_in_object_storage_is_an_error_that_names_it(filled, bucket, tmp_path):
@@ -187,7 +196,7 @@ elif command == "open":
     store = MemoryStore.open(name, SpectrumModel())
     check_equal(store, filled)
     check_read_only(store, str(store.path))
-    check_equal(MemoryStore.open(name, revision="next"), filled)
+    check_equal(MemoryStore.open(name, SpectrumModel(), revision="next"), filled)
     store.copy_to(sys.argv[3])
     copied = MemoryStore.open(sys.argv[3], SpectrumModel())
     check_equal(copied, filled)
@@ -221,7 +230,7 @@ def test_a_store_is_pushed_to_a_hub_with_a_card_and_read_from_it_also_offline(fi
         files = repository.files("main")
         assert repository.private and set(files) - {".gitattributes", "README.md"} < files_in(filled.path)
         assert {name.split("/")[0] for name in files} == {
-            ".gitattributes", "README.md", "data", "_deletions", "_search", "_versions"
+            ".gitattributes", "README.md", "data", "_deletions", "_indices", "_search", "_versions"
         }  # fmt: skip
         card = files["README.md"].decode()
         for fact in ("license: cc-by-4.0", "1,091", filled.maker.fingerprint, "`fitted2`", "hf://datasets/me/corpus"):

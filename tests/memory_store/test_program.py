@@ -29,6 +29,10 @@ def test_a_store_is_built_resumed_searched_compacted_and_verified(checkpoint, tm
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["question"] == DOCUMENTS[3] and len(second["documents"]) == 2
     assert set(first["documents"][0]) == {"key", "score", "text", "title"}
+    assert main(["fit", store, "--texts"]) == 0
+    assert main(["search", store, DOCUMENTS[3], "--model", checkpoint, "--top_k", "1", "--hybrid"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["documents"]
+    assert 1 / 61 <= found["score"] <= 2 / 61
     assert main(["compact", store]) == 0
     stats = json.loads(capsys.readouterr().out)
     assert stats["documents"] == 40 and stats["form"] == "rotated8" and stats["files"] == 1

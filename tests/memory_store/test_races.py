@@ -68,6 +68,7 @@ CALLS = {
     "fit": lambda store: store.fit(show_progress=False),
     "recode": lambda store: store.recode("rotated8"),
     "compact": lambda store: store.compact(),
+    "index texts": lambda store: store.index_texts(),
 }
 OTHERS = {
     "adds": lambda store: [

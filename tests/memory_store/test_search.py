@@ -7,9 +7,10 @@ import tempfile
 import pytest
 import torch
 from conftest import TEXTS
-from memory_fakes import DOCUMENTS, expected, replace_bytes
+from memory_fakes import DOCUMENTS, SpectrumModel, expected, replace_bytes
 
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
+from clara_hf.memory_store.table.snapshot import unpacked
 
 
 # pytest drops the filter that modeling_clara sets for it at import.
@@ -184,3 +185,70 @@ def test_a_model_retrieves_and_answers_from_a_store_as_from_its_memories(clara, 
     assert expanded.texts == same.texts and expanded.keys == answers.keys
     with pytest.raises(ValueError, match="one of documents, memories and store"):
         clara.generate(questions, store=store, memories=memories)
+
+
+# Words beside memories
+
+
+def test_hybrid_search_fuses_both_rankings_and_is_never_stale(path):
+    store = MemoryStore.open(path, SpectrumModel(), dtype="float32")
+    texts = [f"document number {index} about goats" for index in range(300)] + ["a zebra in Galholm"]
+    store.add(texts, {"number": list(range(301))}, show_progress=False)
+    question = ["the zebra of number 17"]
+    with pytest.raises(ValueError, match="index_texts"):
+        store.search(question, hybrid=True)
+    store.index_texts()
+
+    def first(word):
+        """The text with a word among the best, which are the nearest memory and the best text at least."""
+        for some in (store, MemoryStore.open(path, SpectrumModel())):
+            found = some.search([word], top_k=2, hybrid=True)
+        return next((text for text in found.texts[0] if word in text), None)
+
+    assert first("zebra") == "a zebra in Galholm" and first("okapi") is None
+    found = store.search(question, top_k=301, hybrid=True)
+    nearest = store.search(question, top_k=301).keys[0]
+    words = unpacked(store._table.texts.search(question[0], 301, None))
+    assert store.columns(words[:2], ["text"])["text"] == [texts[300], texts[17]]
+    slow = {key: sum(1 / (61 + some.index(key)) for some in (nearest, words) if key in some) for key in nearest}
+    assert found.scores[0].tolist() == pytest.approx(sorted(slow.values(), reverse=True)[: len(found.keys[0])])
+    assert [slow[key] for key in found.keys[0]] == pytest.approx(found.scores[0].tolist())
+    # Each change of the store, at once and after the next ones.
+    store.add(["an okapi"], {"number": [301]}, show_progress=False)
+    assert first("okapi") == "an okapi" and first("zebra")
+    store.delete(store.keys(["a zebra in Galholm"]))
+    assert first("zebra") is None and first("okapi")
+    (key,) = store.update(store.keys(["an okapi"]), ["a quagga"], show_progress=False)
+    store.update([key], columns={"number": [7]}, show_progress=False)
+    assert first("okapi") is None and first("quagga")
+    assert store.search(["quagga"], top_k=1, hybrid=True, filter="number = 8").texts == [[texts[8]]]
+    for change in (store.compact, lambda: store.recode("rotated8"), store.compact, store.index_texts):
+        change()
+        assert first("quagga") and first("zebra") is None and first("okapi") is None
+        assert (
+            len(store._table.texts.indexes()) == len(store._table.snapshot().pieces) == 1
+            and store.verify(show_progress=False).is_sound
+        )
+    with pytest.raises(ValueError, match="as texts"):
+        store.search(torch.stack([SpectrumModel().memory("one")]), hybrid=True)
+
+
+def test_damage_in_the_index_of_the_texts_is_an_error_and_made_anew(path):
+    store = MemoryStore.open(path, SpectrumModel(), dtype="float32")
+    store.add([f"document number {index}" for index in range(50)], show_progress=False)
+    store.index_texts()
+    files = sorted((path / "_indices").rglob("*.lance"))
+    assert len(files) >= 3
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        reader = MemoryStore.open(path, SpectrumModel())
+        with pytest.raises(CorruptMemoryError, match=file.name):
+            reader.search(["number 7"], hybrid=True)
+        assert list(store.verify(show_progress=False).files) == [str(file.relative_to(path))]
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    file.write_bytes(content[:-1])
+    assert store.verify(repair=True, show_progress=False).files and store.verify(show_progress=False).is_sound
+    assert store.search(["7"], top_k=1, hybrid=True).texts == [["document number 7"]]

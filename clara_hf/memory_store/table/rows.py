@@ -32,13 +32,13 @@ from .layout import (
 )
 from .remote import Remote
 from .snapshot import Snapshot, Unreadable, packed, reading
+from .texts import Texts
 
 
 class Rows:
     """Rows of key, text, memory, checksum and the user's columns at `path`, as they are in one Lance version.
 
-    The path is a local folder, or the address of one in object storage. A table that is `frozen` is only read, as are
-    those in object storage.
+    The path is a local folder, or an address in object storage; the latter and tables that are `frozen` are only read.
 
     It reads the version that it loaded at its first use, until `forget` or `refresh` is called. It can be pickled: the
     copy opens the dataset for itself. A forked process cannot use it, where Lance's threads are missing, not their
@@ -53,6 +53,7 @@ class Rows:
         self.remote = Remote(path) if isinstance(path, str) else None
         self.frozen = frozen
         self.parts = Parts(self.folder)
+        self.texts = Texts(self)
         self.maker = Maker(**metadata["maker"])
         self.dtype = metadata["dtype"]
         self.format = metadata["format"]

@@ -67,6 +67,7 @@ class MemoryTable(Rows):
                 self.commit()
                 self.remove_unreadable()
                 self.drop_sketches(self.sketch_columns[:-1])
+                self.texts.note()
             yield got
 
     def bring_up(self) -> int:
@@ -261,17 +262,22 @@ class MemoryTable(Rows):
                 arrays = [made[name] if name in made else rows[name].combine_chunks() for name in schema.names]
                 yield pa.record_batch(arrays, schema=schema)
 
+        has_texts = bool(self.texts.indexes())
         reader = pa.RecordBatchReader.from_batches(schema, batches())
         lance.write_dataset(reader, str(self.path), mode="overwrite", max_bytes_per_file=FILE_BYTES)
         self.refresh()
+        if has_texts:  # after a kill before it, hybrid search is refused
+            self.texts.make()
 
     def compact(self, keep: timedelta) -> None:
         """Joins small files, and removes what versions older than `keep` alone have."""
         row = self.form.size * self.form.numpy_type.itemsize + 512
+        self.texts.bring_up()  # Lance joins no files of which an index has some
         dataset = lance.dataset(str(self.path))
         dataset.optimize.compact_files(target_rows_per_fragment=max(1024, FILE_BYTES // row))
         lance.dataset(str(self.path)).cleanup_old_versions(older_than=keep)
         self.refresh()
+        self.texts.note()
 
 
 def pick(arrays: dict[str, pa.Array], rows: list[int]) -> dict[str, pa.Array]:
