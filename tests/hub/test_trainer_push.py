@@ -1,5 +1,6 @@
 """`push_to_hub=True` of our trainers and programs against the Hub of the tests: checkpoints, the model, its card."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import torch
 from conftest import TEXTS, build_base
 from hub_server import TOKEN, environment_of, hub_server
 from huggingface_hub import ModelCard
-from test_publish import NEEDED, PULL
+from test_publish import NEEDED, PULL, equal, outputs
 
 
 WEIGHTS = {"clara.safetensors", "compressor/adapter_model.safetensors", "generator/adapter_model.safetensors"}
 
 
-TRAIN = """
+TRAIN = (
+    f"{inspect.getsource(outputs)}\n\n"
+    + """
 import json, sys
 import torch
 from datasets import Dataset
@@ -40,7 +43,7 @@ for name, base, form, strategy in (
     trained = trainer(name, base, form, hub_strategy=strategy, hub_revision=revision)
     trained.train()
     trained.push_to_hub(license="mit")
-    found[name] = trained.model.eval().compress(texts)
+    found[name] = outputs(trained.model.eval(), texts)
 try:
     trainer("refused", "base", "adapter")
 except ValueError as error:
@@ -49,9 +52,10 @@ arguments = [f"--{name}={str(value).lower() if value is True else value}" for na
 arguments += ["--clara_config", json.dumps({**FIELDS, "checkpoint_format": "adapter"}), "--output_dir", "program"]
 call("scp", ["--model_name_or_path", "some-org/some-base", "--train_file", "rows.jsonl", "--hub_model_id", "me/program"]
     + arguments)
-found["program"] = CLaRaForRetrievalGeneration.from_pretrained("program").compress(texts)
+found["program"] = outputs(CLaRaForRetrievalGeneration.from_pretrained("program"), texts)
 torch.save(found, "trained.pt")
 """
+)
 ROWS = [
     {"data_type": "qa", "question": ["Who keeps bees?"] * 2, "answers": ["Mara Brandel"] * 2, "docs": [TEXTS[i % 4]]}
     for i in range(8)
@@ -114,7 +118,7 @@ def test_what_was_trained_is_pulled_in_a_fresh_process(trained):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found, expected = torch.load(home / "pulled.pt"), torch.load(home / "trained.pt")
-    assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert all(equal(found[name], expected[name]) for name in names)
 
 
 def test_cards_tell_of_the_training(trained):
