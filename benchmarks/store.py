@@ -1,13 +1,14 @@
 """A memory store from ten thousand to a million documents: what fitting, adding, searching and compacting cost.
 
     python benchmarks/store.py --documents 1000000 --hidden 128 --form fitted1 --out store.json
+    python benchmarks/store.py --reads --documents 6000 --hidden 4096 --form none --out reads.json
     python benchmarks/store.py --nano CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
 
-The first makes synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
+The first two make synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
 normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
 whose variances fall likewise in each slot. A question is a document's memory with noise in the latent vector. The
-second compares the stored forms of a trained model on its test questions, paired; with `--searches`, exact search, the
-index and BM25 over all documents.
+third compares the stored forms of a trained model on its test questions, paired; with `--searches`, exact search, the
+index, BM25 and both of them over all documents.
 """
 
 import argparse
@@ -99,6 +100,29 @@ def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
     return rows
 
 
+def read_costs(args: argparse.Namespace, folder: Path) -> dict:
+    """Seconds of reading a batch's memories, 32 questions with 20 candidates each, and of adding what is stored."""
+    store = MemoryStore.open(folder / "store", SyntheticModel(args.slots, args.hidden), form=args.form)
+    texts = [f"document {number}" for number in range(args.documents)]
+    keys = store.add(texts, batch_size=256, show_progress=False)
+    rng = np.random.default_rng(0)
+
+    def timed(call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    batches = [[keys[row] for row in rng.permutation(len(keys))[:640]] for _ in range(10)]
+    figures = {
+        "get_640": sorted(timed(lambda batch=batch: store.get(batch)) for batch in batches),
+        "add_stored": timed(lambda: store.add(texts, show_progress=False)),
+        "add_stored_verified": timed(lambda: store.add(texts, show_progress=False, verify="all")),
+        "bytes_per_document": store.stats()["bytes_per_document"],
+    }
+    print(json.dumps(figures))
+    return figures
+
+
 def search_costs(store: MemoryStore, size: int, count: int) -> dict:
     numbers = np.random.default_rng(1).integers(0, size, count)
     queries = store.model.encode_questions([f"question {number}" for number in numbers], batch_size=32)
@@ -162,9 +186,11 @@ def compare_searches(args: argparse.Namespace, folder: Path) -> dict:
     keys = dict(zip(corpus, store.add(corpus, show_progress=False), strict=True))
     share = store.fit(show_progress=False)["share_of_exact_top_5"]
     bm25 = BM25Retriever(corpus)
+    store.index_texts()
     ways = {
         "exact": lambda: store.search(questions, top_k=5, exact=True).texts,
         "indexed": lambda: store.search(questions, top_k=5).texts,
+        "hybrid": lambda: store.search(questions, top_k=5, hybrid=True).texts,
         "bm25": lambda: [[corpus[row] for row in rows] for rows in bm25.search(questions, 5)],
     }
     scores = {}
@@ -261,6 +287,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--form", choices=FORMS, default="fitted1")
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--reads", action="store_true", help="Measure reads of a store, not its growth.")
     parser.add_argument("--nano", help="Checkpoint: compare the stored forms on its test questions.")
     parser.add_argument("--searches", action="store_true", help="With --nano: compare searches, not forms.")
     parser.add_argument("--data", help="Test questions for --nano.")
@@ -272,8 +299,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         compare = compare_searches if args.searches else compare_forms
-        figures = compare(args, Path(folder)) if args.nano else grow(args, Path(folder))
-    if args.plot and not args.nano:
+        measure = compare if args.nano else read_costs if args.reads else grow
+        figures = measure(args, Path(folder))
+    if args.plot and measure is grow:
         plot_growth(figures, args.plot)
     Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
 
