@@ -19,6 +19,8 @@ from modeling_clara import CLaRaForRetrievalGeneration
 from trainers import (
     ContrastiveConfig,
     ContrastiveTrainer,
+    DROConfig,
+    DROTrainer,
     InstructionConfig,
     InstructionTrainer,
     JointConfig,
@@ -87,11 +89,12 @@ def shard_on_cpu(path: Path) -> None:
 
 def run(job: dict, out: Path) -> None:
     """Train, evaluate and write `<name>.json` (log, metrics) and `<name>.safetensors` (adapters, or gradients)."""
-    trainer_class, config_class = STAGES[job["stage"]]
+    is_dro = job["stage"] == "dro"
+    trainer_class, config_class = (DROTrainer, DROConfig) if is_dro else STAGES[job["stage"]]
     rows = Dataset.from_list(json.loads(Path(job["rows"]).read_text()))
     eval_rows = rows.select(range(11))  # an odd number, for two processes
     args = config_class(output_dir=str(out / job["name"]), **job["arguments"])
-    model = CLaRaForRetrievalGeneration.from_pretrained(job["model"])
+    model = job["model"] if is_dro else CLaRaForRetrievalGeneration.from_pretrained(job["model"])
     recorder = RecordGradients()
     trainer = trainer_class(
         model=model,
@@ -108,7 +111,10 @@ def run(job: dict, out: Path) -> None:
     evaluation = trainer.evaluate() if job.get("evaluate") else {}
     if job.get("save"):
         trainer.save_model(str(out / f"{job['name']}-model"))
-    tensors = recorder.gradients if job.get("gradients") else trainer.model.adapter_state_dict()
+    if is_dro:
+        tensors = {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    else:
+        tensors = recorder.gradients if job.get("gradients") else trainer.model.adapter_state_dict()
     if trainer.is_world_process_zero():
         record = {"log": trainer.state.log_history, "metrics": evaluation, "processes": args.world_size}
         (out / f"{job['name']}.json").write_text(json.dumps(record))

@@ -86,7 +86,7 @@ class Inventory:
                     with told("--systems", f"{kind} {name}"):
                         loading.check_model(ModelSource(name), kind)
                         self.ids[name] = self._identity(ModelSource(name))
-            reads_text = spec.reader != "memory" and text_model is None
+            reads_text = spec.reader in ("text", "llmlingua2") and text_model is None
             if reads_text and self.model is not None and loading.is_object(self.model):
                 raise UsageError(f"{spec.label} needs text_model: a model in memory keeps its adapters.")
 
@@ -121,6 +121,8 @@ class Inventory:
         shelf, keys = self.rankings(dataset, spec.ranker)
         orders = [shelf.records[key]["order"] if key in shelf.records else None for key in keys]
         made = self.checkpoints.get(spec.checkpoint)
+        if spec.reader == "dro":
+            made = loading.describe_dro(spec.name)
         top_k = self.options.top_k or (made["top_k"] if made else DEFAULT_TOP_K)
         return [order and [one.docs[at] for at in order[:top_k]] for one, order in zip(questions, orders, strict=True)]
 
@@ -148,6 +150,8 @@ class Inventory:
         options = self.options
         if spec.reader == "memory":
             maker = ["memory", *self.memory_maker(spec.checkpoint), options.max_new_tokens]
+        elif spec.reader == "dro":
+            maker = ["dro", self.ids[spec.name], options.max_new_tokens]
         else:
             prompts = self.ids.get("model")
             maker = ["text", self.ids.get("text_model"), prompts, options.max_new_tokens, options.text_doc_max_length]

@@ -7,15 +7,16 @@
     sparse-encoder NAME                 ranks by learned word weights (SPLADE's kind)
     cross-encoder NAME                  ranks by a cross-encoder of sentence-transformers
     llm-listwise NAME                   ranks by asking a causal language model to order the list
+    dro NAME                            ranks by DRO's selection model, and answers from text by its generator
     gold, no-memory, wrong-memory       no ranking: the gold documents, none, another question's
     text-SYSTEM                         chooses documents as SYSTEM does, and answers from their text
     memory-sup, memory-clara-before-joint   choose as these do; the generator of `--model` answers from its memories
     text                                short for text-bm25
     llmlingua2 NAME                     as text, from text shortened by LLMLingua-2
 
-NAME is a local folder or a name on the Hub. All but `sup` and `clara-before-joint`, which are whole models, answer with
-the generator of `--model`, or with the text model where they read text; `memory-` before these two compares the
-retrievers alone.
+NAME is a local folder or, but for `dro`, a name on the Hub. All but `sup`, `clara-before-joint` and `dro`, which are
+whole models, answer with the generator of `--model`, or with the text model where they read text; `memory-` before
+`sup` or `clara-before-joint` compares the retrievers alone.
 """
 
 import re
@@ -40,6 +41,7 @@ RANKERS = {
     "sparse-encoder": ("encoders.SparseRanker", "sentence_transformers"),
     "cross-encoder": ("encoders.CrossEncoderRanker", "sentence_transformers"),
     "llm-listwise": ("listwise.ListwiseRanker", "transformers"),
+    "dro": ("dro.DROSystem", "peft"),
 }
 CONTROLS = ("no-memory", "wrong-memory")
 # The order of the table. Those in `NAMED` are followed by a NAME.
@@ -63,7 +65,7 @@ class SystemSpec:
         label: its name in tables and files.
         chooser: `clara`, `bm25`, `gold`, ...: a name of `CHOICES` that chooses documents.
         name: the model of a chooser in `NAMED`, else `None`.
-        reader: `memory`, `text` or `llmlingua2`.
+        reader: `memory`, `text`, `llmlingua2` or `dro`.
         shortener: the model of `llmlingua2`, else `None`.
     """
 
@@ -97,6 +99,8 @@ class SystemSpec:
         if self.reader == "memory":
             needs_reader = self.ranker is None or self.label.startswith(MEMORY)
             return "--model" if needs_reader and "model" not in given else None
+        if self.reader == "dro":
+            return None
         return None if {"text_model", "model"} & set(given) else "--text_model or --model"
 
 
@@ -164,7 +168,8 @@ def parse_system(text: str) -> SystemSpec:
         return SystemSpec(label, "bm25", reader="text")
     if kind == "llmlingua2":
         return SystemSpec(label, "bm25", reader="llmlingua2", shortener=name)
-    return SystemSpec(label, kind, name or None, reader="text" if reads_text else "memory")
+    reader = "text" if reads_text else "dro" if kind == "dro" else "memory"
+    return SystemSpec(label, kind, name or None, reader=reader)
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ class Work(Inventory):
             if checkpoint in self.checkpoints:
                 self._run_checkpoint(checkpoint)
         for reader, shortener in dict.fromkeys((spec.reader, spec.shortener) for spec in self.plan):
-            if reader != "memory":
+            if reader not in ("memory", "dro"):
                 self._run_text(reader, shortener)
         if self.options.judge is not None:
             self._judge()
@@ -64,8 +64,9 @@ class Work(Inventory):
     # Rankers without CLaRa
 
     def _run_ranker(self, ranker: str) -> None:
-        places = {name: self.rankings(name, ranker) for name in self.questions}
-        left = [name for name, (shelf, keys) in places.items() if missing_from(shelf, keys)]
+        readers = [spec for spec in self.plan if spec.reader == "dro" and spec.ranker == ranker]
+        unranked = {name for name in self.questions if missing_from(*self.rankings(name, ranker))}
+        left = [name for name in self.questions if name in unranked or self.documents_left(name, None, readers)]
         if not left:
             return
         kind, _, name = ranker.partition(" ")
@@ -78,7 +79,11 @@ class Work(Inventory):
                 count = system.prepare(chosen, self.corpora[dataset][0])
                 self.note_cost(dataset, self.ranker_maker(dataset, ranker), count, time.perf_counter() - began)
 
-            self._rank(dataset, ranker, system, prepare)
+            if dataset in unranked:
+                self._rank(dataset, ranker, system, prepare)
+            for spec in readers:
+                system.candidates = {one.question: len(one.docs) for one in self.questions[dataset]}
+                self._answer(dataset, spec, system)
 
     def _rank(self, dataset: str, ranker: str, system, prepare: Callable[[list[QAExample]], None]) -> None:
         shelf, keys = self.rankings(dataset, ranker)

@@ -278,6 +278,32 @@ def test_saved_models_load_with_the_code_that_is_saved_with_them(kind, runs):
     assert_close({key: value for key, value in loaded.adapter_state_dict().items() if key in trained}, trained, 0.0)
 
 
+def test_dro_under_zero2_equals_one_process_by_labels_and_resumes_with_lists_that_it_draws(base, tmp_path):
+    (tmp_path / "qa.json").write_text(json.dumps(qa_rows()))
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "top_k": 2, "num_lists": 3, "lora_r": 4}
+
+    def job(name: str, processes: int, **more) -> dict:
+        return make_job(name, "dro", base, tmp_path, processes, **{**options, **more})
+
+    (tmp_path / "one").mkdir()
+    distributed_worker.run(job("labels", 1, supervised_steps=4), tmp_path / "one")
+    resumed = job("resumed", 2, save_strategy="no") | {"checkpoint": str(tmp_path / "zero2" / "drawn" / "checkpoint-2")}
+    code, _, stderr = launch(
+        "zero2", [job("labels", 2, supervised_steps=4), job("drawn", 2), resumed], tmp_path / "zero2"
+    )
+    assert code == 0, stderr[-4000:]
+
+    def outcome(kind: str, name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+        record = json.loads((tmp_path / kind / f"{name}.json").read_text())
+        return logged(record, "loss"), load_file(tmp_path / kind / f"{name}.safetensors")
+
+    for expected, found in ((("one", "labels"), ("zero2", "labels")), (("zero2", "drawn"), ("zero2", "resumed"))):
+        (losses, weights), (own_losses, own_weights) = outcome(*expected), outcome(*found)
+        assert len(losses) == 4 and own_losses == pytest.approx(losses, abs=TOLERANCE)
+        assert_close(own_weights, weights, TOLERANCE)
+    assert max(weights[key].abs().max() for key in weights if ".lora_B." in key) > 100 * TOLERANCE
+
+
 def tensors_in(path: Path) -> list[torch.Tensor]:
     def walk(value):
         if isinstance(value, torch.Tensor):

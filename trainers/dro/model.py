@@ -61,11 +61,12 @@ class DROPrompts:
         """Ids of a text in which nothing is a control token."""
         return self.control.encode([self.control.hide(text)])[0]
 
-    def documents(self, docs: list[str]) -> tuple[list[list[int]], int]:
-        """Ids of the candidates within the budget, and how many of them are cut."""
+    def documents(self, docs: list[str], among: int = 0) -> tuple[list[list[int]], int]:
+        """Ids of the candidates within the budget, and how many of them are cut; `among`: how many there are, if
+        `docs` are only some of them."""
         if len(docs) > len(self.identifiers):
             raise ValueError(f"{len(docs)} candidates need identifiers, of which there are {len(self.identifiers)}.")
-        limit = max(self.candidate_budget // len(docs), 1)
+        limit = max(self.candidate_budget // max(len(docs), among), 1)
         ids = [self.plain(text) for text in docs]
         return [own[:limit] for own in ids], sum(len(own) > limit for own in ids)
 

@@ -14,7 +14,7 @@ from transformers.utils import cached_file, extract_commit_hash, find_adapter_co
 
 from clara_hf.data.files import content_digest
 from clara_hf.evaluation.plan import NAMED
-from clara_hf.program import models
+from clara_hf.program import models, read_json
 from clara_hf.program.models import ModelSource
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 
@@ -99,6 +99,8 @@ def check_model(source: ModelSource, kind: str = "llm-listwise", needs_tokenizer
         raise ImportError(f"No module named {NAMED[kind]!r}")
     if source.folder.is_dir():
         _check_weights(source.folder)
+    if kind == "dro":
+        return AutoConfig.from_pretrained(describe_dro(source.model_name_or_path)["base"])
     name, place = source.model_name_or_path, source.place
     if NAMED.get(kind) == "sentence_transformers":
         from sentence_transformers.util import is_sentence_transformer_model
@@ -111,6 +113,19 @@ def check_model(source: ModelSource, kind: str = "llm-listwise", needs_tokenizer
         AutoConfig.from_pretrained(name, **place)
     if needs_tokenizer:
         AutoTokenizer.from_pretrained(name, **place)
+
+
+def describe_dro(folder: str) -> dict:
+    """Settings of what DRO's training saved, and its `base`.
+
+    Raises:
+        OSError: the folder holds none.
+    """
+    settings = Path(folder, "dro.json")
+    if not settings.is_file():
+        raise OSError(f"{folder} holds no {settings.name}, which DRO's training writes last")
+    base = PeftConfig.from_pretrained(settings.parent / "selection").base_model_name_or_path
+    return {**read_json(settings), "base": base}
 
 
 def _check_weights(folder: Path) -> None:
