@@ -40,7 +40,7 @@ class Repository:
 class HubServer(ThreadingHTTPServer):
     """Repositories by name (`user/model`, `datasets/user/data`), LFS objects by digest, and `log`, all requests.
 
-    `cuts` uploads lose their connection half-way; while `full` is set, none is taken.
+    `cuts` uploads lose their connection half-way; while `full` is set, none is taken, and none for `closed` names.
     """
 
     daemon_threads = True
@@ -49,7 +49,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.cuts, self.full, self.log = 0, False, []
+        self.cuts, self.full, self.closed, self.log = 0, False, set(), []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def add(self, name: str, folder=None, **options) -> Repository:
@@ -181,6 +181,8 @@ class Handler(BaseHTTPRequestHandler):
     def batch(self, body, repo):
         if self.repository(repo, writes=True) is None:
             return
+        if repo in self.server.closed:
+            return self.refuse(507, "Full", "no space for the upload")
         objects = []
         for wanted in json.loads(body)["objects"]:
             if wanted["oid"] not in self.server.objects:

@@ -173,10 +173,12 @@ class CheckpointTrainer(EndsAtLastStep, Trainer):
         def upload():
             try:
                 return push(staged, made, self.hub_model_id, **options)
-            except Exception as error:
-                if blocking:
-                    raise
-                logger.warning(f"a checkpoint was not uploaded to {self.hub_model_id}: {' '.join(str(error).split())}")
+            except Exception as error:  # beside the Hub's own errors those of its HTTP library, whichever that is
+                reason = " ".join(str(error).split())
+                told = f"{folder} was written, but not uploaded to {self.hub_model_id} ({reason})"
+                if form != "flat":
+                    raise OSError(f"{told}: run clara publish {folder} {self.hub_model_id}.") from error
+                logger.warning(f"{told}.")
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
 

@@ -44,6 +44,12 @@ for name, base, form, strategy in (
     trained.train()
     trained.push_to_hub(license="mit")
     found[name] = outputs(trained.model.eval(), texts)
+closed = trainer("closed", "some-org/some-base", "adapter", hub_strategy="every_save")
+closed.train()
+try:
+    closed.push_to_hub()
+except OSError as error:
+    print("closed:", error)
 try:
     trainer("refused", "base", "adapter")
 except ValueError as error:
@@ -69,6 +75,7 @@ def trained(tmp_path_factory):
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with hub_server() as server:
         server.add("some-org/some-base", home / "base")
+        server.closed.add("me/closed")
         # The token is known to the arguments alone.
         environment = environment_of(server, home / "cache", token=None)
         command = [sys.executable, "-c", TRAIN, TOKEN, json.dumps(TEXTS)]
@@ -135,3 +142,10 @@ def test_cards_tell_of_the_training(trained):
 def test_adapters_over_a_local_base_are_refused_before_a_repository_is_made(trained):
     _, server, done = trained
     assert "refused: base_model_name_or_path is 'base'" in done.stdout and "me/refused" not in server.repositories
+
+
+def test_an_upload_that_fails_stops_no_training_and_says_how_to_repeat_it(trained):
+    home, server, done = trained
+    assert done.stderr.count("not uploaded to me/closed") == 2 and (home / "closed" / "checkpoint-2").is_dir()
+    assert "clara publish closed me/closed" in done.stdout and (home / "closed" / "clara.safetensors").is_file()
+    assert set(server.repositories["me/closed"].files()) == {".gitattributes"}
