@@ -129,8 +129,7 @@ class RunFolder:
         return {beside.name} if beside.is_file() else set()
 
     def _remove(self, names: set[str]) -> None:
-        """Delete `names`, the record last."""
-        for name in sorted(names, key=lambda name: name == RUN_FILE):
+        for name in names:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -1,10 +1,15 @@
 """Systems by their names, and other settings of an evaluation."""
 
+import json
+
 import pytest
 from programs import exit_code
 
-from clara_hf.evaluation.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, parse_system
+from clara_hf.evaluation.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, Options, parse_system
 from clara_hf.evaluation.run import EvalSettings, main
+from clara_hf.evaluation.systems.loading import model_hash
+from clara_hf.program import UsageError, parse
+from clara_hf.program.models import ModelSource
 
 
 @pytest.mark.parametrize(
@@ -89,3 +94,39 @@ def test_a_bad_settings_file_is_one_sentence(tmp_path, capsys, content, message)
     assert exit_code(main, ["--config", str(tmp_path / "e.yaml")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "e.yaml") in error and message in error and error.count("\n") == 1
+
+
+# Models
+
+
+def test_a_mistyped_folder_is_told_without_asking_the_hub_and_a_name_of_the_hub_is_not(tmp_path, monkeypatch):
+    (tmp_path / "runs/joint").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/joint", "user/model", "user/model@v1", "runs/jiont@main"):
+        assert str(Options(sup=name).sup) == name
+    for name, told in {"runs/jiont": "runs/joint", "./model": "./model", "a/b/c": "a/b/c"}.items():
+        with pytest.raises(UsageError) as caught:
+            Options(sup=name)
+        assert "--sup" in str(caught.value) and name in str(caught.value) and told in str(caught.value)
+    with pytest.raises(UsageError, match="--systems.*runs/jiont"):
+        Options(systems="bi-encoder runs/jiont").plan(False)
+
+
+def test_how_a_model_is_loaded_is_read_from_yaml_recorded_and_counts(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "q.jsonl").touch()
+    source = {"model_name_or_path": str(tmp_path / "model"), "dtype": "bfloat16", "load_in_8bit": True}
+    (tmp_path / "e.yaml").write_text(json.dumps({"data": str(tmp_path / "q.jsonl"), "model": source}))
+    settings = parse(EvalSettings, ["--config", str(tmp_path / "e.yaml")])
+    assert settings.model == ModelSource(**source) and settings.recorded()["model"] == source
+    plain = ModelSource(str(tmp_path / "model"))
+    assert model_hash(settings.model) != model_hash(plain)
+    # Where layers lie changes no answer.
+    assert model_hash(plain) == model_hash(ModelSource(plain.model_name_or_path, device_map="auto"))
+
+
+@pytest.mark.parametrize(("field", "told"), [("load_in_4bit", "load_in_4bit"), ("gguf_file", "gguf_file")])
+def test_what_a_text_model_cannot_be_is_refused(field, told):
+    with pytest.raises(UsageError, match=f"--text_model.*{told}"):
+        Options(text_model=ModelSource("user/model", **{field: True if "load" in field else "m.gguf"}))

@@ -102,6 +102,10 @@ def test_permutations_do_not_depend_on_the_size_of_blocks_more_than_by_chance(mo
     assert permutation_test(differences, seed=0) == pytest.approx(whole, abs=0.015)
 
 
+def test_a_difference_beyond_all_flips_has_the_least_p_value_and_never_zero():
+    assert permutation_test(np.ones((200, 1)), seed=0).tolist() == [1 / 10_001]
+
+
 def test_holm_is_the_textbook_example():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
 

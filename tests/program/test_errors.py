@@ -78,3 +78,19 @@ def test_errors_that_name_each_other_as_causes_end():
     assert not was_interrupted(first)
     second.__cause__ = KeyboardInterrupt()
     assert was_interrupted(first)
+
+
+def test_an_error_that_a_library_raises_while_it_is_interrupted_is_an_interruption():
+    def stop(of_cause):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            if of_cause:
+                raise RuntimeError("worker exited") from interrupt
+            raise RuntimeError("worker exited")  # noqa: B904
+
+    for of_cause in (True, False):
+        with pytest.raises(RuntimeError) as caught:
+            stop(of_cause)
+        assert was_interrupted(caught.value)
+    assert not was_interrupted(RuntimeError("worker exited"))
