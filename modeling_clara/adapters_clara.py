@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from .functional_clara import use_attention
 from .sharded_clara import gathered
 
 
@@ -171,18 +172,17 @@ def _forward_merged(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tenso
 
 
 def checkpoint_under_adapter(decoder: nn.Module, checkpoint: Callable) -> Callable:
-    """Make an activation-checkpointing function recompute under the adapter of its forward pass.
+    """Make an activation-checkpointing function recompute under the adapter and attention of its forward pass.
 
-    Recomputation happens in backward, when another adapter (or none) may be chosen; without this the gradients are
-    silently wrong.
+    Recomputation happens in backward, when others may be chosen; without this the gradients are silently wrong.
     """
 
     def checkpoint_function(function: Callable, *args, **kwargs):
         layer = next(lora_layers(decoder))
-        (name,) = layer._active_adapter
+        (name,), attention = layer._active_adapter, decoder.config._attn_implementation
 
         def run(*inputs, **options):
-            with use_adapter(decoder, name):
+            with use_adapter(decoder, name), use_attention(decoder, attention):
                 return function(*inputs, **options)
 
         return checkpoint(run, *args, **kwargs)

@@ -1,12 +1,19 @@
-"""Functions of tensors: banks of memories, retrieval scores, positions, the answer's cross entropy."""
+"""Functions of tensors: banks of memories, scores, positions, texts without padding, the answer's cross entropy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .processing_clara import IGNORE_INDEX, index_matrix
+
+
+# Name of the attention of texts that stand one after the other in one row.
+PACKED = "clara_packed"
 
 
 def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str) -> None:
@@ -200,6 +207,56 @@ def mask_or_ones(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions `[rows, length]` counted from each row's first attended token, whatever the padding on the left."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _packed_attention(module, query, key, value, attention_mask, text_lengths, **options):
+    """Causal attention `[1, T, heads, head_dim]` within each of the texts, of `[1, heads, T, head_dim]`."""
+    texts = zip(*(states.split(text_lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *text, None, **options)[0] for text in texts], dim=1), None
+
+
+# transformers makes no mask for a name that its masks do not know.
+AttentionInterface.register(PACKED, _packed_attention)
+
+
+@contextmanager
+def use_attention(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the forward passes of the block with another attention implementation."""
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+
+
+def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
+    """Whether [`run_packed`] spares padding: on a CPU, where each position attends to all before it, through SDPA."""
+    config, longest = decoder.config, attention_mask.shape[1]
+    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling() or attention_mask.all():
+        return False
+    window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+    attends_all = {*(kinds or ())} <= {"full_attention", "sliding_attention"} and (not window or longest <= window)
+    # Layers that carry a state from token to token would carry it from one text into the next.
+    is_known = decoder._supports_attention_backend and not decoder._is_stateful
+    return is_known and attends_all and config._attn_implementation == "sdpa"
+
+
+def run_packed(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states `[rows, length, H]` of padded rows, computed without padding, where they are 0.
+
+    The attended positions of all rows stand in one row: layers of single tokens see no padding, and attention runs
+    for each text by itself, without a mask. Attended positions differ from those of the padded pass by rounding.
+    """
+    is_token = attention_mask.bool()
+    with use_attention(decoder, PACKED):
+        packed = decoder.base_model(
+            inputs_embeds=inputs_embeds[is_token].unsqueeze(0),
+            position_ids=position_ids(attention_mask)[is_token].unsqueeze(0),
+            text_lengths=is_token.sum(dim=1).tolist(),
+            use_cache=False,
+        ).last_hidden_state
+    return packed.new_zeros(inputs_embeds.shape).masked_scatter(is_token.unsqueeze(-1), packed)
 
 
 def contiguous(is_memory: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from .adapters_clara import (
     use_adapter,
 )
 from .functional_clara import (
+    can_pack,
     check_document_index,
     check_labels,
     check_memories,
@@ -29,6 +30,7 @@ from .functional_clara import (
     mask_or_ones,
     position_ids,
     positions_to_keep,
+    run_packed,
 )
 from .generation_clara import CLaRaGeneration
 from .pretrained_clara import CLaRaPreTrainedModel
@@ -119,6 +121,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers."""
         tokens = 0 if torch.is_grad_enabled() else attention_mask.numel()
         with merged_adapter(self.decoder, adapter, tokens):
+            if can_pack(self.decoder, attention_mask):
+                return run_packed(self.decoder, inputs_embeds, attention_mask)
             return self.decoder.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

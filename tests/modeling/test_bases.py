@@ -1,17 +1,23 @@
 """Bases of many families, mixtures of experts among them: a new model computes what its base computes."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXTS, build_clara
 from peft.tuners.lora import ParamWrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import lora_layers
+from modeling_clara.functional_clara import can_pack, run_packed
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 IDS = torch.arange(5, 53).view(3, 16)
+# Bases whose attention is SDPA over all that comes before: texts of a batch run without padding.
+UNPADDED = ("mistral", "llama", "qwen3", "phi3", "gemma", "qwen2", "smollm3", "mixtral", "qwen3_moe", "olmoe")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,3 +57,65 @@ def test_base_whose_weights_are_not_all_there_is_refused(bases, tmp_path):
     base.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=f"{tmp_path}.*missing"):
         CLaRaForRetrievalGeneration.from_base(tmp_path)
+
+
+def step(model, batch: dict) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of a step in which all three adapters and the memory embeddings train."""
+    model.train_only(*model.adapter_names, "memory_embeddings")
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    found = {name: getattr(output, name).detach() for name in ("loss", "mse_loss", "scores", "memories")}
+    gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+    assert len(gradients) > 20
+    return found | gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", UNPADDED)
+def test_texts_without_padding_give_what_padded_ones_give_gradients_included(
+    architecture, checkpointing, bases, monkeypatch
+):
+    model = build_clara(bases[architecture], lora_dropout=0.0)
+    tolerance = {"rtol": 1e-3, "atol": 1e-5}
+    if architecture not in MIXTURES:  # experts' products are made in float32 at most
+        model, tolerance = model.double(), {"rtol": 1e-9, "atol": 1e-11}
+    batch = dict(
+        model.processor(questions=TEXTS[2:4], documents=[TEXTS[:3], TEXTS[2:]], answers=["In Velholm", "Lanterns"])
+    )
+    padded = [not batch[f"{name}_attention_mask"].all() for name in ("document", "query")]
+    assert padded[0]
+    if checkpointing:
+        model.train()._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+        )
+    passes = []
+    monkeypatch.setattr(
+        "modeling_clara.modeling_clara.run_packed", lambda *given: passes.append(1) or run_packed(*given)
+    )
+    found = step(model, batch) | {"compressed": model.compress(TEXTS)}
+    assert len(passes) == 1 + sum(padded)
+    monkeypatch.setattr("modeling_clara.modeling_clara.can_pack", lambda *given: False)
+    expected = step(model, batch) | {"compressed": model.compress(TEXTS)}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, **tolerance), key
+
+
+@pytest.mark.parametrize(
+    "architecture, change",
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("mistral", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("llama", {"_attn_implementation": "eager"}),
+        ("gemma2", {}),
+        ("gpt_oss", {}),
+    ],
+)
+def test_texts_are_padded_where_attention_is_of_another_kind(architecture, change, bases):
+    model, mask = build_clara(bases[architecture]), torch.ones(2, 12).tril(9)
+    assert can_pack(model.decoder, mask) is (architecture in UNPADDED)
+    assert not can_pack(model.decoder, torch.ones(2, 12))  # nothing to spare
+    for name, value in change.items():
+        setattr(model.decoder.config, name, value)
+    assert not can_pack(model.decoder, mask)
