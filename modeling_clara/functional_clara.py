@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import ModelOutput
 
 from .processing_clara import IGNORE_INDEX, index_matrix
 
@@ -242,21 +243,29 @@ def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
     return is_known and attends_all and config._attn_implementation == "sdpa"
 
 
-def run_packed(decoder: PreTrainedModel, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[rows, length, H]` of padded rows, computed without padding, where they are 0.
+def run_packed(
+    decoder: PreTrainedModel, module: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **options
+) -> ModelOutput:
+    """What `module`, the decoder or its base, computes of padded rows without padding, `[1, T, ...]`.
 
     The attended positions of all rows stand in one row: layers of single tokens see no padding, and attention runs
     for each text by itself, without a mask. Attended positions differ from those of the padded pass by rounding.
     """
     is_token = attention_mask.bool()
     with use_attention(decoder, PACKED):
-        packed = decoder.base_model(
+        return module(
             inputs_embeds=inputs_embeds[is_token].unsqueeze(0),
             position_ids=position_ids(attention_mask)[is_token].unsqueeze(0),
             text_lengths=is_token.sum(dim=1).tolist(),
             use_cache=False,
-        ).last_hidden_state
-    return packed.new_zeros(inputs_embeds.shape).masked_scatter(is_token.unsqueeze(-1), packed)
+            **options,
+        )
+
+
+def unpacked(packed: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Values `[1, T, H]` of the attended positions in their places `[rows, length, H]`, with 0 where padding is."""
+    rows = packed.new_zeros(*attention_mask.shape, packed.shape[-1])
+    return rows.masked_scatter(attention_mask.bool().unsqueeze(-1), packed)
 
 
 def contiguous(is_memory: torch.Tensor) -> torch.Tensor:
@@ -274,11 +283,30 @@ def positions_to_keep(labels: torch.Tensor | None) -> int:
     return labels.shape[1] - int(supervised[0]) + 1 if len(supervised) else 1
 
 
+def follows_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:
+    """Whether every label stands behind an attended position, and so none is predicted from padding."""
+    return bool(attention_mask[:, :-1][labels[:, 1:] != IGNORE_INDEX].all())
+
+
+def packed_targets(labels: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of prompts `[B, L]` whose attended positions stand in one row: the places `[n]` in it that predict a label, and
+    these labels `[n]`."""
+    place = attention_mask.bool().flatten().cumsum(0).view_as(labels) - 1
+    predicts = labels[:, 1:] != IGNORE_INDEX
+    return place[:, :-1][predicts], labels[:, 1:][predicts]
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """Cross entropy of position t predicting label t+1, over the positions that `logits` `[B, T, vocab]` hold."""
     targets = labels[:, labels.shape[1] - logits.shape[1] :][:, 1:]
+    return target_loss(logits[:, :-1], targets, num_items)
+
+
+def target_loss(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Cross entropy of `logits` `[..., vocab]` and the ids `[...]` that they predict, -100 for none: their sum over
+    `num_items`, else their mean."""
     total = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)),
         targets.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",

@@ -27,10 +27,14 @@ from .functional_clara import (
     contiguous,
     cosine_scores,
     cross_entropy,
+    follows_tokens,
     mask_or_ones,
+    packed_targets,
     position_ids,
     positions_to_keep,
     run_packed,
+    target_loss,
+    unpacked,
 )
 from .generation_clara import CLaRaGeneration
 from .pretrained_clara import CLaRaPreTrainedModel
@@ -48,7 +52,8 @@ class CLaRaOutput(ModelOutput):
         ce_loss (`[]`): cross entropy of the supervised tokens.
         mse_loss (`[]`): mean-squared error between document and memory means, over the documents of all rows; only
             where the compressor trains.
-        logits (`[B, T, vocab]`): of the last T positions, T as `logits_to_keep` says.
+        logits (`[B, T, vocab]`): of the last T positions, T as `logits_to_keep` says; in training mode with labels only
+            where `logits_to_keep` is given, since the loss needs fewer.
         scores (`[B, N]` float32): cosine of question and candidate, -inf where there is no candidate.
         topk_indices (`[B, k]` int64): selected candidates, best first, -1 in unused slots.
         topk_weights (`[B, k, N]`): the straight-through selection matrix.
@@ -122,7 +127,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         tokens = 0 if torch.is_grad_enabled() else attention_mask.numel()
         with merged_adapter(self.decoder, adapter, tokens):
             if can_pack(self.decoder, attention_mask):
-                return run_packed(self.decoder, inputs_embeds, attention_mask)
+                output = run_packed(self.decoder, self.decoder.base_model, inputs_embeds, attention_mask)
+                return unpacked(output.last_hidden_state, attention_mask)
             return self.decoder.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -198,8 +204,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
             memories (`[D, l, H]`): in place of the two above.
             document_index (`[B, N]` int64): row of each question's candidates among the D documents, -1 for none.
             query_input_ids, query_attention_mask (`[B, Lq]` int64, *optional*): questions with memory tokens.
-            logits_to_keep (`int`, *optional*): last positions to compute logits for, 0 for all; by default those that
-                predict a label, and all without labels.
+            logits_to_keep (`int`, *optional*): last positions to return logits for, 0 for all; by default those that
+                predict a label, all without labels, and none in training mode with labels.
             num_items_in_batch (*optional*): supervised tokens of the global batch; the cross entropy is then their sum
                 divided by it, else their mean.
             num_documents_in_batch (*optional*): the same for the MSE term: documents of the global batch, one for
@@ -255,16 +261,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
         embeddings = self._prompt_embeddings(input_ids, selected)
         attention_mask = mask_or_ones(attention_mask, input_ids)
-        keep = positions_to_keep(labels) if logits_to_keep is None else logits_to_keep
-        with use_adapter(self.decoder, GENERATOR):
-            logits = self.decoder(
-                inputs_embeds=embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
-                logits_to_keep=keep,
-                use_cache=False,
-            ).logits
-        ce_loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        logits, ce_loss = self._read_prompts(embeddings, attention_mask, labels, logits_to_keep, num_items_in_batch)
         loss = ce_loss if ce_loss is None or mse_loss is None else ce_loss + self.config.mse_weight * mse_loss
         return CLaRaOutput(
             loss=loss,
@@ -276,3 +273,28 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
             topk_weights=weights,
             memories=memories,
         )
+
+    def _read_prompts(
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | None,
+        num_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Logits and cross entropy of prompts `[B, L, H]`, each `None` where `forward` returns none."""
+        is_step = self.training and labels is not None and logits_to_keep is None
+        with use_adapter(self.decoder, GENERATOR):
+            if is_step and can_pack(self.decoder, attention_mask) and follows_tokens(labels, attention_mask):
+                places, targets = packed_targets(labels, attention_mask)
+                output = run_packed(self.decoder, self.decoder, embeddings, attention_mask, logits_to_keep=places)
+                return None, target_loss(output.logits, targets, num_items)
+            logits = self.decoder(
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask),
+                logits_to_keep=positions_to_keep(labels) if logits_to_keep is None else logits_to_keep,
+                use_cache=False,
+            ).logits
+        ce_loss = None if labels is None else cross_entropy(logits, labels, num_items)
+        return None if is_step else logits, ce_loss

@@ -71,11 +71,9 @@ def step(model, batch: dict) -> dict[str, torch.Tensor]:
     return found | gradients
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["evaluation", "training", "checkpointing"])
 @pytest.mark.parametrize("architecture", UNPADDED)
-def test_texts_without_padding_give_what_padded_ones_give_gradients_included(
-    architecture, checkpointing, bases, monkeypatch
-):
+def test_texts_without_padding_give_what_padded_ones_give_gradients_included(architecture, mode, bases, monkeypatch):
     model = build_clara(bases[architecture], lora_dropout=0.0)
     tolerance = {"rtol": 1e-3, "atol": 1e-5}
     if architecture not in MIXTURES:  # experts' products are made in float32 at most
@@ -83,18 +81,22 @@ def test_texts_without_padding_give_what_padded_ones_give_gradients_included(
     batch = dict(
         model.processor(questions=TEXTS[2:4], documents=[TEXTS[:3], TEXTS[2:]], answers=["In Velholm", "Lanterns"])
     )
-    padded = [not batch[f"{name}_attention_mask"].all() for name in ("document", "query")]
-    assert padded[0]
-    if checkpointing:
-        model.train()._set_gradient_checkpointing(
-            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
-        )
+    padded = [not batch[name].all() for name in batch if name.endswith("attention_mask")]
+    assert len(padded) == 3 and padded[0]
+    model.train(mode != "evaluation")
+    if mode == "checkpointing":
+        function = partial(checkpoint, use_reentrant=False)
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
     passes = []
-    monkeypatch.setattr(
-        "modeling_clara.modeling_clara.run_packed", lambda *given: passes.append(1) or run_packed(*given)
-    )
+
+    def counted(*given, **options):
+        passes.append(1)
+        return run_packed(*given, **options)
+
+    monkeypatch.setattr("modeling_clara.modeling_clara.run_packed", counted)
     found = step(model, batch) | {"compressed": model.compress(TEXTS)}
-    assert len(passes) == 1 + sum(padded)
+    # In evaluation mode prompts have the logits of padded rows.
+    assert len(passes) == 1 + sum(padded[:2] if mode == "evaluation" else padded)
     monkeypatch.setattr("modeling_clara.modeling_clara.can_pack", lambda *given: False)
     expected = step(model, batch) | {"compressed": model.compress(TEXTS)}
     assert found.keys() == expected.keys()
