@@ -411,11 +411,11 @@ def _options_named(options: dict) -> Iterator[None]:
     """Name the options given, where what transformers does with them fails in its own code."""
     try:
         yield
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         if not options or any(name in str(error) for name in options):
             raise
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
-        kind = ValueError if isinstance(error, ValueError) else TypeError
+        kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
         raise kind(f"generate failed with {given}: one of them cannot be used ({error}).") from error
 
 

@@ -158,10 +158,12 @@ def test_columns_arrays_and_tuples_are_lists_of_texts(untouched_clara):
             untouched_clara.compress(wrong)
 
 
-@pytest.mark.parametrize("option", [{"streamer": 3}, {"eos_token_id": "x"}, {"logits_processor": 5}])
+@pytest.mark.parametrize(
+    "option", [{"streamer": 3}, {"eos_token_id": "x"}, {"logits_processor": 5}, {"forced_eos_token_id": 10**5}]
+)
 def test_options_that_fail_within_transformers_are_named(option, untouched_clara):
     ((name, value),) = option.items()
-    with pytest.raises(TypeError, match=f"{name}={value!r}"):
+    with pytest.raises((TypeError, ValueError), match=f"{name}={value!r}"):
         untouched_clara.generate(QUESTIONS[:1], documents=[TEXTS[:2]], **option)
 
 

@@ -66,7 +66,7 @@ def arguments(program: str, folder: Path, out: Path, url: str = "") -> list[str]
     evaluation = {**data, "systems": systems, "batch_size": 4, "max_new_tokens": 4, "output_dir": out}
     teacher = {"corpus": folder / "corpus.jsonl", "out": out, "model": "scripted", "base-url": url, "timeout": 20}
     teacher |= {"min_passage_tokens": 8, "concurrency": 2, "validation_share": 0}
-    pools = {"questions": folder / "questions.jsonl", "output": out / "pools.jsonl", "size": 3}
+    pools = {"questions": folder / "questions.jsonl", "output": out / "pools.jsonl", "size": 3, "overwrite": True}
     options = {"eval": evaluation, "synthesize": teacher, "pools": pools}.get(program, training)
     if program == "store":
         given = ["--model", str(folder / "clara"), "--documents", str(folder / "documents.jsonl"), "--batch_size", "8"]

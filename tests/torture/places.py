@@ -4,7 +4,8 @@ locale, another user; each must end well, or in one sentence, and leave nothing 
     python tests/torture/places.py
     python tests/torture/places.py --programs store,eval --places full,readonly
 
-As root the full disk is a tmpfs of 256 KiB; else, and where mounting is refused, files may not grow beyond 16 KiB.
+As root the full disk is a tmpfs of 64 KiB and the read-only folder one that is mounted so; else, and where mounting is
+refused, files may not grow beyond 16 KiB, and the folder has no right to be written.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Libraries read it when they are imported; the other user needs it, too.
+HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="clara-home-")
+os.chmod(HOME, 0o777)
 
 from common import PROGRAMS, ROOT, arguments, forked, prepare, serve_teacher  # noqa: E402
 from kills import compare  # noqa: E402
@@ -30,7 +34,7 @@ from clara_hf import cli  # noqa: E402
 
 
 PLACES = ("full", "readonly", "descriptors", "homeless", "locale", "user")
-AFRESH = ("homeless", "locale", "user")
+AFRESH = ("homeless", "locale")
 NOBODY = 65534
 SMALL = 16 * 1024
 
@@ -42,7 +46,7 @@ def confine(place: str, folder: Path, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))
     elif place == "descriptors":
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-    elif place == "readonly" and os.geteuid() == 0:
+    elif place == "user" and os.geteuid() == 0:
         os.setgid(NOBODY)
         os.setuid(NOBODY)
 
@@ -52,38 +56,48 @@ def prepared(place: str, out: Path) -> Iterator[None]:
     """The folder of `out` as the place has it."""
     parent = out.parent
     parent.mkdir(parents=True)
-    mounted = (
-        place == "full"
-        and os.geteuid() == 0
-        and not subprocess.call(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(parent)], stderr=subprocess.DEVNULL
-        )
-    )
-    if place == "readonly":
-        parent.chmod(0o555)
+    if place == "full":
+        mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(parent))
+    elif place == "readonly":
+        mount("-t", "tmpfs", "-o", "size=256m,ro", "tmpfs", str(parent)) or parent.chmod(0o555)
     elif place == "user" and os.geteuid() == 0:
         os.chown(parent, NOBODY, NOBODY)
     try:
         yield
     finally:
-        if mounted:
+        if os.path.ismount(parent):
             subprocess.check_call(["umount", str(parent)])
+
+
+def mount(*words: str) -> bool:
+    """Whether it could be mounted: as root, and where that is not refused."""
+    return os.geteuid() == 0 and subprocess.call(["mount", *words], stderr=subprocess.DEVNULL) == 0
+
+
+def relieve(parent: Path) -> None:
+    """Give a place what it lacked."""
+    if os.path.ismount(parent):
+        subprocess.check_call(["mount", "-o", "remount,rw,size=256m", str(parent)])
+    else:
+        parent.chmod(0o755)
+
+
+def others_may_read(path: str) -> bool:
+    """Whether other users reach a file: modules that are imported late must be theirs to read, too."""
+    return all(folder.stat().st_mode & 0o001 for folder in Path(path).resolve().parents)
 
 
 def run_afresh(program: str, place: str, folder: Path, out: Path, url: str, log: Path) -> int:
     """A program in a new interpreter, since libraries read these variables when they are imported."""
-    environment, options = {**os.environ, "PYTHONPATH": str(ROOT)}, {}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if place == "homeless":
         for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
             environment.pop(name, None)
     elif place == "locale":
         environment.update(LC_ALL="C", LANG="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    elif place == "user":
-        environment["HOME"] = str(out.parent)
-        options = {"user": NOBODY, "group": NOBODY} if os.geteuid() == 0 else {}
     with open(log, "wb") as told:
         command = [sys.executable, "-m", "clara_hf.cli", *arguments(program, folder, out, url)]
-        return subprocess.call(command, env=environment, stdout=told, stderr=told, **options)
+        return subprocess.call(command, env=environment, stdout=told, stderr=told)
 
 
 def run(program: str, place: str, folder: Path, out: Path, url: str) -> None:
@@ -127,13 +141,6 @@ def torture(program: str, place: str, folder: Path, whole: Path, url: str) -> st
     return wrong
 
 
-def relieve(parent: Path) -> None:
-    """Give a place what it lacked."""
-    parent.chmod(0o755)
-    if os.path.ismount(parent):
-        subprocess.check_call(["mount", "-o", "remount,size=256m", str(parent)])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default=",".join(PROGRAMS))
@@ -154,10 +161,14 @@ def main() -> int:
                 whole = folder / f"{program}-whole"
                 forked(partial(run, program, "", folder, whole, url), folder / "log")
                 for place in given.places.split(","):
+                    if place == "user" and not others_may_read(os.__file__):
+                        print(f"{program}, user: not tried, as other users cannot read {os.__file__}")
+                        continue
                     wrong = torture(program, place, folder, whole, url)
                     runs, failed = runs + 1, failed + (wrong is not None)
         finally:
             os.kill(teacher, signal.SIGKILL)
+            shutil.rmtree(HOME, ignore_errors=True)
     print(f"{runs} runs, {failed} faults")
     return 1 if failed else 0
 
