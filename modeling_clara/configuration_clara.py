@@ -166,7 +166,7 @@ class CLaRaConfig(PreTrainedConfig):
         for name in ("doc_max_length", "compression_rate", "query_max_length", "top_k", "lora_r"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.80}.")
         if self.doc_max_length % self.compression_rate:
             raise ValueError(
                 f"compression_rate must divide doc_max_length, got {self.compression_rate} and {self.doc_max_length}."
@@ -179,9 +179,9 @@ class CLaRaConfig(PreTrainedConfig):
         ):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value!r}.")
+                raise ValueError(f"{name} must be finite, got {value!r:.80}.")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_allowed(value):
-                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -200,7 +200,7 @@ class CLaRaConfig(PreTrainedConfig):
             ids = value if isinstance(value, (list, tuple)) else [0 if value is None else value]
             is_list = name == "memory_token_ids" and value is not None and ids is not value
             if is_list or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-                raise ValueError(f"{name} must be whole numbers, as the base's tokenizer has them, got {value!r}.")
+                raise ValueError(f"{name} must be whole numbers, as the base's tokenizer has them, got {value!r:.80}.")
         if not isinstance(self.decoder_config, (dict, PreTrainedConfig, type(None))):
             raise ValueError(f"decoder_config must be a dictionary or a configuration, got {self.decoder_config!r}.")
         targets = self.lora_target_modules

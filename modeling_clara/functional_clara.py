@@ -307,7 +307,7 @@ def target_loss(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Te
     `num_items`, else their mean."""
     total = nn.functional.cross_entropy(
         logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)),
-        targets.flatten(),
+        targets.flatten().long(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )

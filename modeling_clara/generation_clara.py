@@ -36,6 +36,7 @@ NUMBERS = (
 )
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 _MADE_HERE = "it is made here, of the questions and documents"
 _IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
 WITHOUT_USE = {
@@ -438,12 +439,13 @@ def check_generation_options(options: dict) -> None:
         (NUMBERS, (int, float), "a number"),
         (SWITCHES, bool, "True or False"),
         (ID_LISTS, (list, tuple), "a list of ids"),
+        (FORCED, (int, list, tuple), "an id or a list of ids"),
     ):
         for name in names:
             value = values.get(name)
             is_other = not isinstance(value, types) or (types is not bool and isinstance(value, bool))
             if value is not None and is_other:
-                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.")
     for name in ("num_return_sequences", "num_beams", "max_new_tokens"):
         if values.get(name) is not None and values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")

@@ -56,6 +56,11 @@ def test_tensors_that_do_not_go_together_are_named(change, facts, untouched_clar
     assert "\n" not in str(refused.value)
 
 
+def test_labels_may_be_of_either_whole_type(untouched_clara, batch):
+    short = {**batch, "labels": batch["labels"].int()}
+    assert torch.equal(untouched_clara(**short).loss, untouched_clara(**batch).loss)
+
+
 def test_misspelled_argument_of_forward_is_refused(untouched_clara, batch):
     with pytest.raises(TypeError, match="label_ids"):
         untouched_clara(**batch, label_ids=batch["labels"])
@@ -79,6 +84,8 @@ def test_misspelled_argument_of_forward_is_refused(untouched_clara, batch):
         ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
         ({"token_healing": True}, "token_healing"),
         ({"suppress_tokens": "a"}, "suppress_tokens.*'a'"),
+        ({"forced_eos_token_id": {}}, "forced_eos_token_id.*{}"),
+        ({"top_p": "a" * 3000}, "^top_p.{,150}$"),
         ({"assistant_model": object()}, "assistant_model"),
         ({"attention_mask": torch.ones(2, 4)}, "attention_mask"),
         ({"inputs_embeds": torch.ones(2, 4, 32)}, "inputs_embeds"),
