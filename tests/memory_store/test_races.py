@@ -189,7 +189,7 @@ def work(path, log, seed):
     note("open")
     for step in range(1000):
         numbers = [draw.randrange(10_000, 30_000) for _ in range(30)]
-        action = draw.choice(["add", "add", "delete", "fit", "compact", "recode", "update"])
+        action = draw.choice(["add", "add", "delete", "fit", "compact", "recode", "update", "index"])
         if action == "add":
             note(f"add {','.join(map(str, numbers))}")
             store.add([f"document number {number}" for number in numbers], batch_size=8, show_progress=False)
@@ -204,6 +204,8 @@ def work(path, log, seed):
             store.fit(show_progress=False)
         elif action == "compact":
             store.compact()
+        elif action == "index":
+            store.index_texts()
         elif action == "recode" and store.form == "none":
             store.recode("rotated8")
         elif action == "update":
