@@ -36,6 +36,18 @@ def test_exact_search_finds_what_the_product_with_all_memories_says(store, monke
     assert [memories.shape for memories in store.get(found.keys)] == [(6, 2, 8)] * 5
 
 
+def test_exact_search_asks_no_index_and_an_index_is_asked_for_as_many_as_are_wanted(path, monkeypatch):
+    store = MemoryStore.open(path, SpectrumModel(), dtype="float32")
+    keys = store.add([f"document number {index}" for index in range(1000)], show_progress=False)
+    store.fit(show_progress=False)
+    question = store.get(keys[:1])
+    assert store.search(question, top_k=150).scores.shape == (1, 150)
+    monkeypatch.setattr("clara_hf.memory_store.search.Searcher._candidates", None)
+    assert store.search(question, top_k=150, exact=True).keys[0][0] == keys[0]
+    with pytest.raises(TypeError):
+        store.search(question, top_k=150)
+
+
 def test_questions_as_texts_are_read_by_the_model_and_fewer_documents_than_top_k_are_all_found(store):
     keys = store.add(DOCUMENTS[:3], show_progress=False)
     found = store.search([DOCUMENTS[1]], top_k=5)

@@ -14,6 +14,7 @@ pytest.importorskip("fastapi")
 from clara_hf.data.schema import load_examples
 from clara_hf.evaluation.analysis.latents import Lens
 from clara_hf.memory_store import MemoryStore
+from clara_hf.serving.decoding import TextStream
 
 
 pytest_plugins = ["served"]
@@ -135,6 +136,11 @@ def test_documents_in_the_request_take_the_place_of_the_collection(http, other_m
     )
     assert made["choices"][0]["message"]["content"] == wanted.texts[0]
     assert [one["number"] for one in made["clara"]["documents"]] == wanted.indices[0].tolist()
+
+
+def test_of_several_stop_texts_the_first_to_come_ends_the_answer():
+    stream = TextStream("".join, stop=("c", "b"))
+    assert stream.piece(list("abcd")) == "a" and stream.stopped
 
 
 def test_an_answer_ends_before_a_stop_text_also_in_a_stream(client, expected):
