@@ -115,7 +115,7 @@ def main() -> int:
         prepare(folder)
         # Lance, once used, cannot be forked: the store, too, is made in a process of its own.
         forked(partial(sound_store, folder / "store-sound"), folder / "log")
-        forked(partial(kills.run, "scp", folder, folder / "run", "", kill_at=200), folder / "log")
+        forked(partial(kills.run, "scp", folder, folder / "run", "", kill_at=150), folder / "log")
         (folder / "run").rename(folder / "run-sound")
         for kind in kinds:
             count = max(1, chosen.inputs * SHARES[kind] // sum(SHARES[one] for one in kinds))
