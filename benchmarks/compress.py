@@ -8,16 +8,18 @@ hidden states of all layers. Here this is re-created by flags on the same model,
 one's cost can be told; its code is not used. Documents have natural lengths, 30 to 256 tokens.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 
 import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 
 from clara_hf.program import parse, run_program
-from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara
+from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, modeling_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
 from modeling_clara.processing_clara import ENCODER_MARKERS
@@ -58,21 +60,24 @@ def compress_padded(
     return torch.cat(parts)
 
 
-def compress_unmerged(model: CLaRaForRetrievalGeneration, documents: list[str], batch_size: int) -> torch.Tensor:
-    """`compress` with the adapter's two narrow products per token, as PEFT runs it."""
-    merge_from, adapters_clara.MERGE_FROM = adapters_clara.MERGE_FROM, float("inf")
+def compress_without(run: Callable[[], torch.Tensor], module: ModuleType, name: str, value: object) -> torch.Tensor:
+    """`run` with something of a module of the model's code set otherwise."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
-        return model.compress(documents, batch_size=batch_size)
+        return run()
     finally:
-        adapters_clara.MERGE_FROM = merge_from
+        setattr(module, name, before)
 
 
 def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -> dict[str, Callable[[], torch.Tensor]]:
     documents = natural_documents(args.documents)
     padded = partial(compress_padded, model, documents, args.batch_size)
+    compress = partial(model.compress, documents, batch_size=args.batch_size)
     return {
-        "compress": lambda: model.compress(documents, batch_size=args.batch_size),
-        "adapter applied to every token": partial(compress_unmerged, model, documents, args.batch_size),
+        "compress": compress,
+        "adapter applied to every token": partial(compress_without, compress, adapters_clara, "MERGE_FROM", math.inf),
+        "padded to the longest": partial(compress_without, compress, modeling_clara, "can_pack", lambda *_: False),
         "padded to the budget": lambda: padded(head=False, all_layers=False),
         "padded, head, all layers": lambda: padded(head=True, all_layers=True),
     }
