@@ -40,7 +40,7 @@ from clara_hf.program import parse, run_program
 HERE = Path(__file__).resolve().parent
 SMALL_WORLD = {"person": 120, "place": 60, "company": 60, "work": 60}
 LONG_WEIGHT = 0.2
-PROMPTS = json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
+PROMPTS = json.loads((HERE / "pretrained" / "prompts.json").read_text(encoding="utf-8"))
 LIST_REQUEST = PROMPTS["qa"]["user"].removeprefix("{docs}\n")
 PARAPHRASE_REQUEST = PROMPTS["paraphrase"]["user"][0].removeprefix("{docs}\n")
 

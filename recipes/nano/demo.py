@@ -87,7 +87,7 @@ def stage_arguments(args: DemoArguments, stage: str) -> list[str]:
         "resume": True,
     }
     if stage == "scp":
-        values["prompts_file"] = NANO / "prompts.json"
+        values["prompts_file"] = NANO / "pretrained" / "prompts.json"
     if stage == "text-lora":
         values["clara_checkpoint"] = out / "instruct"
     else:
