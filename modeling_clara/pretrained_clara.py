@@ -39,6 +39,7 @@ from .weights_clara import (
     fingerprint,
     is_other_base,
     is_own_weight,
+    keep_release_names,
     load_base,
     merge_adapters,
     open_repository,
@@ -344,11 +345,14 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True) and (self._processor is not None or self.name_or_path):
             self.processor.save_pretrained(save_directory)
         hub = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if push_to_hub and name in kwargs}
+        named = self.config.to_dict().get("auto_map", {}).get("AutoModel", "")
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
         if adapters is not None:
             write_adapters(save_directory, adapters, self.decoder, self.config.base_model_name_or_path)
+        if self.config.original is not None and type(self).__module__.endswith("modeling_clara"):
+            keep_release_names(save_directory, self.config, named, self.name_or_path, self._hub_arguments)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
 

@@ -24,6 +24,8 @@ from .quantization_clara import refuse_quantized
 from .sharded_clara import gathered, unpartitioned
 
 
+logger = logging.get_logger(__name__)
+
 ADDED_INPUT_ROWS, ADDED_OUTPUT_ROWS = "added_rows.input", "added_rows.output"
 # A few values of each of the base's matrices, by which an adapter-only checkpoint knows its base again.
 BASE_SAMPLE, SAMPLED_VALUES = "base_sample", 8
@@ -363,6 +365,30 @@ def _why_absent(name: str, error: OSError) -> str:
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         return "there is no such folder"
     return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"
+
+
+def keep_release_names(folder: str, config: CLaRaConfig, named: str, source: str, hub: dict) -> None:
+    """Have what `folder` holds of a converted checkpoint load as the class with the release's method names again.
+
+    Args:
+        named: that class in the `auto_map` of the checkpoint at `source`, whose code is there.
+        hub: arguments of the Hub (`revision`, `token`, ...).
+    """
+    named = named.rpartition("--")[2]
+    if named in ("", config.to_dict().get("auto_map", {}).get("AutoModel")):
+        return
+    file = f"{named.partition('.')[0]}.py"
+    options = {name: value for name, value in hub.items() if name != "subfolder"}  # code is at the root
+    path = cached_file(source, file, **options, _raise_exceptions_for_missing_entries=False)
+    if not path:
+        logger.warning(f"{folder} lacks the method names of the paper's release: {source} has no code for them.")
+        return
+    with open(path, "rb") as kept:
+        code = kept.read()
+    with open(os.path.join(folder, file), "wb") as copy_of_it:
+        copy_of_it.write(code)
+    config.auto_map["AutoModel"] = named
+    config.save_pretrained(folder)
 
 
 def open_repository(repo_id: str, private=None, token=None, revision: str | None = None) -> str:

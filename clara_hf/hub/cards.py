@@ -97,12 +97,12 @@ def make_card(
     if results_file is not None and not found.is_file():
         raise FileNotFoundError(f"results_file: there is no file {found}.")
     results = _read(found) if found.is_file() else None
-    if results is not None and not _datasets(results):
+    if results is not None and not datasets_of(results):
         raise ValueError(f"results_file: {found} is no results file of clara eval (it has no 'systems').")
     record = Path(record or folder)
     run, state = _read(record / "run.json") or run or {}, _read(record / "trainer_state.json") or state or {}
     base = _base(config)
-    tables = [] if results is None else [_table(name, part) for name, part in _datasets(results).items()]
+    tables = [] if results is None else [_table(name, part) for name, part in datasets_of(results).items()]
     title = title or (repo_id or folder.resolve().name).rpartition("/")[2]
     data = {
         "title": title,
@@ -117,7 +117,7 @@ def make_card(
         "weights": "adapters only; the base model is loaded beside them"
         if config.checkpoint_format == "adapter"
         else "adapters and base model",
-        "original": _origin(config),
+        "original": _origin(config, run),
         "results_file": found.name,
         "tables": tables,
         "unmeasured": [] if results is None else _unmeasured(results),
@@ -154,7 +154,7 @@ def _template() -> jinja2.Template:
 
 def _metadata(config: CLaRaConfig, base: dict, licence: str | None, results: dict | None, name: str) -> str:
     evaluated = []
-    for dataset, part in _datasets(results or {}).items():
+    for dataset, part in datasets_of(results or {}).items():
         row = part["systems"].get("clara") or part["systems"].get("gold") or {}
         evaluated += [
             EvalResult(
@@ -164,7 +164,7 @@ def _metadata(config: CLaRaConfig, base: dict, licence: str | None, results: dic
                 dataset_name=dataset or "questions",
                 metric_type=metric,
                 metric_name=title,
-                metric_value=_percent(row[metric]["value"]),
+                metric_value=percent(row[metric]["value"]),
             )
             for title, metric in COLUMNS.items()
             if metric in row
@@ -193,14 +193,15 @@ def _base(config: CLaRaConfig) -> dict[str, str | None]:
     return {"name": name, "text": f"[{name}](https://huggingface.co/{name}) ({shape})"}
 
 
-def _origin(config: CLaRaConfig) -> str | None:
+def _origin(config: CLaRaConfig, run: dict) -> str | None:
     if not config.original:
         return None
-    return (
-        "Converted from a checkpoint of the paper's own release by `clara convert`; weights are unchanged. Its "
-        "authors' licence and attribution hold, and `generate_from_questions` and the release's other methods work as "
-        "before."
-    )
+    weights = "its weights have been trained on since" if run else "weights are unchanged"
+    told = f"Converted from a checkpoint of the paper's own release by `clara convert`; {weights}. "
+    told += "Its authors' licence and attribution hold"
+    has_names = config.to_dict().get("auto_map", {}).get("AutoModel", "").endswith(".OriginalCLaRa")
+    names = ", and `generate_from_questions` and the release's other methods work as before" if has_names else ""
+    return f"{told}{names}."
 
 
 def _stage(run: dict, config: CLaRaConfig) -> str | None:
@@ -273,15 +274,15 @@ def _table(name: str | None, part: dict) -> dict[str, Any]:
 def _cell(value: dict | None) -> str:
     if value is None:
         return "–"
-    return f"{_percent(value['value'])} [{_percent(value['low'])}, {_percent(value['high'])}]"
+    return f"{percent(value['value'])} [{percent(value['low'])}, {percent(value['high'])}]"
 
 
-def _percent(value: float) -> float:
+def percent(value: float) -> float:
     return round(100 * value, 1)
 
 
 def _unmeasured(results: dict) -> list[str]:
-    named = {system for part in _datasets(results).values() for system in part["systems"]}
+    named = {system for part in datasets_of(results).values() for system in part["systems"]}
     wanted = {
         "gold": "answers from the right documents",
         "no-memory": "answers without memory",
@@ -291,7 +292,7 @@ def _unmeasured(results: dict) -> list[str]:
     return [f"{what} (`{system}`)" for system, what in wanted.items() if system not in named]
 
 
-def _datasets(results: dict) -> dict[str | None, dict]:
+def datasets_of(results: dict) -> dict[str | None, dict]:
     """Each data file's part; the layout of single files of earlier versions has it at the top."""
     parts = results.get("datasets") or ({None: results} if "systems" in results else {})
     return {name: part for name, part in parts.items() if part.get("systems")}

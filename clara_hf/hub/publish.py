@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging
 
 import modeling_clara
+from clara_hf.hub.benchmarks import write_benchmarks
 from clara_hf.hub.cards import CARD_FILE, OWN_CARD, RESULTS_FILE, make_card
 from clara_hf.program import UsageError, read_json, run_program, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
@@ -46,6 +47,7 @@ def publish(
     subfolder: str | None = None,
     results_file: str | os.PathLike | None = None,
     base_licence: str | None = None,
+    benchmarks: list[str] | None = None,
 ) -> str:
     """Upload the checkpoint in `folder` to the Hub, in one commit.
 
@@ -59,16 +61,22 @@ def publish(
         subfolder: of the repository, for several models in one; remote code is at its root in any case, where
             transformers looks for it.
         results_file, base_licence: as [`make_card`] takes them.
+        benchmarks: figures of the results for registered benchmarks, as [`write_benchmarks`] takes them.
 
     Returns:
         The commit's address.
 
     Raises:
-        UsageError: `folder` holds no checkpoint, its adapters alone would be without a base, or the Hub refuses.
+        UsageError: `folder` holds no checkpoint, its adapters alone would be without a base, a benchmark is not
+            registered or has no figure, or the Hub refuses.
     """
     folder, subfolder = Path(folder), (subfolder or "").strip("/")
     if subfolder in ADAPTERS or subfolder.startswith("."):
         raise UsageError(f"subfolder is {subfolder!r}, the name of a part of a checkpoint: give another one.")
+    if subfolder and benchmarks:
+        raise UsageError(
+            "benchmark and subfolder: a leaderboard shows one model of a repository; leave one of them out."
+        )
     try:
         if not (folder / "config.json").is_file():
             raise UsageError(f"{folder} holds no finished checkpoint (config.json): give the folder of one.")
@@ -80,6 +88,9 @@ def publish(
                 shutil.copy(results_file, place / RESULTS_FILE)
             told = {"repo_id": repo_id, "base_licence": base_licence, "title": repo_id.rpartition("/")[2]}
             card = make_card(place, record=folder, subfolder=subfolder, **told)
+            if benchmarks:
+                config, results = CLaRaConfig.from_pretrained(place), read_json(place / RESULTS_FILE)
+                write_benchmarks(benchmarks, results, place, f"compression rate {config.compression_rate}")
             forget_places(place)
             return push(Path(staged), card, repo_id, private=private, revision=revision, inside=subfolder)
     except UsageError:
@@ -192,6 +203,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subfolder", help="folder of the repository, for several models in one")
     parser.add_argument("--results-file", help="results.json of clara eval; by default the one in RUN_DIR")
     parser.add_argument("--base-licence", "--base-license", help="licence of the base, such as apache-2.0")
+    parser.add_argument(
+        "--benchmark",
+        dest="benchmarks",
+        action="append",
+        metavar="ID:TASK=[DATA/]METRIC",
+        help="show a figure of the results on the leaderboard of a registered benchmark, such as user/qa:default=f1",
+    )
     print(publish(**vars(parser.parse_args(arguments))))
 
 

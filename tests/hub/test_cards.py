@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import build_base, build_clara
 from huggingface_hub import ModelCard
+from recordings import PARITY
 
 from clara_hf.hub.cards import make_card, write_card
+from clara_hf.original.convert import convert
 
 
 def system(**metrics):
@@ -136,6 +138,17 @@ def test_committed_cards_of_the_nano_checkpoints_are_what_is_generated(name):
     for path in (ROOT / "model_cards" / f"clara-nano-{name}.md", folder / "README.md"):
         committed = path.read_text(encoding="utf-8")
         assert without_versions(committed).strip() == without_versions(card).strip()
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason=f"no recordings in {PARITY}")
+def test_committed_card_of_a_converted_checkpoint_is_what_is_generated(tmp_path):
+    convert(str(PARITY / "mistral_cr16" / "checkpoint"), str(tmp_path / "ours"))
+    options = {"repo_id": "user/clara-mistral-tiny-converted"}
+    card, path = str(make_card(tmp_path / "ours", **options)), ROOT / "model_cards/clara-mistral-tiny-converted.md"
+    assert without_versions(path.read_text(encoding="utf-8")).strip() == without_versions(card).strip()
+    assert "weights are unchanged" in card and "licence and attribution hold" in card
+    (tmp_path / "ours" / "run.json").write_text(json.dumps(RUN))
+    assert "trained on since" in str(make_card(tmp_path / "ours", **options))
 
 
 def without_versions(card: str) -> str:

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TEXTS, build_base, build_clara
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clara_hf.hub.export import export_generator
 from clara_hf.program import UsageError
+from clara_hf.program.cost import base_config, meta_model
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, use_adapter
-from modeling_clara.weights_clara import read_adapter_checkpoint
+from modeling_clara.weights_clara import BASE_SAMPLE, embedding_keys, is_own_weight, read_adapter_checkpoint, saved_rows
 
 
 IDS = torch.arange(5, 53).view(3, 16)
-NANO = Path(__file__).parents[2] / "recipes/nano/pretrained/scp"
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "recipes/nano/pretrained/scp"
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "mixtral"])
@@ -149,6 +152,27 @@ def test_merged_nano_generator_gives_the_same_ids_for_24_questions(tmp_path):
         embeddings = model._prompt_embeddings(prompts["input_ids"], memories[expected.indices].flatten(0, 1))
         found = plain.generate(inputs_embeds=embeddings, attention_mask=prompts["attention_mask"], max_new_tokens=12)
     assert torch.equal(found, expected.sequences)
+
+
+def stored_values(model) -> int:
+    """How many values an adapter checkpoint of `model` holds, by shapes alone; those that tell its base left out."""
+    own = sum(value.numel() for key, value in model.state_dict().items() if is_own_weight(key))
+    matrices = sum(key is not None for key in embedding_keys(model.decoder))
+    return own + matrices * len(saved_rows(model.config)) * model.config.hidden_size
+
+
+def test_adapters_over_mistral_7b_take_less_than_900_mb(checkpoint):
+    """Whether trained in float32, or converted in bfloat16 with all embedding rows; the count is that of real files."""
+    home, model = checkpoint
+    saved = read_adapter_checkpoint(str(home / "clara"))
+    assert stored_values(model) == sum(value.numel() for key, value in saved.items() if key != BASE_SAMPLE)
+    geometry = yaml.safe_load((ROOT / "recipes/mistral-7b/scp.yaml").read_text())["clara_config"]
+    for rows, size, megabytes in (("added", 2, 252), ("added", 4, 504), ("all", 2, 776)):
+        large = meta_model(
+            base_config("mistralai/Mistral-7B-Instruct-v0.2"), "joint", **geometry, saved_embedding_rows=rows
+        )
+        assert large.adapter_names == [COMPRESSOR, GENERATOR, QUERY_REASONER]
+        assert round(stored_values(large) * size / 1e6) == megabytes < 900
 
 
 NAMES = ["Mara Brandel", "Oren Tasil", "Ilva Korr", "Tom Wexel", "Anna Lund", "Pim Aldo", "Rhea Stone", "Jon Falk"]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TEXTS, build_base, build_clara
 from hub_server import TOKEN, environment_of, hub_server
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from original_checkpoint import build_original_base, write_code, write_original
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -91,6 +92,16 @@ for name, options in json.loads(sys.argv[1]):
             load(name, **options)
         except (OSError, ValueError) as error:
             print(json.dumps([name, load.__self__.__name__, str(error)]))
+"""
+REFUSED = """
+import json, sys
+from clara_hf.hub.publish import publish
+from clara_hf.program import UsageError
+for wanted in json.loads(sys.argv[2]):
+    try:
+        publish(sys.argv[1], "me/refused", benchmarks=[wanted])
+    except UsageError as error:
+        print(error)
 """
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "recipes" / "nano" / "pretrained" / "joint"
@@ -190,9 +201,10 @@ def test_what_is_pushed_is_pulled_in_a_fresh_process_bit_for_bit_and_offline_aga
 def test_the_shipped_checkpoint_has_the_package_s_code():
     code = {path.name: path.read_bytes() for path in (ROOT / "modeling_clara").glob("*_clara.py")}
     assert code == {path.name: path.read_bytes() for path in NANO.glob("*.py")}
+    assert all((NANO / file).is_file() for file in WEIGHTS | {"clara.safetensors"})
 
 
-def test_a_converted_checkpoint_keeps_the_release_s_method_names(tmp_path):
+def test_a_converted_checkpoint_keeps_the_release_s_method_names(hub, tmp_path):
     build_original_base(tmp_path / "base")
     write_original(tmp_path / "release", tmp_path / "base")
     write_code(tmp_path / "release" / "modeling_clara.py")
@@ -207,6 +219,17 @@ def test_a_converted_checkpoint_keeps_the_release_s_method_names(tmp_path):
         loaded = get_class_from_dynamic_module(staged["auto_map"]["AutoModel"], str(tmp_path / form))
         options = {"base_model_name_or_path": str(tmp_path / "base")} if form == "adapter" else {}
         assert loaded.from_pretrained(tmp_path / form, **options).compress_documents(TEXTS).shape == (5, 4, 32)
+    # Pushed by our own class, from the disk and from the Hub; a checkpoint without that code says so.
+    hub.push(("model", tmp_path / "full", "me/converted"), ("model", "me/converted", "me/again"))
+    for name in ("me/converted", "me/again"):
+        pushed = json.loads(hub.files(name)["config.json"])
+        assert pushed["auto_map"]["AutoModel"] == "original_methods_clara.OriginalCLaRa"
+        assert (
+            hub.files(name)["original_methods_clara.py"] == (tmp_path / "ours/original_methods_clara.py").read_bytes()
+        )
+    (tmp_path / "full" / "original_methods_clara.py").unlink()
+    said = hub.push(("model", tmp_path / "full", "me/without"))
+    assert "method names" in said.stderr and str(tmp_path / "full") in said.stderr
 
 
 def test_the_example_pushes_and_another_process_answers(hub):
@@ -292,6 +315,37 @@ def test_publishing_without_a_token_or_adapters_over_a_local_base_is_refused(hub
     refused = hub.push(("publish", hub.home / "full-8", "me/x"), token=None, code_of_exit=2)
     assert "me/x" in refused.stderr and "HF_TOKEN" in refused.stderr and "Traceback" not in refused.stderr
     assert "me/x" not in hub.server.repositories
+
+
+def test_figures_for_a_registered_benchmark_are_uploaded_and_others_refused(hub):
+    hub.server.add("datasets/some-org/qa").commit("main", {"eval.yaml": b"tasks:\n- id: some/task\n- id: default\n"})
+    hub.server.add("datasets/some-org/no-benchmark").commit("main", {"README.md": b"# Data"})
+    hub.server.add("datasets/some-org/closed", gated=True)
+    step = ("publish", NANO, "me/leader", "--benchmark")
+    hub.push((*step, "some-org/qa:some/task=recall@5", "--benchmark", "some-org/qa:default=nano-test/f1"))
+    systems = json.loads((NANO / "results.json").read_text())["datasets"]["nano-test"]["systems"]
+    found = parse_eval_result_entries(yaml.safe_load(hub.files("me/leader")[".eval_results/some-org--qa.yaml"]))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in found] == [
+        ("some-org/qa", task, round(100 * systems["clara"][metric]["value"], 1))
+        for task, metric in (("some/task", "recall@5"), ("default", "f1"))
+    ]
+    assert {entry.notes for entry in found} == {"compression rate 16, 600 questions"}
+    assert not any(path.startswith(".eval_results") for path in hub.files("me/clara-nano"))
+    refusals = {
+        "some-org/no-benchmark:default=f1": ("some-org/no-benchmark", "eval.yaml"),
+        "some-org/nowhere:default=f1": ("some-org/nowhere", "eval.yaml"),
+        "some-org/closed:default=f1": ("some-org/closed", "gated"),
+        "some-org/qa:other=f1": ("other", "default"),
+        "some-org/qa:default=bleu": ("bleu", "f1"),
+        "some-org/qa:default=mine/f1": ("mine", "nano-test"),
+        "some-org/qa=f1": ("some-org/qa=f1", "ID:TASK=METRIC"),
+    }
+    said = hub.run(REFUSED, NANO, json.dumps(list(refusals))).stdout.splitlines()
+    for facts, message in zip(refusals.values(), said, strict=True):
+        assert all(fact in message for fact in facts), message
+    with pytest.raises(UsageError, match="benchmark.*subfolder"):
+        publish(NANO, "me/refused", subfolder="cr16", benchmarks=["some-org/qa:default=f1"])
+    assert "me/refused" not in hub.server.repositories
 
 
 def test_an_upload_that_was_cut_is_repeated_and_one_that_fails_leaves_nothing(hub):
