@@ -1,6 +1,7 @@
 """What `forward`, `generate` and `compress` are given: taken in the forms that people have, or refused by name."""
 
 import copy
+import logging
 import re
 from types import SimpleNamespace
 
@@ -111,6 +112,7 @@ def test_top_k_is_sampling_s_where_one_samples_and_else_the_number_of_documents(
     greedy = untouched_clara.generate(QUESTIONS, n_docs=2, **options)
     sampled = untouched_clara.generate(QUESTIONS, do_sample=True, top_k=1, temperature=9.0, **options)
     assert sampled.texts == greedy.texts and sampled.indices.shape == (2, untouched_clara.config.top_k)
+    logging.Logger.warning_once.cache_clear()  # another test may have had the warning
     with caplog.at_level("WARNING"):
         assert untouched_clara.generate(QUESTIONS, top_k=1, **options).indices.shape == (2, 1)
         assert untouched_clara.retrieve(QUESTIONS, memories, top_k=3).indices.shape == (2, 3)
