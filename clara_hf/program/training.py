@@ -61,7 +61,7 @@ class DataArguments:
     Parameters:
         train_file (`str`): JSONL file, `.gz` or not, in the stage's schema.
         train_limit (`int`, *optional*): take only so many rows from its start, where a short run needs no more.
-        validation_file (`str`, *optional*): the same, for evaluation during training.
+        validation_file (`str`, *optional*): the same, for evaluation during training; `none` drops that of a YAML file.
         validation_limit (`int`, *optional*): take only so many rows from its start.
         resume (`bool`): go on with a run of equal settings that `output_dir` holds; a finished one is reused.
         overwrite (`bool`): delete the run that `output_dir` holds, but for memories that this one can use.
@@ -69,12 +69,13 @@ class DataArguments:
 
     train_file: str = field(metadata={"help": "Training data, JSONL or JSONL.gz."})
     train_limit: int | None = field(default=None, metadata={"help": "Training rows to take.", "aliases": "--limit"})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation data, JSONL or JSONL.gz."})
+    validation_file: str | None = field(default=None, metadata={"help": "Validation data, or none."})
     validation_limit: int | None = field(default=None, metadata={"help": "Validation rows to take."})
     resume: bool = field(default=True, metadata={"help": "Resume the run in output_dir if its settings are these."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run in output_dir first."})
 
     def __post_init__(self):
+        self.validation_file = None if self.validation_file == "none" else self.validation_file
         for name in ("train_limit", "validation_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1, or absent for all rows.")

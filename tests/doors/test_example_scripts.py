@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+def load(name: str, folder: Path = ROOT / "examples"):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,3 +62,16 @@ def test_the_notebook_runs_top_to_bottom(monkeypatch):
             if shown is not None:
                 names["shown"] = eval(compile(ast.Expression(shown.value), "cell", "eval"), names)
     assert names["shown"]["right"] == "cat" and names["shown"]["wrong"] != "cat"
+
+
+def test_the_quick_start_fits_a_screen_and_prints_what_the_readme_shows(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    load("quickstart", ROOT / "recipes/nano/quickstart").main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 36 and all(len(line) <= 120 for line in lines if not line.startswith("Q: "))
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0].splitlines()
+    assert shown[0].partition(" s: ")[2] == lines[0].partition(" s: ")[2] and shown[2:] == lines[7:11]
+    found = json.loads((ROOT / "recipes/nano/pretrained/joint/results.json").read_text())["datasets"]["nano-test"]
+    (row,) = (line for line in lines if line.startswith("CLaRa after joint training"))
+    figures = (f"{100 * found['systems']['clara'][metric]['value']:.1f}" for metric in ("f1", "recall@1", "recall@5"))
+    assert row.split()[-3:] == list(figures)

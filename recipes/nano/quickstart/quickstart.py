@@ -10,6 +10,8 @@ entities the model has never seen; the questions share no word with their docume
 import argparse
 import json
 import logging
+import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -36,12 +38,13 @@ COLUMNS = {"F1": "f1", "Recall@1": "recall@1", "Recall@5": "recall@5"}
 
 
 def answer(model: CLaRaForRetrievalGeneration, question: str, documents: list[str], memories) -> None:
-    """Stream the answer to one question, then the documents that it was given from, with their scores."""
+    """Stream the answer to one question, then the documents that it was given from, a line each, with their scores."""
+    width = shutil.get_terminal_size((120, 40)).columns - 9
     print(f"\nQ: {question}\nA: ", end="", flush=True)
     streamer = TextStreamer(model.processor.tokenizer, skip_special_tokens=True)
     given = model.generate(questions=[question], memories=memories, max_new_tokens=16, streamer=streamer)
     for score, place in zip(given.scores[0].tolist(), given.indices[0].tolist(), strict=True):
-        print(f"   {score:.2f}  {documents[place]}")
+        print(f"   {score:.2f}  {textwrap.shorten(documents[place], width, placeholder=' …')}")
 
 
 def table(results: dict) -> str:
@@ -59,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE.parent / "pretrained" / "joint"), help="a CLaRa checkpoint")
     parser.add_argument("--question", help="a question of your own about the documents, in place of the four shown")
-    parser.add_argument("--documents", action="store_true", help="print the documents first")
+    parser.add_argument("--documents", action="store_true", help="print all documents in full first")
     args = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
