@@ -412,7 +412,7 @@ def _options_named(options: dict) -> Iterator[None]:
     """Name the options given, where what transformers does with them fails in its own code."""
     try:
         yield
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         if not options or any(name in str(error) for name in options):
             raise
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
@@ -449,3 +449,5 @@ def check_generation_options(options: dict) -> None:
     for name in ("num_return_sequences", "num_beams", "max_new_tokens"):
         if values.get(name) is not None and values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")
+    if abs(values.get("length_penalty") or 0) > 100:  # an exponent: a large whole one would be worked out in full
+        raise ValueError(f"length_penalty must lie between -100 and 100, got {values['length_penalty']!r:.80}.")

@@ -98,9 +98,11 @@ def make(kind: type, values: Mapping[str, Any], place: str | None = None) -> Any
     except UsageError:
         raise
     except (TypeError, KeyError, AttributeError, OSError) as error:  # of libraries, for values that they do not check
-        raise UsageError(f"{place or 'the arguments'}: {kind.__name__} takes no such values ({error}).") from error
+        raise UsageError(
+            f"{place or 'the arguments'}: {kind.__name__} takes no such values ({error!s:.500})."
+        ) from error
     except ValueError as error:
-        raise UsageError(f"{place}: {error}" if place else str(error)) from error
+        raise UsageError(f"{place}: {error!s:.500}" if place else f"{error!s:.500}") from error
 
 
 class Text(str):

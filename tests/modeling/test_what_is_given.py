@@ -79,6 +79,7 @@ def test_misspelled_argument_of_forward_is_refused(untouched_clara, batch):
         ({"repetition_penalty": "high"}, "repetition_penalty.*high"),
         ({"repetition_penalty": -1.0}, "repetition_penalty.*-1.0"),
         ({"length_penalty": [1]}, "length_penalty.*1"),
+        ({"length_penalty": 10**400, "num_beams": 2, "max_new_tokens": 3}, "length_penalty.*1000"),
         ({"max_length": "long"}, "max_length.*long"),
         ({"output_scores": 0.5}, "output_scores.*0.5"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
