@@ -39,7 +39,7 @@ from .weights_clara import (
     fingerprint,
     is_other_base,
     is_own_weight,
-    keep_release_names,
+    keep_release,
     load_base,
     merge_adapters,
     open_repository,
@@ -351,8 +351,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             return
         if adapters is not None:
             write_adapters(save_directory, adapters, self.decoder, self.config.base_model_name_or_path)
-        if self.config.original is not None and type(self).__module__.endswith("modeling_clara"):
-            keep_release_names(save_directory, self.config, named, self.name_or_path, self._hub_arguments)
+        if self.config.original is not None and self.name_or_path:
+            keep_release(save_directory, self.config, named, self.name_or_path, self._hub_arguments)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **hub)
 

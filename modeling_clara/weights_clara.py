@@ -40,6 +40,8 @@ ADAPTERS = (COMPRESSOR, QUERY_REASONER, GENERATOR)
 CLARA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "clara.safetensors", "adapter_model.safetensors", "adapter_config.json"
 # Weights of an earlier upload, which a model of another format would be read with, or with which PEFT would go on.
 _STALE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, CLARA_WEIGHTS, *(f"{name}/adapter_*" for name in ADAPTERS))
+# Of a release, beside its weights.
+NOTICES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE_MODEL", "NOTICE", "ACKNOWLEDGEMENTS")
 _LORA_KEY = re.compile(r"decoder\.(.+\.lora_[AB])\.([^.]+)\.weight")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 
@@ -367,28 +369,30 @@ def _why_absent(name: str, error: OSError) -> str:
     return f"there is no such folder, nor could it be had from the Hub or its local cache: {reason}"
 
 
-def keep_release_names(folder: str, config: CLaRaConfig, named: str, source: str, hub: dict) -> None:
-    """Have what `folder` holds of a converted checkpoint load as the class with the release's method names again.
+def keep_release(folder: str, config: CLaRaConfig, named: str, source: str, hub: dict) -> None:
+    """Copy to `folder` what a converted checkpoint has of the paper's release: licence, notices, and method names.
 
     Args:
-        named: that class in the `auto_map` of the checkpoint at `source`, whose code is there.
+        named: the class with these names in the `auto_map` of the checkpoint at `source`, whose code is there.
         hub: arguments of the Hub (`revision`, `token`, ...).
     """
     named = named.rpartition("--")[2]
-    if named in ("", config.to_dict().get("auto_map", {}).get("AutoModel")):
-        return
-    file = f"{named.partition('.')[0]}.py"
-    options = {name: value for name, value in hub.items() if name != "subfolder"}  # code is at the root
-    path = cached_file(source, file, **options, _raise_exceptions_for_missing_entries=False)
-    if not path:
-        logger.warning(f"{folder} lacks the method names of the paper's release: {source} has no code for them.")
-        return
-    with open(path, "rb") as kept:
-        code = kept.read()
-    with open(os.path.join(folder, file), "wb") as copy_of_it:
-        copy_of_it.write(code)
-    config.auto_map["AutoModel"] = named
-    config.save_pretrained(folder)
+    code = f"{named.partition('.')[0]}.py"
+    is_kept = named in ("", config.to_dict().get("auto_map", {}).get("AutoModel"))
+    for file in NOTICES if is_kept else (*NOTICES, code):
+        # Code is at the root of a repository.
+        options = hub if file in NOTICES else {name: value for name, value in hub.items() if name != "subfolder"}
+        path = cached_file(source, file, **options, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            with open(path, "rb") as kept:
+                content = kept.read()
+            with open(os.path.join(folder, file), "wb") as copied:
+                copied.write(content)
+        elif file == code:
+            logger.warning(f"{folder} lacks the method names of the paper's release: {source} has no {code}.")
+        if path is not None and file == code:
+            config.auto_map["AutoModel"] = named
+            config.save_pretrained(folder)
 
 
 def open_repository(repo_id: str, private=None, token=None, revision: str | None = None) -> str:

@@ -150,7 +150,12 @@ class CheckpointTrainer(EndsAtLastStep, Trainer):
 
     def _upload(self, folder: Path, form: str, place: str | None, blocking: bool, card: dict | None = None, **options):
         """Upload the model in `folder`, if others can load it, to the root, and all of `folder` to `place`."""
-        from clara_hf.hub.publish import link, push, stage  # with its packages, only where something is uploaded
+        from clara_hf.hub.publish import (  # with its packages, only where something is uploaded
+            declared_licence,
+            link,
+            push,
+            stage,
+        )
 
         run_folder, base = Path(self.args.output_dir), self.model.config.base_model_name_or_path
         for left in run_folder.glob(f"{UPLOADED}*") if self.push_in_progress is None else ():
@@ -162,7 +167,8 @@ class CheckpointTrainer(EndsAtLastStep, Trainer):
         made = None
         if form == "full" or is_hub_id(base):
             stage(folder, staged, form)
-            made = self._card(staged, **card or {})
+            known = {"license": declared_licence(self.model.config, options.get("token") or self.args.hub_token)}
+            made = self._card(staged, **{**known, **(card or {})})
             forget_places(staged)
         if place is not None:
             link(folder, staged / place, ("**/*",))

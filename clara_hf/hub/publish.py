@@ -19,7 +19,7 @@ from clara_hf.hub.cards import CARD_FILE, OWN_CARD, RESULTS_FILE, make_card
 from clara_hf.program import UsageError, read_json, run_program, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.configuration_clara import check_others_can_load, forget_places, is_hub_id
-from modeling_clara.weights_clara import ADAPTERS, CLARA_WEIGHTS, open_repository, push_folder
+from modeling_clara.weights_clara import ADAPTERS, CLARA_WEIGHTS, NOTICES, open_repository, push_folder
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *(f"{name}/adapter_model
 WEIGHTS += tuple(f"{name}/adapter_config.json" for name in ADAPTERS)
 CODE = "*_clara.py"
 READ = ("config.json", "processor_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
-SHOWN = (RESULTS_FILE, "*.png", "*.svg")
+SHOWN = (RESULTS_FILE, "*.png", "*.svg", *NOTICES)
 AUTO_MAPS = {
     "config.json": {
         "AutoConfig": "configuration_clara.CLaRaConfig",
@@ -60,7 +60,7 @@ def publish(
             `"full"`.
         subfolder: of the repository, for several models in one; remote code is at its root in any case, where
             transformers looks for it.
-        results_file, base_licence: as [`make_card`] takes them.
+        results_file, base_licence: as [`make_card`] takes them; by default the licence that the base's card declares.
         benchmarks: figures of the results for registered benchmarks, as [`write_benchmarks`] takes them.
 
     Returns:
@@ -86,6 +86,7 @@ def publish(
             if results_file is not None:
                 (place / RESULTS_FILE).unlink(missing_ok=True)
                 shutil.copy(results_file, place / RESULTS_FILE)
+            base_licence = base_licence or declared_licence(CLaRaConfig.from_pretrained(folder))
             told = {"repo_id": repo_id, "base_licence": base_licence, "title": repo_id.rpartition("/")[2]}
             card = make_card(place, record=folder, subfolder=subfolder, **told)
             if benchmarks:
@@ -97,6 +98,18 @@ def publish(
         raise
     except Exception as error:  # beside the Hub's own errors those of its HTTP library, whichever that is
         raise refusal(repo_id, error) from error
+
+
+def declared_licence(config: CLaRaConfig, token: str | None = None) -> str | None:
+    """The licence that the card of the base on the Hub declares; `None` where there is none, and for a converted
+    checkpoint, which has its authors' own."""
+    if config.original is not None or not is_hub_id(config.base_model_name_or_path):
+        return None
+    try:
+        found = ModelCard.load(config.base_model_name_or_path, token=token).data.license
+    except Exception:  # beside the Hub's own errors those of its HTTP library: the card says that it is not known
+        return None
+    return found if isinstance(found, str) else None
 
 
 def stage(folder: Path, place: Path, checkpoint_format: str | None = None) -> None:
@@ -202,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         formats.add_argument(name, dest="checkpoint_format", action="store_const", const=value, help=told)
     parser.add_argument("--subfolder", help="folder of the repository, for several models in one")
     parser.add_argument("--results-file", help="results.json of clara eval; by default the one in RUN_DIR")
-    parser.add_argument("--base-licence", "--base-license", help="licence of the base, such as apache-2.0")
+    parser.add_argument("--base-licence", "--base-license", help="licence of the base, by default what its card says")
     parser.add_argument(
         "--benchmark",
         dest="benchmarks",

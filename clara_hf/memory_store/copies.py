@@ -9,6 +9,8 @@ from uuid import uuid4
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi, snapshot_download
 
+from modeling_clara.configuration_clara import is_hub_id
+
 from .table.layout import FOLDERS, SIDE_FOLDER, CorruptMemoryError, is_blank
 from .table.remote import Remote
 from .table.table import MemoryTable
@@ -126,8 +128,9 @@ def _download(name: str, revision: str | None) -> Path:
             name, repo_type="dataset", revision=revision, allow_patterns=[f"{folder}/*" for folder in FOLDERS]
         )
     except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
         which = f"{name} of revision {revision}" if revision else name
-        raise OSError(f"the data set {which} cannot be downloaded from the Hub: {error}") from error
+        raise OSError(f"the data set {which} cannot be downloaded from the Hub: {reason}") from error
     return Path(folder)
 
 
@@ -170,7 +173,9 @@ def card_of(store, repo_id: str, license: str | None, before: str | None = None)
     facts = {
         "documents": f"{len(store):,}",
         "compressor": f"`{maker.fingerprint}`",
-        "base": f"`{maker.base}`",
+        "base": f"`{maker.base}`"
+        if is_hub_id(maker.base)
+        else f"`{Path(maker.base or 'unknown').name}`, a local model",
         "memory": f"{maker.num_memory_tokens} × {maker.hidden_size} values",
         "document length": f"at most {maker.doc_max_length} tokens",
         "form": f"`{store.form}` ({stats['dtype']}), {stats['bytes_per_memory']:,} bytes per memory",

@@ -11,17 +11,18 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from modeling_clara.configuration_clara import PROMPT_KINDS, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import CLaRaProcessor
-from modeling_clara.weights_clara import embedding_keys
+from modeling_clara.weights_clara import NOTICES, embedding_keys
 
 from .export import to_original
 from .layout import (
@@ -98,11 +99,22 @@ def convert(
         model.save_pretrained(folder, state_dict=state)
         _check_tokenizer(folder, model.processor)
         _write_methods(folder)
+        _copy_notices(source, subfolder, folder)
         if full:
             _write_full(folder, state, model, decoder.name)
     report |= {"embeddings": rows, "prompts": prompts_from, "written": f"{out} ({'full' if full else 'adapter-only'})"}
     assumed = [("assumed", sentence) for sentence in original.assumed]
     return "\n".join(f"{name:<12}{value}" for name, value in [*report.items(), *assumed])
+
+
+def _copy_notices(source: str, subfolder: str, folder: str) -> None:
+    """Copy the authors' licence and notices, from the checkpoint's folder or the root of its repository."""
+    for name in NOTICES:
+        for place in dict.fromkeys((subfolder, "")):
+            path = cached_file(source, name, subfolder=place, _raise_exceptions_for_missing_entries=False)
+            if path is not None:
+                shutil.copyfile(path, os.path.join(folder, name))
+                break
 
 
 def _write_methods(folder: str) -> None:

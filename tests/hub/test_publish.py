@@ -161,6 +161,7 @@ def hub(tmp_path_factory):
             for file in LEFTOVERS:
                 (folder / file).write_text("{}")
             (folder / "scores.svg").write_text("<svg/>")
+        (home / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         server.add("some-org/some-base", home / "base")
         server.add("me/gated", home / "full-8", gated=True)
         server.add("me/own-card").commit("main", {"README.md": b"# Mine"})
@@ -208,6 +209,7 @@ def test_a_converted_checkpoint_keeps_the_release_s_method_names(hub, tmp_path):
     build_original_base(tmp_path / "base")
     write_original(tmp_path / "release", tmp_path / "base")
     write_code(tmp_path / "release" / "modeling_clara.py")
+    (tmp_path / "release" / "LICENSE").write_text("Of the authors.")
     convert(str(tmp_path / "release"), str(tmp_path / "ours"))
     for form in ("full", "adapter"):
         config = json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -215,7 +217,7 @@ def test_a_converted_checkpoint_keeps_the_release_s_method_names(hub, tmp_path):
         (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
         stage(tmp_path / "ours", tmp_path / form)
         staged = json.loads((tmp_path / form / "config.json").read_text())
-        assert staged["checkpoint_format"] == form
+        assert staged["checkpoint_format"] == form and (tmp_path / form / "LICENSE").read_text() == "Of the authors."
         loaded = get_class_from_dynamic_module(staged["auto_map"]["AutoModel"], str(tmp_path / form))
         options = {"base_model_name_or_path": str(tmp_path / "base")} if form == "adapter" else {}
         assert loaded.from_pretrained(tmp_path / form, **options).compress_documents(TEXTS).shape == (5, 4, 32)
@@ -278,6 +280,7 @@ def test_cards_are_validated_and_their_metadata_parse_back(hub):
     assert hub.server.log.count("POST /api/validate-yaml") >= 8
     data = ModelCard(hub.commits("me/published")[1]["README.md"].decode()).data
     assert data.base_model == "some-org/some-base" and data.base_model_relation == "adapter" and "clara" in data.tags
+    assert data.license == "apache-2.0" and ModelCard(hub.files("me/local")["README.md"].decode()).data.license is None
     assert ModelCard(hub.files("me/hidden")["README.md"].decode()).data.license == "mit"
     pushed = ModelCard(hub.files("me/adapter")["README.md"].decode())
     assert pushed.data.base_model == "some-org/some-base" and 'from_pretrained("me/adapter"' in pushed.text

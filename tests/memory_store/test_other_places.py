@@ -204,12 +204,13 @@ elif command == "open":
     copied.compact()
     copied.push_to_hub("me/corpus")
     assert "another" in MemoryStore.open(name).columns(list(copied), ["text"])["text"]
-    try:
-        MemoryStore.open("hf://datasets/me/nothing", SpectrumModel())
-    except OSError as error:
-        assert "me/nothing" in str(error), error
-    else:
-        raise AssertionError
+    for refused in ("me/nothing", "me/gated"):
+        try:
+            MemoryStore.open(f"hf://datasets/{refused}", SpectrumModel())
+        except OSError as error:
+            assert refused in str(error) and len(str(error).splitlines()) == 1, error
+        else:
+            raise AssertionError(refused)
 elif command == "offline":
     assert len(MemoryStore.open(name)) == 1092
 """
@@ -225,6 +226,7 @@ def test_a_store_is_pushed_to_a_hub_with_a_card_and_read_from_it_also_offline(fi
     with hub_server() as server:
         folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
         environment = environment_of(server, tmp_path / "home") | {"PYTHONPATH": os.pathsep.join(folders)}
+        server.add("datasets/me/gated", gated=True)
         run(environment, "push")
         repository = server.repositories["datasets/me/corpus"]
         files = repository.files("main")
