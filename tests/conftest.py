@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 
 # One thread, here and in the processes that tests start: results that must be equal bit for bit then do not depend on
@@ -43,6 +44,8 @@ from transformers import (
 )
 
 
+# Reference data that is no part of the repository; what needs it is skipped without.
+SHARED = Path(os.environ.get("CLARA_SHARED", Path(__file__).parents[1].parent / "shared"))
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

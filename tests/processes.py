@@ -7,8 +7,10 @@ Lance has run, writing with Lance can crash.
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 from multiprocessing import forkserver
+from pkgutil import resolve_name
 from uuid import uuid4
 
 import pytest
@@ -31,6 +33,25 @@ def in_process(function, folder, *arguments):
     """What `function(*arguments)` returns in a process of its own; if it failed the text of its exception, if it was
     killed minus the signal."""
     return _wait([(folder / uuid4().hex, function, arguments)])[0]
+
+
+def killed_at(owner, name, call, program, arguments):
+    """`program(arguments)`, which kills itself without a warning, as the kernel would, at the n-th call of something.
+
+    Args:
+        owner: what has the function `name`, as `pkgutil.resolve_name` takes it.
+    """
+    owner = resolve_name(owner)
+    original, calls = getattr(owner, name), []
+
+    def counting(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counting)
+    program(arguments)
 
 
 def in_processes(count, function, folder, *arguments):

@@ -4,18 +4,17 @@
 """
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from conftest import SHARED
 from safetensors.torch import load_file
 
 from clara_hf.original.convert import convert
 from clara_hf.original.methods import OriginalCLaRa
 
 
-SHARED = Path(os.environ.get("CLARA_SHARED", Path(__file__).parents[1].parent / "shared"))
 PARITY = SHARED / "parity"
 CASES = sorted(path.parent.name for path in PARITY.glob("*/golden.safetensors"))
 # Largest error, relative to the largest value of the recorded tensor. Scores are divided by a temperature of 0.02 in

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import datasets
 import pytest
 from programs import exit_code
@@ -366,7 +367,7 @@ def test_questions_on_two_passages_make_rows_of_two_and_absent_answers_none(tmp_
     assert capsys.readouterr().err.count("1 rows left out: no gold passage") == 2
 
 
-SHARED = Path(os.environ.get("CLARA_SHARED", ROOT.parent / "shared")) / "data"
+SHARED = conftest.SHARED / "data"
 
 
 @pytest.mark.slow

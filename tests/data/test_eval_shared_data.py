@@ -1,9 +1,9 @@
 """BM25 on real question sets gives the figures that were measured beside them, with a program of its own."""
 
 import json
-import os
 from pathlib import Path
 
+import conftest
 import pytest
 
 from clara_hf.data.retrievers import BM25Retriever
@@ -13,7 +13,7 @@ from clara_hf.evaluation.systems.bm25 import BM25
 from clara_hf.metrics.retrieval_recall.retrieval_recall import score_ranking
 
 
-SHARED = Path(os.environ.get("CLARA_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
+SHARED = conftest.SHARED / "data"
 FILES = sorted(path.name.removesuffix(".jsonl.gz") for path in SHARED.glob("*.jsonl.gz"))
 
 REAL = Path(__file__).parent / "real_questions.jsonl.gz"

@@ -1,9 +1,8 @@
 """What candidate pools give away: found where it was put in, and not where there is none."""
 
-import os
 import random
-from pathlib import Path
 
+import conftest
 import pytest
 
 from clara_hf.data.leak_checks import AnswerFinder, blind_rankings, format_report, leak_report
@@ -13,7 +12,7 @@ from clara_hf.data.schema import QAExample, load_examples
 WORDS = [
     f"{first}{second}" for first in ("ba", "ko", "mi", "tu", "re", "so") for second in ("n", "lt", "rk", "sh", "v")
 ]
-SHARED = Path(os.environ.get("CLARA_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
+SHARED = conftest.SHARED / "data"
 
 
 def text(chance, marked=False):

@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import os
 import random
 import signal
 from pathlib import Path
-from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import yaml
 from conftest import TEXTS, build_clara
-from processes import in_process
+from processes import in_process, killed_at
 
 from clara_hf.evaluation.evidence import suite
 from clara_hf.evaluation.evidence.claims import Claim, hierarchical_interval, settle
@@ -96,21 +94,6 @@ def arguments_of(config: dict, out: Path, **changes) -> list[str]:
     return [str(path)]
 
 
-def run_killed(arguments: list[str], owner: str, name: str, call: int) -> None:
-    """A suite that kills itself without a warning at the n-th call of something."""
-    owner = resolve_name(owner)
-    original, calls = getattr(owner, name), []
-
-    def counting(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-
-    setattr(owner, name, counting)
-    suite.main(arguments)
-
-
 def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(config, tmp_path):
     arguments = arguments_of(config, tmp_path / "killed")
     chance = random.SystemRandom()
@@ -118,7 +101,7 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
         [("transformers.Trainer", "training_step", 12), ("clara_hf.evaluation.cache.Shelf", "add", 6)]
     )
     call = chance.randrange(1, place[2] + 1)
-    assert in_process(run_killed, tmp_path, arguments, *place[:2], call) == -signal.SIGKILL, (place, call)
+    assert in_process(killed_at, tmp_path, *place[:2], call, suite.main, arguments) == -signal.SIGKILL, (place, call)
     suite.main(arguments)
     suite.main(arguments_of(config, tmp_path / "whole"))
     for name in ("evidence.json", "evidence.md", "evidence.html", "evidence.svg", "evidence.png"):

@@ -7,18 +7,12 @@ import pytest
 import torch
 from independent import Independent
 from original_checkpoint import build_original_base, write_original, write_prompts
+from recordings import ADAPTERS, GRADIENT_TOLERANCE, TOLERANCE
 
 from clara_hf.original.convert import convert
 from modeling_clara import CLaRaForRetrievalGeneration
 
 
-TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
-ADAPTERS = {
-    "encoder_adapter": "compressor",
-    "decoder_adapter": "generator",
-    "query_reasoner_adapter": "query_reasoner",
-}
 CASES = {
     "mistral": ({"architecture": "mistral"}, {}),
     "one memory token, no separator": ({"architecture": "llama"}, {"distinct": False, "sep": False}),

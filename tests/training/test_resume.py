@@ -1,16 +1,14 @@
 """A run that is killed goes on to the numbers of an uninterrupted one, and never from half a checkpoint."""
 
 import json
-import os
 import random
 import signal
 from pathlib import Path
-from pkgutil import resolve_name
 
 import pytest
 import torch
 from conftest import TEXTS, build_clara
-from processes import in_process
+from processes import in_process, killed_at
 from safetensors.torch import load_file
 from test_trainers import QUESTIONS, SCP_ROWS, make_trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -53,21 +51,6 @@ def write_config(stage: str, model: str, folder: Path) -> list[str]:
     return ["--config", str(folder / "config.yaml"), "--output_dir"]
 
 
-def run_killed(stage: str, owner: str, name: str, call: int, arguments: list[str]) -> None:
-    """Runs a recipe that kills itself without a warning, as the kernel would, at the n-th call of something."""
-    owner = resolve_name(owner)
-    original, calls = getattr(owner, name), []
-
-    def counting(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-
-    setattr(owner, name, counting)
-    RECIPES[stage][0].main(arguments)
-
-
 def outcome(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("step", "loss", "grad_norm", "learning_rate", "mse_loss")
@@ -89,11 +72,9 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(stage, model, tmp_path)
     arguments = write_config(stage, model, tmp_path)
     micro_batch = random.SystemRandom().randrange(ACCUMULATED * SAVE_STEPS + 1, ACCUMULATED * STEPS + 1)
     killed = [*arguments, str(tmp_path / "killed")]
-    assert (
-        in_process(run_killed, tmp_path, stage, "transformers.Trainer", "training_step", micro_batch, killed)
-        == -signal.SIGKILL
-    )
     recipe, _ = RECIPES[stage]
+    step = ("transformers.Trainer", "training_step", micro_batch)
+    assert in_process(killed_at, tmp_path, *step, recipe.main, killed) == -signal.SIGKILL
     recipe.main([*arguments, str(tmp_path / "killed"), "--resume", "true"])
     recipe.main([*arguments, str(tmp_path / "whole")])
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
@@ -104,7 +85,7 @@ def test_run_killed_while_it_saves_resumes_from_the_checkpoint_before(model, tmp
     arguments = write_config("scp", model, tmp_path)
     # Each checkpoint calls torch.save for its arguments, optimizer, scheduler and random states.
     killed = [*arguments, str(tmp_path / "killed")]
-    assert in_process(run_killed, tmp_path, "scp", "torch", "save", 6, killed) == -signal.SIGKILL
+    assert in_process(killed_at, tmp_path, "torch", "save", 6, scp.main, killed) == -signal.SIGKILL
     partial = tmp_path / "killed" / checkpoints.PARTIAL_FOLDER / "checkpoint-6"
     assert (partial / "model.safetensors").exists() and not (partial / "trainer_state.json").exists()
     assert get_last_checkpoint(str(tmp_path / "killed")) == str(tmp_path / "killed" / "checkpoint-3")
