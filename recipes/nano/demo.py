@@ -17,7 +17,6 @@ import matplotlib
 import world
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from clara_hf.evaluation.results import Results
@@ -25,6 +24,7 @@ from clara_hf.evaluation.run import EvalSettings
 from clara_hf.evaluation.run import run as evaluate
 from clara_hf.program import UsageError, parse, read_json, run_program, stages, text_lora, write_json
 from clara_hf.program.machine import choose_threads
+from clara_hf.program.training import TRAINER_STATE_NAME
 
 
 matplotlib.use("Agg")
