@@ -235,9 +235,7 @@ class StoreReader:
 
     def sketch_questions(self, questions: Sequence[str] | torch.Tensor, batch_size: int = 32) -> torch.Tensor:
         """Questions in the space of the sketches, float32 `[B, dims]`."""
-        if self._searcher.sketch is None:
-            raise ValueError(f"the memory store at {self.path} has no sketches: call fit() first")
-        return self._searcher.sketch.of_queries(self._queries(questions, batch_size))
+        return self._searcher.needed_sketch().of_queries(self._queries(questions, batch_size))
 
     @property
     def sketch_dims(self) -> int | None:
@@ -250,9 +248,7 @@ class StoreReader:
         Raises:
             ValueError: the store has no sketches.
         """
-        if self._searcher.sketch is None:
-            raise ValueError(f"the memory store at {self.path} has no sketches: call fit() first")
-        return self._searcher.sketch.of_memories(memories.flatten(1)).float()
+        return self._searcher.needed_sketch().of_memories(memories.flatten(1)).float()
 
 
 def _split(values: list, width: int, count: int) -> list[list]:

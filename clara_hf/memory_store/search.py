@@ -106,6 +106,12 @@ class Searcher:
             self._sketches = {column: Sketch(tensors["basis"])}
         return self._sketches[column]
 
+    def needed_sketch(self) -> Sketch:
+        """As `sketch`; raises `ValueError` where the table has none."""
+        if self.sketch is None:
+            raise ValueError(f"the memory store at {self._table.path} has no sketches: call fit() first")
+        return self.sketch
+
     def search(
         self, queries: torch.Tensor, top_k: int, exact: bool, condition: str | None
     ) -> tuple[torch.Tensor, list[list[str]]]:

@@ -262,9 +262,7 @@ def _read_fit(table: Rows) -> dict | None:
 
 def export(store, path: Path) -> int:
     """See [`MemoryStore.export_sketch`]."""
-    table, sketch = store._table, store._searcher.sketch
-    if sketch is None:
-        raise ValueError(f"the memory store at {table.path} has no sketches: call fit() first")
+    table, sketch = store._table, store._searcher.needed_sketch()
     schema, writer, count = None, None, 0
     try:
         for some, offsets in table.blocks():
