@@ -185,12 +185,11 @@ class Addition:
         self.table.load(processes.from_first(self.table.newest))
         self.arrays = self.table.arrays(columns)
 
-    def missing(self) -> dict[str, int]:
-        """Keys of the documents that are not stored, with their positions."""
-        offsets = self.table.find(list(self.first))
-        return {
-            key: position for (key, position), offset in zip(self.first.items(), offsets, strict=True) if offset < 0
-        }
+    def missing(self, damaged: Collection[str] = ()) -> dict[str, int]:
+        """Keys of the documents that are not stored, or `damaged`, with their positions."""
+        offsets = dict(zip(self.first, self.table.find(list(self.first)), strict=True))
+        absent = [key for key, offset in offsets.items() if offset < 0]
+        return {key: self.first[key] for key in [*absent, *damaged]}
 
     def is_done(self) -> bool:
         """Whether everything is stored already, and nothing waits to be taken in."""
@@ -217,7 +216,7 @@ class Addition:
                 if table.version == version:
                     break
                 held.close()  # another process changed the table between the two locks
-            missing = {**self.missing(), **{key: self.first[key] for key in damaged}}
+            missing = self.missing(damaged)
             again = [position for key, position in missing.items() if key in damaged]
             new = [position for key, position in missing.items() if key not in damaged]
             # Apart: taken out of the middle of other batches, damaged ones would shift all that follow.
@@ -247,7 +246,7 @@ class Addition:
         """Checks what is missing and the disk, and gives stored documents their columns; returns the version."""
         table = self.table
         with table.changing():
-            missing = {**self.missing(), **{key: self.first[key] for key in damaged}}
+            missing = self.missing(damaged)
             check_encodable(self.store.model, self.documents, missing.values())
             check_space(table, self.documents, missing.values())
             stored = [key for key in self.first if key not in missing]
