@@ -255,6 +255,10 @@ class Rows:
         places = np.searchsorted(snapshot.keys, wanted).clip(max=len(snapshot.keys) - 1)
         return np.where(snapshot.keys[places] == wanted, snapshot.offsets[places], -1)
 
+    def digits(self, keys: list) -> list[str]:
+        """Keys as digits, of what Lance gives for them."""
+        return keys if self.format == 1 else [key.hex() for key in keys]
+
     def take(self, offsets: np.ndarray, columns: list[str]) -> pa.Table:
         """Rows at `offsets`, not verified; raises `Unreadable`."""
         with reading():
@@ -284,7 +288,7 @@ class Rows:
         Raises:
             CorruptMemoryError: one is not what was written; that first in `order` is named.
         """
-        dtype, size = self.take_type(column)
+        dtype, size = self.list_type_of(column)
         rows = np.empty((len(keys), size), dtype)
         damaged: list[int] = []
         for start in range(0, len(keys), READ_ROWS):
@@ -342,17 +346,17 @@ class Rows:
         """Which columns of which of these rows are not what was written."""
         found: dict[str, list[str]] = {}
         for name in self.own_names[2:]:
-            first = self.take_type(name)
-            out = np.empty((len(keys), first[1]), first[0])
-            for key, good in zip(keys, self.read(keys, offsets, name, out), strict=True):
-                if not good:
+            dtype, size = self.list_type_of(name)
+            intact = self.read(keys, offsets, name, np.empty((len(keys), size), dtype))
+            for key, is_good in zip(keys, intact, strict=True):
+                if not is_good:
                     found.setdefault(key, []).append(name)
         for name in self.column_names:
             for key in self._wrong_in(keys, offsets, name):
                 found.setdefault(key, []).append(name)
         return found
 
-    def take_type(self, name: str) -> tuple[np.dtype, int]:
+    def list_type_of(self, name: str) -> tuple[np.dtype, int]:
         """NumPy's type, and how many values of it a row has, of a column of ours that holds lists."""
         kind = self.snapshot().dataset.schema.field(name).type
         return np.dtype(kind.value_type.to_pandas_dtype()), kind.list_size

@@ -225,8 +225,7 @@ class MemoryTable(Rows):
         source, form = self.memory_column, self.form
 
         def sketches(batch: pa.RecordBatch) -> pa.RecordBatch:
-            raw = batch["key"].to_pylist()
-            keys = raw if self.format == 1 else [key.hex() for key in raw]
+            keys = self.digits(batch["key"].to_pylist())
             stored = batch[source].flatten().to_numpy(zero_copy_only=True).reshape(len(keys), form.size)
             for key, row, written in zip(keys, stored, batch[guard_of(source)].to_pylist(), strict=True):
                 if checksum(key, row) != written:

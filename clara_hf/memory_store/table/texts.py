@@ -80,8 +80,8 @@ class Texts:
                 f"the full-text index of the memory store at {table.path} cannot be read ({error}): call index_texts() "
                 "again"
             ) from error
-        keys = [key if isinstance(key, str) else key.hex() for key in found["key"]]
-        return packed([key for _, key in sorted(zip((-score for score in found["_score"]), keys, strict=True))])
+        scored = zip((-score for score in found["_score"]), table.digits(found["key"]), strict=True)
+        return packed([key for _, key in sorted(scored)])
 
     def make(self) -> None:
         """Makes an index of all rows, in place of the one that is there. Under the store's exclusive lock."""
