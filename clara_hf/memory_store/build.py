@@ -7,8 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -19,6 +22,9 @@ from .table.layout import TORCH_TYPES
 from .table.snapshot import unpacked
 from .table.table import MemoryTable, pick
 
+
+if TYPE_CHECKING:
+    from .actors import RayActors
 
 logger = logging.get_logger(__name__)
 
@@ -129,28 +135,29 @@ def fill(
     return parts
 
 
-def compress_batch(model, table: MemoryTable, documents: Sequence[str], batch: list[int]) -> tuple[torch.Tensor, int]:
-    """Memories of the documents at the positions `batch`, `[len(batch), width]`, and how many of these were cut.
+def compress_batch(
+    model, table: MemoryTable, texts: Sequence[str], positions: Sequence[int]
+) -> tuple[torch.Tensor, int]:
+    """Memories of `texts`, `[len(texts), width]`, and how many of these were cut.
 
     Raises:
-        ValueError: a memory of another shape than the store's, not finite, or too large for its dtype.
+        ValueError: a memory of another shape than the store's, not finite, or too large for its dtype; its document's
+            place in `positions` is named.
     """
-    texts = [documents[position] for position in batch]
     processor = getattr(model, "processor", None)
     if processor is None:
-        memories, cut = model.compress(texts, batch_size=len(batch)), []
+        memories, cut = model.compress(texts, batch_size=len(texts)), []
     else:
         rows, cut = processor.encode_and_cut(texts)
-        memories = model.compress_encoded(rows, batch_size=len(batch))
-    expected = (len(batch), table.maker.num_memory_tokens, table.maker.hidden_size)
+        memories = model.compress_encoded(rows, batch_size=len(texts))
+    expected = (len(texts), table.maker.num_memory_tokens, table.maker.hidden_size)
     if memories.shape != expected:
         raise ValueError(f"the model gave memories of shape {tuple(memories.shape)}; the store needs {expected}")
     memories = memories.detach().flatten(1)
     dtype = TORCH_TYPES[table.dtype]
     bad = torch.nonzero(~torch.isfinite(memories.to(dtype)).all(1)).flatten().tolist()
     if bad:
-        document = documents[batch[bad[0]]]
-        which = f"the memory of documents[{batch[bad[0]]}] ({document[:60]!r})"
+        which = f"the memory of documents[{positions[bad[0]]}] ({texts[bad[0]][:60]!r})"
         largest = memories[bad[0]].abs().max().item()
         if not math.isfinite(largest):
             raise ValueError(f"{which} is not finite: check the compressor's weights and the dtype it runs in")
@@ -164,14 +171,82 @@ def size_text(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
+@dataclass
+class Portion:
+    """Documents that are to be compressed, with what is stored beside their memories, and in which batches.
+
+    Attributes:
+        positions: of the documents in the user's list, for messages.
+        columns: the user's columns, in Arrow.
+        replaced: keys whose rows are in the table already, and are removed when the new ones come in.
+        batches: rows of the other attributes.
+    """
+
+    positions: list[int]
+    keys: list[str]
+    texts: list[str]
+    columns: dict[str, pa.Array]
+    replaced: set[str]
+    batches: list[list[int]]
+
+    def part(self, batches: list[list[int]]) -> "Portion":
+        """The portion with these of its batches alone."""
+        rows = [row for batch in batches for row in batch]
+        place = {row: number for number, row in enumerate(rows)}
+        return Portion(
+            [self.positions[row] for row in rows],
+            [self.keys[row] for row in rows],
+            [self.texts[row] for row in rows],
+            pick(self.columns, rows),
+            self.replaced,
+            [[place[row] for row in batch] for batch in batches],
+        )
+
+
+def write_portion(store, portion: Portion, description: str | None) -> tuple[list[dict], int]:
+    """Compresses a portion by the store's model, and writes it as parts; returns their records, and how many were cut.
+
+    `description` is that of a progress bar; None for no bar.
+    """
+    table, sketch, total = store._table, store._searcher.sketch, 0
+
+    def some(values: list, rows: list[int]) -> list:
+        return [values[row] for row in rows]
+
+    def write(rows: list[int], made: list[np.ndarray]) -> dict:
+        keys = some(portion.keys, rows)
+        replaced = [key for key in keys if key in portion.replaced]
+        return table.write_part(keys, some(portion.texts, rows), made, pick(portion.columns, rows), replaced)
+
+    def compress(batch: list[int]) -> tuple[np.ndarray, ...]:
+        nonlocal total
+        texts, positions = some(portion.texts, batch), some(portion.positions, batch)
+        memories, cut = compress_batch(store.model, table, texts, positions)
+        total += cut
+        # Or their codes; and their sketches, if there are some.
+        stored = table.form.encode(memories).cpu().numpy()
+        return (stored,) if sketch is None else (stored, sketch.of_memories(memories).cpu().numpy())
+
+    return fill(portion.batches, compress, write, store.write_bytes, store.write_seconds, description), total
+
+
 class Addition:
     """One call of [`MemoryStore.add`]: `documents` with their keys and the user's columns, on their way into a store.
 
     A document that occurs several times counts where it occurs first.
     """
 
-    def __init__(self, store, documents: list[str], columns, batch_size: int, processes: Processes):
+    def __init__(
+        self,
+        store,
+        documents: list[str],
+        columns,
+        batch_size: int,
+        processes: Processes,
+        actors: "RayActors | None" = None,
+    ):
         self.store = store
+        self.actors = actors
         self.table: MemoryTable = store._table
         self.documents = documents
         self.keys = [self.table.key_of(document) for document in documents]
@@ -217,13 +292,14 @@ class Addition:
                     break
                 held.close()  # another process changed the table between the two locks
             missing = self.missing(damaged)
-            again = [position for key, position in missing.items() if key in damaged]
-            new = [position for key, position in missing.items() if key not in damaged]
-            # Apart: taken out of the middle of other batches, damaged ones would shift all that follow.
-            batches = [batch for some in (new, again) for batch in plan_batches(self.documents, some, self.batch_size)]
             size = size_text(bytes_needed(table, self.documents, missing.values()))
             description = f"Compressing documents ({size})" if show_progress else None
-            parts, cut = self._compress(batches[processes.rank :: processes.count], damaged, description)
+            portion = self._portion(missing, damaged)
+            if self.actors is not None:
+                parts, cut = self.actors.write(self.store, portion, description)
+            else:
+                mine = portion.part(portion.batches[processes.rank :: processes.count])
+                parts, cut = write_portion(self.store, mine, description)
             parts, cut = processes.gather(parts), sum(processes.gather(cut))
             if processes.is_first:
                 report_cut(table, cut, len(missing))
@@ -253,23 +329,17 @@ class Addition:
             table.set_columns(stored, pick(self.arrays, [self.first[key] for key in stored]))
             return table.version
 
-    def _compress(self, batches, damaged: set[str], description: str | None) -> tuple[list[dict], int]:
-        store, total = self.store, 0
+    def _portion(self, missing: dict[str, int], damaged: set[str]) -> Portion:
+        """What is compressed: new documents, then, in batches of their own, damaged ones.
 
-        def write(rows: list[int], made: list[np.ndarray]) -> dict:
-            some, texts = [self.keys[row] for row in rows], [self.documents[row] for row in rows]
-            replaced = [key for key in some if key in damaged]
-            return self.table.write_part(some, texts, made, pick(self.arrays, rows), replaced)
-
-        def compress(batch: list[int]) -> tuple[np.ndarray, ...]:
-            nonlocal total
-            memories, cut = compress_batch(store.model, self.table, self.documents, batch)
-            total += cut
-            # Or their codes; and their sketches, if there are some.
-            stored, sketch = self.table.form.encode(memories).cpu().numpy(), store._searcher.sketch
-            return (stored,) if sketch is None else (stored, sketch.of_memories(memories).cpu().numpy())
-
-        return fill(batches, compress, write, store.write_bytes, store.write_seconds, description), total
+        Taken out of the middle of other batches, damaged ones would shift all that follow.
+        """
+        positions, keys = list(missing.values()), list(missing)
+        texts = [self.documents[position] for position in positions]
+        again = [row for row, key in enumerate(keys) if key in damaged]
+        new = [row for row, key in enumerate(keys) if key not in damaged]
+        batches = [batch for rows in (new, again) for batch in plan_batches(texts, rows, self.batch_size)]
+        return Portion(positions, keys, texts, pick(self.arrays, positions), damaged & set(keys), batches)
 
     def _take_in(self, parts: list[dict], missing: dict[str, int]) -> None:
         """Commits parts with the documents `missing`, and gives those that others stored meanwhile their columns."""

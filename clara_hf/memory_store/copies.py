@@ -9,8 +9,6 @@ from uuid import uuid4
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi, snapshot_download
 
-from modeling_clara.configuration_clara import is_hub_id
-
 from .table.layout import FOLDERS, SIDE_FOLDER, CorruptMemoryError, is_blank
 from .table.remote import Remote
 from .table.table import MemoryTable
@@ -169,6 +167,9 @@ def push_store(store, repo_id: str, private, revision, license, token) -> str:
 
 def card_of(store, repo_id: str, license: str | None, before: str | None = None) -> str:
     """A data set card that tells what the store holds, and how it is opened; of a card `before`, that part anew."""
+    # Here, since it brings PEFT: seconds for each process that only reads.
+    from modeling_clara.configuration_clara import is_hub_id
+
     maker, stats = store.maker, store.stats()
     facts = {
         "documents": f"{len(store):,}",

@@ -1,13 +1,13 @@
 """The processes that fill a memory store together: those of a torch.distributed job, or this one alone."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
-from uuid import uuid4
 
 import torch.distributed as dist
+
+from .table.journal import Parts
 
 
 Value = TypeVar("Value")
@@ -72,21 +72,15 @@ class Processes:
         if other is not None:
             raise ValueError(f"processes 0 and {other} were given different {what}: give every process the same")
 
-    def check_shared(self, folder: Path) -> None:
-        """Raises `ValueError` in all processes unless all of them see the first one's files in `folder`."""
+    def check_shared(self, parts: Parts) -> None:
+        """Raises `ValueError` in all processes unless all of them see what the first one writes there."""
         if self._group is None:
             return
-        name = f"{uuid4().hex}.token"
-        # Sent along, so that no process looks before the first one has written.
-        folder.mkdir(exist_ok=True)
-        if self.is_first:
-            (folder / name).touch()
-        name = self.from_first(lambda: name)
-        seen = self.gather((folder / name).exists())
-        if self.is_first:
-            (folder / name).unlink()
+        with parts.token() if self.is_first else nullcontext() as name:
+            # Sent along, so that no process looks before the first one has written.
+            seen = self.gather(parts.sees(self.from_first(lambda: name)))
         if not all(seen):
             raise ValueError(
-                f"process {seen.index(False)} does not see what process 0 writes to {folder.parent}: choose a path for "
+                f"process {seen.index(False)} does not see what process 0 writes to {parts.path}: choose a path for "
                 "the memory store on a file system that all machines of the job share"
             )

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from .encoding import FORMS
 from .store import MemoryStore
 
 
-# So many documents are read, and added, at a time.
 CHUNK = 50_000
 
 
@@ -41,6 +41,13 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--form", default="auto", choices=("auto", *FORMS), help="In which memories are stored.")
     build.add_argument("--batch_size", type=int, default=64, help="Documents per forward pass.")
     build.add_argument("--limit", type=int, help="Only the first so many documents.")
+    build.add_argument(
+        "--chunk_size", type=int, default=CHUNK, help=f"Documents taken in at a time (default: {CHUNK})."
+    )
+    build.add_argument(
+        "--engine", default="local", choices=("local", "ray"), help="Who compresses: this process, or a Ray cluster."
+    )
+    build.add_argument("--actors", type=int, help="With ray: how many; one for each GPU, or each CPU, by default.")
     fit = command("fit", "Fit search, and a fitted form, to what is stored.")
     fit.add_argument(
         "--form", default="auto", choices=("auto", *FORMS), help="Store memories in this form from then on."
@@ -67,7 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         UsageError, ValueError, OSError: one sentence each for the user.
     """
     options = parser().parse_args(arguments)
-    model = _load(options.model, options.device) if "model" in options and options.model else None
+    on_ray = options.command == "build" and options.engine == "ray"
+    # With Ray, this process has the model to tell whose store it is, and its tokenizer to check documents.
+    device = "cpu" if on_ray else options.device if "device" in options else None
+    model = _load(options.model, device) if "model" in options and options.model else None
     place, _ = locate(options.store)
     if options.command != "build" and isinstance(place, Path) and not place.is_dir():
         raise UsageError(f"there is no memory store at {options.store}: build it with `clara store build`.")
@@ -84,15 +94,28 @@ def _load(name: str, device: str | None):
 
 
 def _build(store: MemoryStore, options: argparse.Namespace) -> None:
+    for name in ("batch_size", "chunk_size", "actors"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: it must be at least 1.")
+    actors = None
+    if options.engine == "ray":
+        try:
+            from .actors import RayActors
+        except ImportError as error:
+            raise UsageError(f"--engine ray: {error}.") from error
+        actors = RayActors(partial(_load, options.model, options.device), options.actors)
+    elif options.actors is not None:
+        raise UsageError(f"--actors {options.actors}: only --engine ray has actors.")
     count = 0
     rows = _documents(options)
-    while part := list(islice(rows, CHUNK)):
+    while part := list(islice(rows, options.chunk_size)):
         columns = {name: [row.get(name) for row in part] for name in options.columns}
         for name, values in columns.items():
             if all(value is None for value in values):
                 raise UsageError(f"--columns {name}: no document from {count} on has it; they have {sorted(part[0])}.")
         try:
-            store.add([row[options.text] for row in part], columns, options.batch_size)
+            store.add([row[options.text] for row in part], columns, options.batch_size, actors=actors)
         except ValueError as error:
             raise UsageError(f"--documents {options.documents}, from document {count} on: {error}") from error
         count += len(part)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from .table.layout import TORCH_TYPES, CorruptMemoryError, code_column, is_blank
 from .table.table import MemoryTable
 from .upkeep import Report, fit_store, verify_store
 
+
+if TYPE_CHECKING:
+    from .actors import RayActors
 
 # So many files make every read slow: an addition that leaves more joins them.
 MOST_PIECES = 64
@@ -130,6 +134,7 @@ class MemoryStore(StoreReader):
         show_progress: bool = True,
         verify: str = "changed",
         distributed: bool = False,
+        actors: "RayActors | None" = None,
     ) -> list[str]:
         """Stores `documents`; compresses those that are not stored yet, each distinct text once, longest first.
 
@@ -155,6 +160,8 @@ class MemoryStore(StoreReader):
             distributed: whether all processes of the running torch.distributed job call this together, with the same
                 arguments: each compresses its share, and all return when everything is stored. The path must be on a
                 file system that they share. Without such a job it means nothing.
+            actors: those of a Ray cluster ([`RayActors`]), which compress in the place of this process. The path must
+                be on a file system that they share.
 
         Returns:
             The documents' keys, in their order.
@@ -170,14 +177,16 @@ class MemoryStore(StoreReader):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if verify not in ("changed", "all"):
             raise ValueError(f"verify is {verify!r}; it must be 'changed' or 'all'")
+        if distributed and actors is not None:
+            raise ValueError("distributed=True and actors are two ways to compress together: choose one")
         documents = checked(documents)
         check_columns(columns, len(documents))
         with Processes.of(distributed) as processes:
-            addition = Addition(self, documents, columns, batch_size, processes)
+            addition = Addition(self, documents, columns, batch_size, processes, actors)
             if processes.from_first(lambda: verify == "changed" and addition.is_done()):
                 return addition.keys
             processes.from_first(lambda: self._check_writable(f"to add {len(addition.missing())} documents"))
-            processes.check_shared(self._table.parts.folder)
+            processes.check_shared(self._table.parts)
             try:
                 addition.run(verify, show_progress)
             except BaseException:

@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 FOLDER = "_parts"
 LOCK_FILE = "lock"
 PART_ENDING = ".part.json"
+TOKEN_ENDING = ".token"
 
 
 class Parts:
@@ -88,7 +89,8 @@ class Parts:
     def lock(self, exclusive: bool, wait: bool = True) -> Iterator[bool]:
         """Holds the store's lock: shared, while parts are written, or exclusive, while the table changes.
 
-        A killed process loses it. Yields whether it was got, which is not sure only without `wait`.
+        A killed process loses it, and with it what `token` wrote. Yields whether it was got, which is not sure only
+        without `wait`.
         """
         self.folder.mkdir(exist_ok=True)
         with open(self.folder / LOCK_FILE, "ab") as file:
@@ -101,7 +103,21 @@ class Parts:
                 if wait:
                     logger.warning(f"another process writes to the memory store at {self.path}: waiting for it")
                     fcntl.flock(file, kind)
+            if got and exclusive:
+                self.discard(file.name for file in self.folder.glob(f"*{TOKEN_ENDING}"))
             yield got
+
+    @contextmanager
+    def token(self) -> Iterator[str]:
+        """The name of a file that is in `folder` meanwhile: other machines that see it share the folder."""
+        with self.lock(exclusive=False):
+            name = f"{uuid4().hex}{TOKEN_ENDING}"
+            (self.folder / name).touch()
+            yield name
+            self.discard([name])
+
+    def sees(self, token: str) -> bool:
+        return (self.folder / token).exists()
 
 
 def _is_part(part, name: str) -> bool:
