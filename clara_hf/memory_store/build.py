@@ -54,8 +54,9 @@ def check_space(table: MemoryTable, documents: Sequence[str], positions: Collect
     Raises:
         OSError: the disk has less.
     """
-    needed, free = bytes_needed(table, documents, positions), shutil.disk_usage(table.path).free
-    if needed > free:
+    needed = bytes_needed(table, documents, positions)
+    free = None if table.remote is not None else shutil.disk_usage(table.path).free
+    if free is not None and needed > free:
         raise OSError(
             errno.ENOSPC,
             f"{len(positions)} documents need {size_text(needed)} in {table.path}, and the disk has "
@@ -63,7 +64,8 @@ def check_space(table: MemoryTable, documents: Sequence[str], positions: Collect
         )
     if positions:
         tell = logger.warning if needed >= TOLD_BYTES else logger.info
-        tell(f"{len(positions)} documents to compress: {size_text(needed)} in {table.path}, of {size_text(free)} free")
+        room = "" if free is None else f", of {size_text(free)} free"
+        tell(f"{len(positions)} documents to compress: {size_text(needed)} in {table.path}{room}")
 
 
 def check_encodable(model, documents: Sequence[str], positions: Collection[int]) -> None:
@@ -93,7 +95,7 @@ def report_cut(table: MemoryTable, cut: int, total: int) -> None:
 def fill(
     batches: list[list[int]],
     compress: Callable[[list[int]], tuple[np.ndarray, ...]],
-    write: Callable[[list[int], list[np.ndarray]], dict],
+    write: Callable[[list[int], list[np.ndarray]], list[dict]],
     part_bytes: int,
     part_seconds: float,
     description: str | None,
@@ -103,7 +105,7 @@ def fill(
     Args:
         batches: positions of documents.
         compress: gives what is stored of a batch: memories, and sketches where there are some.
-        write: writes a part of whole batches and returns its record.
+        write: writes a part of whole batches and returns its records.
         part_bytes, part_seconds: a part is written at this size, or after this time.
         description: of the progress bar; None for no bar.
 
@@ -117,7 +119,7 @@ def fill(
         rows, made = [position for batch, _ in waiting for position in batch], [part for _, part in waiting]
         waiting.clear()  # first: rows that cannot be written must not be tried again on the way out
         if rows:
-            parts.append(write(rows, [np.concatenate(part) for part in zip(*made, strict=True)]))
+            parts.extend(write(rows, [np.concatenate(part) for part in zip(*made, strict=True)]))
 
     since = time.monotonic()
     total = sum(len(batch) for batch in batches)
@@ -213,7 +215,7 @@ def write_portion(store, portion: Portion, description: str | None) -> tuple[lis
     def some(values: list, rows: list[int]) -> list:
         return [values[row] for row in rows]
 
-    def write(rows: list[int], made: list[np.ndarray]) -> dict:
+    def write(rows: list[int], made: list[np.ndarray]) -> list[dict]:
         keys = some(portion.keys, rows)
         replaced = [key for key in keys if key in portion.replaced]
         return table.write_part(keys, some(portion.texts, rows), made, pick(portion.columns, rows), replaced)
@@ -347,5 +349,7 @@ class Addition:
         with table.parts.lock(exclusive=True):
             table.refresh()
             others = [key for key, offset in zip(missing, table.find(list(missing)), strict=True) if offset >= 0]
+            if table.remote is not None:
+                others = []  # these are the parts, and nobody else writes meanwhile
             table.commit(parts)
             table.set_columns(others, pick(self.arrays, [missing[key] for key in others]))

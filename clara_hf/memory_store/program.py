@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, told: str, needs_model: bool | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=told, description=told)
-        added.add_argument("store", help="Folder of the store; to read, also s3://... or hf://datasets/...")
+        added.add_argument("store", help="Folder or s3://... of the store; to read, also hf://datasets/...")
         if needs_model is not None:
             added.add_argument("--model", required=needs_model, help="CLaRa checkpoint: folder or Hub id.")
             added.add_argument("--device", help="Such as cuda:0; the accelerator if there is one, by default.")
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--exact", action="store_true", help="Score every stored memory.")
     search.add_argument("--hybrid", action="store_true", help="Let BM25 over the texts count too (fit --texts first).")
     command("compact", "Join small files and remove old versions.")
+    command("unlock", "Let others write to a store in object storage whose writer was killed.")
     command("stats", "Print counts and sizes as JSON.")
     verify = command("verify", "Read everything and compare it with what was written.", False)
     verify.add_argument("--repair", action="store_true", help="Make anew what is damaged; memories need --model.")
@@ -154,6 +155,10 @@ def _compact(store: MemoryStore, options: argparse.Namespace) -> None:
     _stats(store, options)
 
 
+def _unlock(store: MemoryStore, options: argparse.Namespace) -> None:
+    store.unlock()
+
+
 def _stats(store: MemoryStore, options: argparse.Namespace) -> None:
     print(json.dumps(store.stats(), indent=2))
 
@@ -171,6 +176,7 @@ COMMANDS = {
     "fit": _fit,
     "search": _search,
     "compact": _compact,
+    "unlock": _unlock,
     "stats": _stats,
     "verify": _verify,
 }

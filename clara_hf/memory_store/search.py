@@ -251,7 +251,9 @@ class Searcher:
             return
         digest = self._table.sketch_column.removeprefix("sketch_")
         loose = self.loose() if index is not None else self._read_sketches(None)
-        self._index, self._loose = _Index.save(self._table.path / SIDE_FOLDER, digest, index, loose), None
+        made = _Index.save(self._table.folder / SIDE_FOLDER, digest, index, loose)
+        self._table.keep_side_file(made.path.name, replaces="index-*.faiss")
+        self._index, self._loose = made, None
 
     def damaged_indexes(self) -> list[Path]:
         """Index files of the table whose content is not what was written."""
@@ -259,7 +261,7 @@ class Searcher:
 
     def remove_damaged_indexes(self) -> None:
         for path in self.damaged_indexes():
-            path.unlink()
+            self._table.remove_side_file(path.name)
 
 
 class _Loose(NamedTuple):
@@ -306,7 +308,7 @@ class _Index:
 
     @classmethod
     def save(cls, folder: Path, sketch: str, before: "_Index | None", rows: _Loose) -> "_Index":
-        """Writes an index with `rows` beside those of `before`, whose file, as all others, is then removed."""
+        """Writes an index with `rows` beside those of `before`."""
         dims = rows.sketches.shape[1]
         if before is None:
             cells = f"IVF{4 * int(len(rows.keys) ** 0.5)}," if len(rows.keys) >= IVF_ROWS else ""
@@ -325,9 +327,6 @@ class _Index:
         sync(unfinished)
         path = folder / f"index-{sketch}-{_digest(unfinished)}.faiss"
         unfinished.replace(path)
-        for other in folder.glob("index-*.faiss"):
-            if other != path:
-                other.unlink()
         return cls(path, sketch, index)
 
     def offsets(self, ids: np.ndarray, table: Rows) -> np.ndarray:

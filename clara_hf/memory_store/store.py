@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from .processes import Processes
 from .reader import StoreReader, checked
 from .table.columns import check_columns
 from .table.layout import TORCH_TYPES, CorruptMemoryError, code_column, is_blank
+from .table.remote import LOCK, Remote
 from .table.table import MemoryTable
 from .upkeep import Report, fit_store, verify_store
 
@@ -79,8 +81,8 @@ class MemoryStore(StoreReader):
         """Opens the store at `path`, or creates it there when a model is given.
 
         Args:
-            path: a local folder; or, to read it alone, "s3://bucket/folder", or "hf://datasets/user/repository", which
-                is downloaded into the Hub's cache.
+            path: a local folder; "s3://bucket/folder", where one process can write at a time; or, to read it alone,
+                "hf://datasets/user/repository", which is downloaded into the Hub's cache.
             model: the model whose compressor makes the memories; without one, an existing store is opened to read.
             dtype: of the memories, "float16", "bfloat16", "float32", or "auto": an existing store's own; for a new one
                 bfloat16 if the model is in bfloat16, else float16.
@@ -101,7 +103,8 @@ class MemoryStore(StoreReader):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
         path, frozen = locate(path, revision)
         maker = None if model is None else Maker.of(model)
-        if isinstance(path, Path) and not frozen and is_blank(path):
+        blank = not frozen and is_blank(path) if isinstance(path, Path) else maker is not None and Remote(path).is_blank
+        if blank:
             if maker is None:
                 raise FileNotFoundError(
                     f"no memory store at {path}: open it with a model to create it, or mend the path"
@@ -181,7 +184,8 @@ class MemoryStore(StoreReader):
             raise ValueError("distributed=True and actors are two ways to compress together: choose one")
         documents = checked(documents)
         check_columns(columns, len(documents))
-        with Processes.of(distributed) as processes:
+        with Processes.of(distributed) as processes, ExitStack() as held:
+            processes.from_first(lambda: held.enter_context(self._table.writing()))
             addition = Addition(self, documents, columns, batch_size, processes, actors)
             if processes.from_first(lambda: verify == "changed" and addition.is_done()):
                 return addition.keys
@@ -313,10 +317,19 @@ class MemoryStore(StoreReader):
         if form not in ("auto", *FORMS):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
         self._check_writable("to fit")
-        self._table.bring_up()
-        form = self._table.wanted_form if form == "auto" else form
-        self._check_recodable(form)
-        return fit_store(self, form, seed, show_progress)
+        with self._table.writing():
+            self._table.bring_up()
+            form = self._table.wanted_form if form == "auto" else form
+            self._check_recodable(form)
+            return fit_store(self, form, seed, show_progress)
+
+    def unlock(self) -> None:
+        """Takes the lock of a store in object storage away from a process that was killed while it wrote.
+
+        A process that still runs must not lose it. Folders need none of this: their lock ends with its process.
+        """
+        if self._table.remote is not None:
+            self._table.remote.remove(LOCK)
 
     def index_texts(self) -> None:
         """Makes an index of the words of all texts, for `search(..., hybrid=True)`.

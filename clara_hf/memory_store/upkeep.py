@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from .encoding import FITTED, Form, Moments, documents_needed, fit
 from .search import FEWEST_DOCUMENTS, SAMPLE_BYTES, SKETCH_SAMPLE, Sketch
-from .table.journal import write_beside
 from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column
 from .table.rows import Rows
 from .table.snapshot import unpacked
@@ -77,7 +76,7 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
     questions = _held_out(store, rng)
     recodes = form != store.form
     before = searcher.search(questions, 5, True, None)[1] if recodes else None
-    digest = table.write_side_file("sketch", {"basis": sketch.basis})
+    digest = table.write_basis("sketch", {"basis": sketch.basis})
     with table.changing():
         if table.sketch_column != f"sketch_{digest}":
             table.add_sketches(digest, sketch.dims, lambda stored: _sketches(sketch, table.form, stored))
@@ -92,7 +91,7 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
     measured = {"documents": count, "form": store.form, "questions": len(questions), "share_of_exact_top_5": share}
     if recodes:
         measured["share_of_exact_top_5_before_recoding"] = _share(found, before)
-    write_beside(table.path / SIDE_FOLDER / FIT_FILE, json.dumps({"sketch": digest, **measured}).encode())
+    table.write_side_file(FIT_FILE, json.dumps({"sketch": digest, **measured}).encode())
     if share < GOOD_SHARE:
         logger.warning(
             f"search finds {share:.3f} of the exact top 5 in {table.path} (memories with noise as questions; "
@@ -139,7 +138,7 @@ def _fit_form(store, form: str, rng: np.random.Generator, show_progress: bool) -
             memories = store._read(unpacked(keys), places).to(device)
             moments.add(memories.unflatten(1, (maker.num_memory_tokens, maker.hidden_size)))
             bar.update(len(keys))
-    digest = table.write_side_file("fitted", fit(moments, FITTED[form]))
+    digest = table.write_basis("fitted", fit(moments, FITTED[form]))
     store._recode(code_column(form, digest))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, environment_of, hub_server
-from memory_fakes import SpectrumModel
+from memory_fakes import DOCUMENTS, FailingModel, FakeModel, SpectrumModel, expected, raise_
 
 from clara_hf.memory_store import search as search_module
 from clara_hf.memory_store.program import main
@@ -122,7 +122,6 @@ def test_a_store_in_object_storage_is_read_in_place_and_copied_back(filled, buck
     store = MemoryStore.open(address, SpectrumModel())
     assert store.path == address and address in repr(store)
     check_equal(store, filled)
-    check_read_only(store, address)
     assert list(pickle.loads(pickle.dumps(store))) == list(filled)
     with pytest.raises(FileExistsError, match=address):
         filled.copy_to(address)
@@ -131,6 +130,64 @@ def test_a_store_in_object_storage_is_read_in_place_and_copied_back(filled, buck
     check_equal(back, filled)
     back.add(["another"], {"number": [3]}, show_progress=False)
     assert len(back) == 1092
+
+
+def changed(store):
+    """A store that goes through all changes."""
+    store.write_bytes = 200 * 128
+    keys = store.add(TEXTS, {"number": list(range(1100))}, batch_size=64, show_progress=False)
+    store.fit("fitted2", show_progress=False)
+    store.index_texts()
+    store.delete(keys[:9])
+    store.update(keys[9:11], ["one more", TEXTS[10]], {"number": [-1, -2]}, show_progress=False)
+    store.compact()
+    return store
+
+
+def test_a_store_is_built_and_changed_in_object_storage_as_in_a_folder(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "MOST_LOOSE", 1000)
+    local = changed(MemoryStore.open(tmp_path / "store", SpectrumModel(), dtype="float32"))
+    there = changed(MemoryStore.open(f"{bucket}/built", SpectrumModel(), dtype="float32"))
+    for store in (there, MemoryStore.open(f"{bucket}/built", SpectrumModel())):
+        check_equal(store, local)
+    assert there.stats()["files"] == 1 and not Remote(there.path).names("_lock")
+    assert len([name for name in Remote(there.path).names("_search") if "/index-" in name]) == 1
+
+
+def test_an_addition_to_object_storage_that_was_cut_off_is_resumed_by_what_is_missing(bucket):
+    model = FailingModel(DOCUMENTS[17], lambda: raise_(KeyboardInterrupt()))
+    store = MemoryStore.open(f"{bucket}/resumed", model, dtype="float32")
+    store.write_bytes = 1
+    with pytest.raises(KeyboardInterrupt):
+        store.add(DOCUMENTS, batch_size=4, show_progress=False)
+    kept = len(MemoryStore.open(f"{bucket}/resumed"))
+    again = MemoryStore.open(f"{bucket}/resumed", FakeModel())
+    keys = again.add(DOCUMENTS, batch_size=4, show_progress=False)
+    assert 0 < kept == 40 - len(again.model.compressed)
+    assert torch.equal(again.get(keys), expected(DOCUMENTS)) and len(again) == 40
+
+
+def test_in_object_storage_one_process_writes_and_another_is_refused_and_named(bucket):
+    address, refused = f"{bucket}/one", []
+
+    def write_meanwhile():
+        other = MemoryStore.open(address, FakeModel())
+        for change in (other.compact, lambda: other.add(DOCUMENTS[:3], show_progress=False)):
+            with pytest.raises(OSError, match=f"process {os.getpid()} on .*{address}.*unlock"):
+                change()
+        refused.append(len(other))
+
+    store = MemoryStore.open(address, FailingModel(DOCUMENTS[5], write_meanwhile), dtype="float32")
+    keys = store.add(DOCUMENTS, batch_size=4, show_progress=False)
+    assert len(refused) == 1 and torch.equal(store.get(keys), expected(DOCUMENTS))
+    lock = Remote(address).lock()
+    assert lock.__enter__()  # of a process that is killed now
+    with pytest.raises(OSError, match="unlock"):
+        store.delete(keys[:1])
+    assert len(MemoryStore.open(address)) == 40
+    assert main(["unlock", address]) == 0
+    store.delete(keys[:1])
+    assert len(MemoryStore.open(address)) == 39
 
 
 def test_a_copy_to_object_storage_that_was_cut_off_is_no_store_and_is_resumed(filled, bucket, monkeypatch):
@@ -183,7 +240,7 @@ def test_the_command_line_searches_in_object_storage(filled, bucket, capsys):
 HUB_CLIENT = """
 import sys
 from pathlib import Path
-from memory_fakes import SpectrumModel
+from memory_fakes import DOCUMENTS, FailingModel, FakeModel, SpectrumModel, expected, raise_
 from clara_hf.memory_store.store import MemoryStore
 from test_other_places import check_equal, check_read_only
 command, path = sys.argv[1:3]

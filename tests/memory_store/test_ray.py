@@ -11,6 +11,7 @@ import pytest
 import torch
 from memory_fakes import DOCUMENTS, SpectrumModel
 from processes import in_process, killed_at
+from test_other_places import bucket  # noqa: F401, a fixture
 
 from clara_hf.memory_store.program import main
 from clara_hf.memory_store.store import MemoryStore
@@ -47,7 +48,7 @@ class OrderedModel(SpectrumModel):
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(bucket):  # noqa: F811
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -103,6 +104,11 @@ def test_rows_are_those_of_the_local_build(form, actors, tmp_path):
 
 def data_versions(store):
     return store._table.snapshot().dataset.versions()
+
+
+def test_actors_write_to_object_storage(actors, bucket, tmp_path):  # noqa: F811
+    built = add(f"{bucket}/ray", actors=actors)
+    assert len(built) == 40 and rows(built) == rows(add(tmp_path / "local"))
 
 
 def test_a_fitted_store_gets_codes_and_sketches_and_before_its_fit_memories_as_they_are(actors, tmp_path):

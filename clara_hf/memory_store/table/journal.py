@@ -4,6 +4,7 @@ A part is a data file that is finished but not in the table yet. It is announced
 data are safely on disk, so that neither a kill nor a power cut leaves anything that looks finished and is not.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,8 @@ from transformers.utils import logging
 
 from clara_hf.program.paths import is_plain_name
 
+from .remote import Remote
+
 
 logger = logging.get_logger(__name__)
 
@@ -26,10 +29,11 @@ TOKEN_ENDING = ".token"
 
 
 class Parts:
-    """Announced parts of the table at `path`."""
+    """Announced parts of the table at `path`. In object storage, where one process writes at a time, there are none."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, remote: Remote | None = None):
         self.path = path
+        self.remote = remote
         self.folder = path / FOLDER
 
     def announce(self, fragments: list[dict], files: list[str], columns: list[str], replaced: list[str]) -> dict:
@@ -91,7 +95,20 @@ class Parts:
 
         A killed process loses it, and with it what `token` wrote. Yields whether it was got, which is not sure only
         without `wait`.
+
+        Raises:
+            OSError: another process has the lock of a store in object storage, where nobody is waited for.
         """
+        if self.remote is not None:
+            with self.remote.lock() as got:
+                if wait and not got:
+                    raise OSError(
+                        errno.EBUSY,
+                        f"{self.remote.holder()} writes to the memory store at {self.remote.url}, where only one can: "
+                        "try again when it has ended; if it was killed, call unlock() first",
+                    )
+                yield got
+            return
         self.folder.mkdir(exist_ok=True)
         with open(self.folder / LOCK_FILE, "ab") as file:
             kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
@@ -110,6 +127,9 @@ class Parts:
     @contextmanager
     def token(self) -> Iterator[str]:
         """The name of a file that is in `folder` meanwhile: other machines that see it share the folder."""
+        if self.remote is not None:
+            yield ""
+            return
         with self.lock(exclusive=False):
             name = f"{uuid4().hex}{TOKEN_ENDING}"
             (self.folder / name).touch()
@@ -117,7 +137,7 @@ class Parts:
             self.discard([name])
 
     def sees(self, token: str) -> bool:
-        return (self.folder / token).exists()
+        return self.remote is not None or (self.folder / token).exists()
 
 
 def _is_part(part, name: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from ..encoding import FITTED, Fitted, Form, Plain, Rotated, from_file
 from ..keys import KEY_LENGTH, Maker, key_of
 from .columns import checksums, guard_of, is_own
-from .journal import Parts
+from .journal import Parts, write_beside
 from .layout import (
     FORMAT,
     METADATA_KEY,
@@ -38,7 +38,7 @@ from .texts import Texts
 class Rows:
     """Rows of key, text, memory, checksum and the user's columns at `path`, as they are in one Lance version.
 
-    The path is a local folder, or an address in object storage; the latter and tables that are `frozen` are only read.
+    The path is a local folder, or an address in object storage; tables that are `frozen` are only read.
 
     It reads the version that it loaded at its first use, until `forget` or `refresh` is called. It can be pickled: the
     copy opens the dataset for itself. A forked process cannot use it, where Lance's threads are missing, not their
@@ -52,7 +52,7 @@ class Rows:
         self.path = path
         self.remote = Remote(path) if isinstance(path, str) else None
         self.frozen = frozen
-        self.parts = Parts(self.folder)
+        self.parts = Parts(self.folder, self.remote)
         self.texts = Texts(self)
         self.maker = Maker(**metadata["maker"])
         self.dtype = metadata["dtype"]
@@ -72,8 +72,8 @@ class Rows:
         except (Unreadable, RecursionError) as error:
             if isinstance(path, str):
                 raise OSError(
-                    f"no memory store can be read at {path} ({error}): build one in a local folder, and copy it there "
-                    "by copy_to()"
+                    f"no memory store can be read at {path} ({error}): open an address where nothing is with a model "
+                    "to create one, or copy one there by copy_to()"
                 ) from error
             if isinstance(error.__cause__, Link):
                 raise ValueError(
@@ -108,7 +108,7 @@ class Rows:
 
     @property
     def is_writable(self) -> bool:
-        return self.remote is None and not self.frozen and os.access(self.path, os.W_OK)
+        return not self.frozen and (self.remote is not None or os.access(self.path, os.W_OK))
 
     # Versions
 
@@ -231,6 +231,26 @@ class Rows:
                 if fnmatch(name, f"{SIDE_FOLDER}/{pattern}"):
                     self.remote.fetch(name)
         return sorted((self.folder / SIDE_FOLDER).glob(pattern))
+
+    def keep_side_file(self, name: str, replaces: str | None = None) -> None:
+        """Takes a file written beside the table into the store; those of the pattern `replaces` are removed."""
+        if self.remote is not None:
+            self.remote.upload(self.folder / SIDE_FOLDER / name, f"{SIDE_FOLDER}/{name}")
+        for other in self.side_files(replaces) if replaces else ():
+            if other.name != name:
+                self.remove_side_file(other.name)
+
+    def remove_side_file(self, name: str) -> None:
+        (self.folder / SIDE_FOLDER / name).unlink(missing_ok=True)
+        if self.remote is not None:
+            self.remote.remove(f"{SIDE_FOLDER}/{name}")
+
+    def write_side_file(self, name: str, content: bytes) -> None:
+        """Writes a file beside the table."""
+        folder = self.folder / SIDE_FOLDER
+        folder.mkdir(exist_ok=True)
+        write_beside(folder / name, content)
+        self.keep_side_file(name)
 
     def read_side_file(self, name: str, digest: str) -> dict[str, torch.Tensor]:
         try:

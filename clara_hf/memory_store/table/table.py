@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +16,10 @@ from lance.fragment import FragmentMetadata, write_fragments
 from ..encoding import FITTED, to_file
 from ..keys import KEY_LENGTH, Maker
 from .columns import OWN_COLUMNS, checksums, guard_of, to_arrow
-from .journal import write_beside
 from .layout import (
     FILE_BYTES,
     FORMAT,
     READ_ROWS,
-    SIDE_FOLDER,
     CorruptMemoryError,
     checksum,
     code_column,
@@ -41,7 +39,7 @@ class MemoryTable(Rows):
     """
 
     @classmethod
-    def create(cls, path: Path, maker: Maker, dtype: str, form: str) -> None:
+    def create(cls, path: Path | str, maker: Maker, dtype: str, form: str) -> None:
         """Makes an empty table; memories of a fitted form are kept as they are until it is fitted."""
         metadata = {"format": FORMAT, "dtype": dtype, "form": form, "maker": asdict(maker)}
         table = cls(path, metadata)
@@ -50,7 +48,7 @@ class MemoryTable(Rows):
         try:
             lance.write_dataset(schema.empty_table(), str(path), mode="create")
         except OSError:
-            if is_blank(path):
+            if is_blank(path) if isinstance(path, Path) else table.remote.is_blank:
                 raise
             # Another process created it at the same moment.
 
@@ -70,17 +68,21 @@ class MemoryTable(Rows):
                 self.texts.note()
             yield got
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps the lock of a store in object storage through several changes; elsewhere each takes its own."""
+        with self.parts.lock(exclusive=True) if self.remote is not None else nullcontext():
+            yield
+
     def bring_up(self) -> int:
         """Takes in what an interrupted call left, drops what cannot be read; returns the version."""
         with self.changing():
             return self.version
 
-    def write_side_file(self, kind: str, tensors: dict[str, torch.Tensor]) -> str:
+    def write_basis(self, kind: str, tensors: dict[str, torch.Tensor]) -> str:
         """Writes a basis beside the table; returns the hash that names it."""
         digest, content = to_file(tensors)
-        folder = self.path / SIDE_FOLDER
-        folder.mkdir(exist_ok=True)
-        write_beside(folder / f"{kind}-{digest}.safetensors", content)
+        self.write_side_file(f"{kind}-{digest}.safetensors", content)
         return digest
 
     def arrays(self, columns: Mapping[str, Sequence] | None) -> dict[str, pa.Array]:
@@ -108,28 +110,39 @@ class MemoryTable(Rows):
         made: list[np.ndarray],
         arrays: dict[str, pa.Array],
         replaced: list[str],
-    ) -> dict:
+    ) -> list[dict]:
         """Writes rows beside the table; `commit` takes them in, also after a restart, in place of those of `replaced`.
 
         Args:
             made: memories as they are stored, `[n, size]`, and sketches where the table has some.
 
         Returns:
-            The part's record.
+            The part's record; none in object storage, where it is in the table already.
         """
         rows = {"key": self.key_array(keys), "text": pa.array(texts, pa.string())}
         rows |= guarded_lists(keys, dict(zip(self.own_names[2:], made, strict=True)))
         try:
             rows |= self.guarded(keys, arrays)
             fragments = write_fragments(pa.table(rows), self.snapshot().dataset, mode="append")
+            if self.remote is not None:
+                self._take_in_at_once(fragments, replaced)
+                return []
             files = [name for fragment in fragments for name in data_files(fragment)]
             records = [fragment.to_json() for fragment in fragments]
-            return self.parts.announce(records, files, self.own_names, replaced)
+            return [self.parts.announce(records, files, self.own_names, replaced)]
         except OSError as error:
             raise OSError(
                 f"writing to the memory store at {self.path} failed ({error}); what was written before is kept: make "
                 "room on the disk and call add() again"
             ) from error
+
+    def _take_in_at_once(self, fragments: list[FragmentMetadata], replaced: list[str]) -> None:
+        """In object storage, whose lock is held for the whole addition: what is missing after a kill is seen there."""
+        version = self.version
+        self.refresh()
+        self.remove([key for key in replaced if self.find([key])[0] >= 0])
+        lance.LanceDataset.commit(str(self.path), lance.LanceOperation.Append(fragments), read_version=self.version)
+        self.load(version)
 
     def commit(self, written: Sequence[dict] = ()) -> None:
         """Takes all parts that wait into the table, those of `written` among them, in one new version.

@@ -99,6 +99,8 @@ class Texts:
 
     def note(self) -> None:
         """Writes the hashes of files that have none yet, and drops those of files that are gone."""
+        if self._table.remote is not None:
+            return
         indexes = self.indexes()
         known = {file.stem.removeprefix("texts-"): file for file in self._table.side_files("texts-*.json")}
         for index in set(indexes) - set(known):
