@@ -266,6 +266,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         """
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        given = kwargs.get("base_model_name_or_path")
         dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
         dtype = _checked_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
@@ -288,7 +289,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             if is_adapter:
                 own_weights = read_adapter_checkpoint(name, hub)
                 # The place as seen from here, so that the model can be saved somewhere else.
-                config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
+                if not (given and os.path.isdir(given)):
+                    config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
                 own = {option: value for option, value in hub.items() if option not in _OF_CHECKPOINT}
                 own |= {option: kwargs[option] for option in _BASE_OPTIONS if option in kwargs}
                 base = load_base(config.base_model_name_or_path, dtype, **own)

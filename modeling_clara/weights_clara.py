@@ -287,8 +287,11 @@ def load_base(name: str | None, dtype, **options) -> PreTrainedModel:
 
 
 def place_of_base(base: str | None, checkpoint: str) -> str | None:
-    """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together."""
-    if not base or os.path.isdir(base):
+    """`base`, or where it lies as seen from the checkpoint's folder, so that both can be moved together.
+
+    A name that begins with a dot is meant from there, whatever the working directory holds under that name.
+    """
+    if not base or (os.path.isdir(base) and not base.startswith(".")):
         return base
     # Where the checkpoint is reached by a link, its base may lie beside the link, or beside what it leads to.
     beside = os.path.normpath(os.path.join(checkpoint, base)), os.path.realpath(os.path.join(checkpoint, base))

@@ -118,6 +118,11 @@ def test_base_beside_a_link_or_beside_what_it_leads_to_is_found(beside, base, tm
     assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
     monkeypatch.chdir(tmp_path / "work")
     assert torch.equal(CLaRaForRetrievalGeneration.from_pretrained("clara").compress(TEXTS), model.compress(TEXTS))
+    # Another folder of that name, as seen from the working directory, is not the base; named as an argument it is.
+    (tmp_path / "base").mkdir(exist_ok=True)
+    assert torch.equal(CLaRaForRetrievalGeneration.from_pretrained("clara").compress(TEXTS), model.compress(TEXTS))
+    with pytest.raises((OSError, ValueError), match=r"\.\./base"):
+        CLaRaForRetrievalGeneration.from_pretrained("clara", base_model_name_or_path="../base")
 
 
 def test_merged_generator_answers_as_the_adapter_does(checkpoint, tmp_path):
