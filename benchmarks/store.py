@@ -3,13 +3,12 @@
     python benchmarks/store.py --documents 1000000 --form fitted1 --folder FOLDER --out store.json
     python benchmarks/store.py --search FOLDER/store --documents 1000000 --out search.json
     python benchmarks/store.py --reads --documents 6000 --form none --out reads.json
-    python benchmarks/store.py --nano CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
 
-The first three make synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
+They make synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
 normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
 whose variances fall likewise in each slot: the sum of two of 512 drawn noises, with random signs. A question is a
-document's memory with noise in the latent vector. The first adds `FITTED_ON` documents as a user does, and fits; the
-rest it codes from the latent vector and the noises, turned once into code space, which is linear: the same codes
+document's memory with noise in the latent vector. The first adds documents as a user does until it can fit, and fits;
+the rest it codes from the latent vector and the noises, turned once into code space, which is linear: the same codes
 without the 4 ms that turning each document takes at Mistral's width. Searches are measured in a process of their own
 that only opens the store, as the second does. The last compares the stored forms of a trained model on its test
 questions, paired; with `--searches`, exact search, the index, BM25 and both of them over all documents.
@@ -18,14 +17,12 @@ questions, paired; with `--searches`, exact search, the index, BM25 and both of 
 import argparse
 import copy
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +30,6 @@ import numpy as np
 import torch
 from common import _resident
 
-from clara_hf.evaluation.statistics import bootstrap_interval
 from clara_hf.memory_store import MemoryStore
 from clara_hf.memory_store.encoding import FORMS, documents_needed, hadamard
 
@@ -167,8 +163,13 @@ def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
         fitted.write_text(json.dumps(figures))
     row = json.loads(fitted.read_text())
     print(json.dumps(row), flush=True)
-    shortcut, rows, added = Shortcut(store), [], sizes[0]
+    store._table.bring_up()
+    shortcut, rows, added = Shortcut(store), [], len(store)
     for size in sizes:
+        kept = folder / f"growth-{size}.json"
+        if kept.exists():
+            rows.append(json.loads(kept.read_text()))
+            continue
         start = time.perf_counter()
         for first in range(added, size, 100_000):
             shortcut.add([f"document {number}" for number in range(first, min(first + 100_000, size))])
@@ -183,6 +184,7 @@ def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
         out = folder / f"search-{size}.json"
         subprocess.run([*command, *settings, "--out", str(out)], check=True)
         rows.append(row | json.loads(out.read_text()))
+        kept.write_text(json.dumps(rows[-1]))
         print(json.dumps(rows[-1]), flush=True)
         row = {}
     return rows
@@ -249,102 +251,6 @@ def search_costs(args: argparse.Namespace) -> dict:
     }
 
 
-def compare_forms(args: argparse.Namespace, folder: Path) -> dict:
-    """F1 and Recall@5 of a trained model over its whole test corpus, by the form that memories are stored in."""
-    plain, examples, corpus = nano_store(args, folder / "none")
-    scores = {}
-    for form in FORMS:
-        store = plain
-        if form != "none":
-            store = MemoryStore.open(shutil.copytree(folder / "none", folder / form), plain.model)
-            if form.startswith("fitted"):
-                store.fit(form=form, show_progress=False)
-            else:
-                store.recode(form)
-        found = store.search([example.question for example in examples], top_k=5, exact=True)
-        scores[form] = scored(store, examples, found.texts, found.keys) | {"bytes": store.stats()["bytes_per_memory"]}
-        print(form, statistics.mean(scores[form]["f1"]), statistics.mean(scores[form]["recall"]), flush=True)
-    return {"documents": len(corpus), "questions": len(examples), "forms": summary(scores, "none")}
-
-
-def compare_searches(args: argparse.Namespace, folder: Path) -> dict:
-    """F1 and Recall@5 of a trained model over the whole corpus, searched exactly, by the index, and by BM25."""
-    from clara_hf.data.retrievers import BM25Retriever
-
-    store, examples, corpus = nano_store(args, folder / "none")
-    questions = [example.question for example in examples]
-    keys = dict(zip(corpus, store.add(corpus, show_progress=False), strict=True))
-    share = store.fit(show_progress=False)["share_of_exact_top_5"]
-    bm25 = BM25Retriever(corpus)
-    store.index_texts()
-    ways = {
-        "exact": lambda: store.search(questions, top_k=5, exact=True).texts,
-        "indexed": lambda: store.search(questions, top_k=5).texts,
-        "hybrid": lambda: store.search(questions, top_k=5, hybrid=True).texts,
-        "bm25": lambda: [[corpus[row] for row in rows] for rows in bm25.search(questions, 5)],
-    }
-    scores = {}
-    for name, search in ways.items():
-        began = time.process_time()
-        texts = search()
-        milliseconds = 1e3 * (time.process_time() - began) / len(questions)
-        found = scored(store, examples, texts, [[keys[text] for text in some] for some in texts])
-        scores[name] = found | {"cpu_ms": milliseconds}
-    rows = summary(scores, "exact")
-    print(json.dumps(rows, indent=1))
-    return {"documents": len(corpus), "questions": len(examples), "share_of_exact_top_5": share, "searches": rows}
-
-
-def nano_store(args: argparse.Namespace, folder: Path) -> tuple[MemoryStore, list, list[str]]:
-    """A store of the test questions' documents and others, the questions that are asked, and its texts."""
-    from clara_hf.data.schema import iter_examples, load_examples
-    from modeling_clara import CLaRaForRetrievalGeneration
-
-    model = CLaRaForRetrievalGeneration.from_pretrained(args.nano).eval()
-    examples = load_examples(args.data)
-    others = (text for example in iter_examples(args.others) for text in example.docs) if args.others else ()
-    own = dict.fromkeys(text for example in examples for text in example.docs)
-    corpus = list(dict.fromkeys(chain(own, islice(dict.fromkeys(others), args.other_documents))))
-    store = MemoryStore.open(folder, model, dtype="bfloat16")
-    store.add(corpus, show_progress=False)
-    return store, examples[: args.questions], corpus
-
-
-def scored(store: MemoryStore, examples: list, texts: list[list[str]], keys: list[list[str]]) -> dict[str, list[float]]:
-    """Recall and F1 of each question, answered from the memories of `keys`, whose documents are `texts`."""
-    from clara_hf.metrics.answer_f1.answer_f1 import score_answer
-
-    recall, f1 = [], []
-    for start in range(0, len(examples), 32):
-        part = slice(start, start + 32)
-        questions, memories = [example.question for example in examples[part]], store.get(keys[part])
-        answers = store.model.generate(questions, memories=memories, rerank=False, max_new_tokens=32).texts
-        for example, answer, found in zip(examples[part], answers, texts[part], strict=True):
-            gold = {example.docs[place] for place in example.pos_index}
-            recall.append(len(gold & set(found)) / len(gold))
-            f1.append(score_answer(answer, example.answers)["f1"])
-    return {"recall": recall, "f1": f1}
-
-
-def summary(scores: dict, base: str) -> dict:
-    """Means, and paired differences to `base`, in points, with 95% bootstrap intervals."""
-    rows = {}
-    for name, found in scores.items():
-        row = {key: value for key, value in found.items() if key not in ("f1", "recall")}
-        for metric in ("f1", "recall"):
-            values = np.array(
-                [
-                    [100 * one, 100 * (one - other)]
-                    for one, other in zip(found[metric], scores[base][metric], strict=True)
-                ]
-            )
-            (mean, gap), (low, high) = values.mean(axis=0), bootstrap_interval(values, seed=0)
-            row[metric], row[f"{metric}_interval"] = mean, [low[0], high[0]]
-            row[f"{metric}_difference"] = [gap, low[1], high[1]]
-        rows[name] = row
-    return rows
-
-
 def plot_growth(rows: list[dict], path: Path) -> None:
     """Draws what a query, an added document and a stored one cost at each size."""
     from matplotlib.figure import Figure
@@ -378,18 +284,12 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="fitted1")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--reads", action="store_true", help="Measure reads of a store, not its growth.")
-    parser.add_argument("--nano", help="Checkpoint: compare the stored forms on its test questions.")
-    parser.add_argument("--searches", action="store_true", help="With --nano: compare searches, not forms.")
-    parser.add_argument("--data", help="Test questions for --nano.")
-    parser.add_argument("--others", help="Questions whose documents are in the store too, to be fitted to.")
-    parser.add_argument("--other_documents", type=int, default=3000)
     parser.add_argument("--search", metavar="STORE", help="Only search a store that was made before.")
     parser.add_argument("--folder", type=Path, help="Where stores are made, and kept; a temporary folder by default.")
     parser.add_argument("--plot", type=Path, help="PNG of what queries, additions and documents cost at each size.")
     parser.add_argument("--out", required=True, help="JSON file with the figures.")
     args = parser.parse_args()
-    compare = compare_searches if args.searches else compare_forms
-    measure = compare if args.nano else read_costs if args.reads else grow
+    measure = read_costs if args.reads else grow
     if args.search:
         figures = search_costs(args)
     elif args.folder:

@@ -13,6 +13,7 @@ as with decoded memories, so that `turn` and `values` give exact scores of what 
 """
 
 import hashlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,8 @@ FORMS = ("none", *ROTATED, *FITTED)
 # A value takes one of these numbers of bits, so that values do not straddle bytes; or none, and is then its mean.
 WIDTHS = (1, 2, 4, 8)
 SCALE_BYTES = 4  # a float32 before the codes
+PIECE_ROWS = 128  # of a basis
+CELLS, REACH = 128, 8  # for each unit, and so many units on both sides: levels of 8 bits are at least .017 apart
 FEWEST_DOCUMENTS = 1000
 DOCUMENTS_PER_DIMENSION = 4
 
@@ -63,9 +66,23 @@ def packed_size(count: int, bits: int) -> int:
 
 def quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The number of each value's level, uint8, of the shape of `values`, which are about standard normal."""
+    below, edges = _cells(bits, values.dtype, values.device)
+    cell = (values * CELLS).floor_().clamp_(-CELLS * REACH, CELLS * REACH - 1).int().flatten() + CELLS * REACH
+    code = below.index_select(0, cell)
+    return (code + (values.flatten() > edges.index_select(0, code.int()))).to(torch.uint8).view(values.shape)
+
+
+@cache
+def _cells(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many edges between levels lie below each of many narrow cells, uint8, and all edges, with one behind them.
+
+    A cell holds at most one edge, so that one comparison decides: four times as fast as to search among all edges.
+    """
     levels = levels_of(bits)
-    edges = ((levels[1:] + levels[:-1]) / 2).to(values)
-    return torch.bucketize(values.contiguous(), edges).to(torch.uint8)
+    edges = ((levels[1:] + levels[:-1]) / 2).to(dtype)
+    starts = torch.arange(-CELLS * REACH, CELLS * REACH).to(dtype) / CELLS
+    below = torch.bucketize(starts, edges).to(torch.uint8)
+    return below.to(device), torch.cat([edges, edges.new_tensor([torch.inf])]).to(device)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -206,12 +223,18 @@ class Fitted(_Coded):
         return self._tensors
 
     def turn(self, queries: torch.Tensor) -> torch.Tensor:
-        basis = self._on(queries.device)["basis"]
         queries = queries.float().unflatten(1, self._shape)
-        parts = [
-            queries[:, slot] @ rows.float().T for slot, rows in enumerate(basis.split(self._counts)) if rows.shape[0]
-        ]
+        parts = [queries[:, slot] @ rows.T for slot, rows in self._bases(queries.device)]
         return torch.cat(parts, dim=1)[:, self._order]
+
+    def _bases(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """The basis in float32, piece by piece, each with its memory token.
+
+        On a CPU in pieces that stay in its cache: for a single question, the conversion is the work.
+        """
+        for slot, rows in enumerate(self._on(device)["basis"].split(self._counts)):
+            for piece in rows.split(PIECE_ROWS if device.type == "cpu" else max(1, len(rows))):
+                yield slot, piece.float()
 
     def encode(self, memories: torch.Tensor) -> torch.Tensor:
         turned = self.turn(memories)
@@ -239,9 +262,11 @@ class Fitted(_Coded):
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         values = self.values(stored)[:, self._back]
-        basis = self._on(stored.device)["basis"]
-        slots = zip(values.split(self._counts, dim=1), basis.split(self._counts), strict=True)
-        return torch.cat([part @ rows.float() for part, rows in slots], dim=1)
+        memories, start = values.new_zeros(len(values), *self._shape), 0
+        for slot, rows in self._bases(stored.device):
+            memories[:, slot] += values[:, start : start + len(rows)] @ rows
+            start += len(rows)
+        return memories.flatten(1)
 
 
 Form = Plain | Rotated | Fitted

@@ -37,6 +37,7 @@ MOST_LOOSE = 20_000  # rows that are compared one by one, before they go into an
 IVF_ROWS = 3_000_000  # from here on, an index has cells
 TRAINING_ROWS = 200_000
 BLOCK_ROWS = 65_536
+COMPARED_ROWS = 4096  # one by one: as many stay in a processor's cache
 
 
 class Found(NamedTuple):
@@ -274,8 +275,8 @@ class _Loose(NamedTuple):
     def nearest(self, queries: torch.Tensor, count: int) -> tuple[list[torch.Tensor], list[np.ndarray]]:
         """For each query, the `count` highest products and the keys of their rows."""
         best, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(self.keys), BLOCK_ROWS):
-            scores = queries @ self.sketches[start : start + BLOCK_ROWS].float().T
+        for start in range(0, len(self.keys), COMPARED_ROWS):
+            scores = queries @ self.sketches[start : start + COMPARED_ROWS].float().T
             numbers = torch.arange(start, start + scores.shape[1]).expand(len(queries), -1)
             joined, numbers = torch.cat([best, scores], 1), torch.cat([rows, numbers], 1)
             best, order = joined.topk(min(count, joined.shape[1]), dim=1)

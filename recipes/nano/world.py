@@ -9,12 +9,13 @@ of it follows from the seed. The splits share no word of any name; a reference t
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import islice
@@ -411,6 +412,18 @@ def generate(seed: int, progress: Callable[[Iterable, str], Iterable] | None = N
     return rows
 
 
+def _questions(world: World, rng: random.Random) -> Iterator[dict]:
+    for number in itertools.count():
+        yield question_row(world, f"{world.split}-{number}", rng)
+
+
+def more_test_questions(seed: int, count: int) -> list[dict]:
+    """The `count` questions that would follow those of the test file, about the same entities."""
+    rng = random.Random(f"{seed}-test")
+    first = QUESTIONS["test"]
+    return list(islice(_questions(World("test", ENTITIES["test"], rng), rng), first, first + count))
+
+
 def settings(seed: int) -> dict:
     """What the data depends on; two folders with equal settings hold equal files."""
     words = repr((ATTRIBUTES, LINKS, SUBJECTS, INTRODUCTIONS, PRONOUNS, NAME_QUESTIONS, BEGINNINGS, ENDINGS))
@@ -474,9 +487,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the nano world's data files.")
     parser.add_argument("--out", default="runs/nano/data", help="folder for the JSONL files")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more_test", type=int, help="Also write so many more test questions, to test_more.jsonl.")
     arguments = parser.parse_args()
     try:
         wrote = ensure(arguments.out, arguments.seed)
+        if arguments.more_test:
+            rows = more_test_questions(arguments.seed, arguments.more_test)
+            _write(Path(arguments.out) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

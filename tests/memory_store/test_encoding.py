@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from clara_hf.memory_store.encoding import (
+    CELLS,
     FITTED,
+    REACH,
     ROTATED,
     WIDTHS,
     Fitted,
@@ -75,6 +77,20 @@ def slow_rotated(memory, bits):
     chosen = [levels[code] for code in codes]
     scale = sum(a * b for a, b in zip(values, chosen, strict=True)) / sum(value**2 for value in chosen)
     return scale, codes, values, [scale * value for value in chosen]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_value_gets_the_level_that_a_search_among_all_edges_gives(bits, dtype):
+    levels = levels_of(bits)
+    edges = ((levels[1:] + levels[:-1]) / 2).to(dtype)
+    assert (edges * CELLS).floor().unique().numel() == edges.numel()  # at most one in a cell
+    assert edges.abs().max() < REACH
+    around = [edges, *(torch.nextafter(edges, edges.new_tensor(far)) for far in (-torch.inf, torch.inf))]
+    starts = torch.arange(-2 * CELLS * REACH, 2 * CELLS * REACH).to(dtype) / CELLS
+    drawn = 3 * torch.randn(20_000, generator=torch.Generator().manual_seed(bits), dtype=dtype)
+    values = torch.cat([*around, starts, starts - 1e-7, drawn, edges.new_tensor([torch.inf, -torch.inf, 1e30])])
+    assert torch.equal(quantize(values, bits), torch.bucketize(values, edges).to(torch.uint8))
 
 
 @pytest.mark.parametrize("width", [48, 64, 7])
