@@ -167,8 +167,9 @@ def _verify(store: MemoryStore, options: argparse.Namespace) -> int:
     report = store.verify(options.repair)
     json.dump(dataclasses.asdict(report), sys.stdout, indent=2, ensure_ascii=False)
     print()
-    left = report.unrepaired or report.files or report.lost if options.repair else not report.is_sound
-    return 1 if left else 0
+    if options.repair and not report.is_sound:
+        return 1 if report.unrepaired or report.lost or not store.verify().is_sound else 0
+    return 0 if report.is_sound else 1
 
 
 COMMANDS = {

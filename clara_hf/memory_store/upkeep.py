@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .build import compress_batch
 from .encoding import FITTED, Form, Moments, documents_needed, fit
 from .search import FEWEST_DOCUMENTS, SAMPLE_BYTES, SKETCH_SAMPLE, Sketch
-from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column
+from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column, form_in
 from .table.rows import Rows
 from .table.snapshot import unpacked
 
@@ -28,6 +29,7 @@ HELD_OUT = 200
 # Of a held-out question, in the length of the memory that it is made from.
 NOISE = 0.7
 MOMENT_SAMPLE = 50_000
+BATCH_SIZE = 64
 
 
 @dataclass
@@ -150,7 +152,12 @@ def verify_store(store, repair: bool, show_progress: bool) -> Report:
         report.lost += piece.stop - piece.start
         report.files |= dict.fromkeys(filter(None, piece.files), "its rows cannot be read: add their documents again")
     _check_side_files(store, report)
-    if not any(name.startswith("fitted-") for name in report.files):
+    is_decodable = not any(Path(name).name.startswith("fitted-") for name in report.files)
+    if not is_decodable and repair and store.model is not None:
+        store._check_writable("to repair")
+        _compress_all_anew(store, report, show_progress)
+        is_decodable = True
+    if is_decodable:
         with tqdm(total=len(table), desc="Reading", unit="doc", disable=not show_progress, delay=2) as bar:
             for keys, offsets in table.blocks():
                 report.damaged |= table.damage(unpacked(keys), offsets)
@@ -207,6 +214,26 @@ def _repair(store, report: Report) -> None:
                 report.repaired.append(key)
     with table.changing():
         store._searcher.bring_index_up()
+
+
+def _compress_all_anew(store, report: Report, show_progress: bool) -> None:
+    """Without the bases of a fitted form, no code can be read: all memories are made from their texts, and fitted."""
+    table = store._table
+    form, keys = form_in(table.memory_column)[0], list(store)
+    plain = table.form_of("memory")
+
+    def encode(keys: list[str], offsets: np.ndarray) -> np.ndarray:
+        texts = table.columns(keys, offsets, ["text"])["text"]
+        made = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            made.append(plain.encode(compress_batch(store.model, table, texts[part], offsets[part])[0]).cpu())
+        return torch.cat(made).numpy()
+
+    with table.changing():
+        table.recode("memory", encode)
+    fit_store(store, form, 0, show_progress)
+    report.repaired += keys
 
 
 def _intact_values(store, keys: list[str], damaged: dict[str, list[str]]) -> tuple[list[str], dict[str, list]]:

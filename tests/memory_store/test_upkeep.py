@@ -193,6 +193,24 @@ def test_damage_of_every_kind_is_found_named_and_repaired_where_the_text_is_ther
     assert store.columns([keys[3], keys[4]], ["number"])["number"] == [3, 4]
 
 
+def test_damaged_bases_are_told_and_all_memories_are_made_anew(copied):
+    copied.fit("fitted2", show_progress=False)
+    before, calls = copied.get(list(copied)), len(copied.model.batches)
+    (file,) = (copied.path / "_search").glob("fitted-*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    store = MemoryStore.open(copied.path)
+    assert list(store.verify(repair=True, show_progress=False).files) == [f"_search/{file.name}"]
+    with pytest.raises(CorruptMemoryError, match=file.name):
+        store.get(list(store)[:1])
+    report = MemoryStore.open(copied.path, copied.model).verify(repair=True, show_progress=False)
+    assert report.repaired == list(store) and not report.unrepaired and len(copied.model.batches) > calls
+    mended = MemoryStore.open(copied.path, copied.model)
+    assert mended.form == "fitted2" and mended.verify(show_progress=False).is_sound
+    assert torch.equal(mended.get(list(mended)), before)
+    assert mended.columns(mended.keys(TEXTS[:2]), ["number"]) == {"number": [0, 1]}
+
+
 def test_a_damaged_manifest_is_one_sentence(copied):
     for manifest in (copied.path / "_versions").glob("*.manifest"):
         manifest.write_bytes(manifest.read_bytes()[:40])
