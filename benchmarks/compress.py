@@ -10,7 +10,8 @@ one's cost can be told; its code is not used. Documents have natural lengths, 30
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -19,7 +20,7 @@ import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 
 from clara_hf.program import parse, run_program
-from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, modeling_clara
+from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, functional_clara, modeling_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
 from modeling_clara.processing_clara import ENCODER_MARKERS
@@ -34,40 +35,57 @@ class CompressArguments(BenchmarkArguments):
     compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
 
 
-def compress_padded(
-    model: CLaRaForRetrievalGeneration, documents: list[str], batch_size: int, head: bool, all_layers: bool
-) -> torch.Tensor:
-    """Memories `[N, l, H]` in batches of the given order, all padded to the budget.
+def read_padded(
+    model: CLaRaForRetrievalGeneration, rows: list[list[int]], head: bool, all_layers: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states `[N, L, H]` of encoded documents, all padded to the budget, and their attention mask.
 
     Args:
         head: whether logits of all positions are computed.
         all_layers: whether the hidden states of all layers are kept.
     """
+    count, width = model.config.num_memory_tokens, model.config.doc_max_length + ENCODER_MARKERS
+    batch = model.processor.pad_encodings(rows, width=width).to(model.device)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    own = model.memory_embeddings(torch.arange(count, device=ids.device).expand(len(ids), -1))
+    embeddings = torch.cat([model.get_input_embeddings()(ids[:, :-count]), own], dim=1)
+    options = {"attention_mask": mask, "position_ids": position_ids(mask), "use_cache": False}
+    with values(UNFUSED), use_adapter(model.decoder, COMPRESSOR):
+        decoder = model.decoder if head else model.decoder.base_model
+        output = decoder(inputs_embeds=embeddings, output_hidden_states=all_layers, **options)
+    return output.hidden_states[-1] if all_layers else output.last_hidden_state, mask
+
+
+@torch.no_grad()
+def compress_padded(
+    model: CLaRaForRetrievalGeneration, documents: list[str], batch_size: int, head: bool, all_layers: bool
+) -> torch.Tensor:
+    """Memories `[N, l, H]` in batches of the given order, by [`read_padded`]."""
     rows, count = model.processor.encode_documents(documents), model.config.num_memory_tokens
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        width = model.config.doc_max_length + ENCODER_MARKERS
-        batch = model.processor.pad_encodings(rows[start : start + batch_size], width=width).to(model.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        own = model.memory_embeddings(torch.arange(count, device=ids.device).expand(len(ids), -1))
-        embeddings = torch.cat([model.get_input_embeddings()(ids[:, :-count]), own], dim=1)
-        options = {"attention_mask": mask, "position_ids": position_ids(mask), "use_cache": False}
-        with torch.no_grad(), use_adapter(model.decoder, COMPRESSOR):
-            decoder = model.decoder if head else model.decoder.base_model
-            output = decoder(inputs_embeds=embeddings, output_hidden_states=all_layers, **options)
-        hidden = output.hidden_states[-1] if all_layers else output.last_hidden_state
-        parts.append(hidden[:, -count:])
-    return torch.cat(parts)
+    starts = range(0, len(rows), batch_size)
+    parts = [read_padded(model, rows[start : start + batch_size], head, all_layers)[0] for start in starts]
+    return torch.cat([hidden[:, -count:] for hidden in parts])
 
 
-def compress_without(run: Callable[[], torch.Tensor], module: ModuleType, name: str, value: object) -> torch.Tensor:
-    """`run` with something of a module of the model's code set otherwise."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
+@contextmanager
+def values(*changes: tuple[ModuleType, str, object]) -> Iterator[None]:
+    """Parts of the model's code set otherwise: modules, names and values."""
+    with ExitStack() as stack:
+        for module, name, value in changes:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+UNPACKED = (modeling_clara, "can_pack", lambda *_, **__: False)
+UNFUSED = (adapters_clara, "can_fuse", lambda *_: False)
+UNMERGED = (adapters_clara, "MERGE_FROM", math.inf)
+WHOLE_LAST_LAYER = (functional_clara, "READS_UP_TO", 0)
+
+
+def changed(run: Callable, *changes: tuple[ModuleType, str, object]):
+    with values(*changes):
         return run()
-    finally:
-        setattr(module, name, before)
 
 
 def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -> dict[str, Callable[[], torch.Tensor]]:
@@ -76,8 +94,9 @@ def make_variants(model: CLaRaForRetrievalGeneration, args: CompressArguments) -
     compress = partial(model.compress, documents, batch_size=args.batch_size)
     return {
         "compress": compress,
-        "adapter applied to every token": partial(compress_without, compress, adapters_clara, "MERGE_FROM", math.inf),
-        "padded to the longest": partial(compress_without, compress, modeling_clara, "can_pack", lambda *_: False),
+        "last layer whole": partial(changed, compress, WHOLE_LAST_LAYER),
+        "adapter applied to every token": partial(changed, compress, UNMERGED),
+        "padded to the longest": partial(changed, compress, UNPACKED),
         "padded to the budget": lambda: padded(head=False, all_layers=False),
         "padded, head, all layers": lambda: padded(head=True, all_layers=True),
     }

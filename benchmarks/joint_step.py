@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from common import BenchmarkArguments, against, build_model, natural_documents, run_benchmark, sentence
-from compress import compress_padded
+from compress import UNFUSED, UNPACKED, changed, compress_padded
 from datasets import Dataset, disable_progress_bars
 
 from clara_hf.program import parse, run_program
@@ -92,7 +92,8 @@ def make_variants(args: StepArguments, folder: str) -> dict[str, Callable[[], No
         variants[f"{kind}, all logits"] = partial(step, trainer, all_logits=True)
     # Collated as the cached step is, whose memories of the same candidates in the same order it then replaces.
     documents = [text for docs in rows["docs"] for text in docs]
-    variants["as released"] = partial(step, variants["cached"].args[0], all_logits=True, released=documents)
+    released = partial(step, variants["cached"].args[0], all_logits=True, released=documents)
+    variants["as released"] = partial(changed, released, UNPACKED, UNFUSED)
     return variants
 
 

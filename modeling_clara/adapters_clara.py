@@ -6,7 +6,7 @@ adapters. Here the adapter of a forward pass is chosen inside a context manager 
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -16,9 +16,10 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from .functional_clara import use_attention
+from .functional_clara import last_layer, use_attention, use_forward
 from .sharded_clara import gathered
 
 
@@ -122,10 +123,108 @@ def use_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
     for layer in layers:
         layer._active_adapter = [name]
     try:
-        yield
+        with _forwards({layer: _forward_fused for layer in layers if can_fuse(layer, name)}, name):
+            yield
     finally:
         for layer, previous in zip(layers, before, strict=True):
             layer._active_adapter = previous
+
+
+@contextmanager
+def _forwards(functions: dict[LoraLayer, Callable], name: str) -> Iterator[None]:
+    """Let layers compute by `function(layer, name, x)` for the block."""
+    with ExitStack() as stack:
+        for layer, function in functions.items():
+            stack.enter_context(use_forward(layer, partial(function, layer, name)))
+        yield
+
+
+def can_fuse(layer: nn.Module, name: str) -> bool:
+    """Whether a layer's output under adapter `name` can be computed as [`LoraProduct`]: one LoRA update of usual kind
+    over a linear layer, on a CPU, all of it whole and in one precision, outside autocast."""
+    if type(layer) is not LoraLinear or name not in layer.lora_A or layer.merged or layer.disable_adapters:
+        return False
+    base, a, b, dropout = (layer.get_base_layer(), *(part[name] for part in _parts(layer)))
+    usual = type(base) is type(a) is type(b) is nn.Linear and b.bias is None and name not in layer.lora_variant
+    if not usual or type(dropout) not in (nn.Dropout, nn.Identity) or torch.is_autocast_enabled("cpu"):
+        return False
+    weights = [base.weight, a.weight, b.weight]
+    # accelerate brings offloaded weights in by a forward of its own; ZeRO-3 gathers sharded ones in hooks.
+    brought = any("forward" in part.__dict__ for part in (base, a, b)) or not _is_ours(layer.__dict__.get("forward"))
+    brought = brought or is_deepspeed_zero3_enabled()
+    whole = all(type(weight.data) is torch.Tensor and weight.numel() for weight in weights)
+    kinds = {(weight.device.type, weight.dtype) for weight in weights}
+    return whole and not brought and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
+
+def _parts(layer: LoraLayer) -> tuple[nn.ModuleDict, nn.ModuleDict, nn.ModuleDict]:
+    return layer.lora_A, layer.lora_B, layer.lora_dropout
+
+
+def _is_ours(forward: Callable | None) -> bool:
+    return forward is None or getattr(forward, "func", None) in (_forward_fused, _forward_merged)
+
+
+def _forward_fused(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor:
+    base, a, b, dropout = (layer.get_base_layer(), *(part[name] for part in _parts(layer)))
+    kept, scale = None, 1.0
+    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        kept, scale = dropout_mask(x.shape, dropout.p)
+    return LoraProduct.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[name] * scale, kept)
+
+
+def dropout_mask(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
+    """Which values dropout keeps, bool, and what those are multiplied by, so that their mean stays.
+
+    `p` is rounded to 16 bits: four values share a draw of the CPU's generator, which is most of dropout's cost there.
+    """
+    count, cut = shape.numel(), round(p * 2**16)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[:count].view(shape) >= cut - 2**15
+    return kept, 2**16 / max(2**16 - cut, 1)
+
+
+class LoraProduct(torch.autograd.Function):
+    """`x W^T + bias + scale (kept x) A^T B^T` without the sums, products and copies between.
+
+    What PEFT's layer computes, in its place where nothing but a LoRA update is active. In and out of backward go the
+    gradients of `x`, `A` and `B` (where they are wanted); the base is frozen. For it only `x` is held, one byte per
+    value where there is dropout, and the product with `A`.
+
+    Shapes: `x` and `kept` `[..., in]`, W `[out, in]`, A `[r, in]`, B `[out, r]`; one dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, kept):
+        low = (x if kept is None else x * kept) @ a.T
+        output = nn.functional.linear(x, weight, bias)
+        output.view(-1, len(b)).addmm_(low.view(-1, len(a)), b.T, alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, low, kept)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, weight, a, b, low, kept = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:5]
+        gradient = gradient.reshape(-1, len(b))
+        of_low = (gradient @ b).mul_(ctx.scale)
+        of_x = of_a = of_b = None
+        if wants_x:
+            of_x = gradient @ weight
+            if kept is None:
+                of_x.addmm_(of_low, a)
+            else:
+                of_x.addcmul_(of_low @ a, kept.view(of_x.shape).to(of_x.dtype))
+            of_x = of_x.view(x.shape)
+        if wants_a:
+            of_a = of_low.T @ (x if kept is None else x * kept).reshape(-1, x.shape[-1])
+        if wants_b:
+            of_b = (gradient.T @ low.view(-1, len(a))).mul_(ctx.scale)
+        of_weight = gradient.T @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        of_bias = gradient.sum(dim=0) if wants_bias else None
+        return of_x, of_weight, of_bias, of_a, of_b, None, None
 
 
 @contextmanager
@@ -141,15 +240,10 @@ def merged_adapter(decoder: nn.Module, name: str, tokens: int) -> Iterator[None]
     Args:
         tokens: of the block's largest forward pass; where they are few, looking at the layers would cost more.
     """
-    merged = [layer for layer in lora_layers(decoder) if _can_merge(layer, name)] if tokens >= MERGE_FROM else []
-    for layer in merged:
-        layer.forward = partial(_forward_merged, layer, name)
-    try:
-        with use_adapter(decoder, name):
+    with use_adapter(decoder, name):
+        merged = [layer for layer in lora_layers(decoder) if _can_merge(layer, name)] if tokens >= MERGE_FROM else []
+        with _forwards({layer: _forward_merged for layer in merged}, name):
             yield
-    finally:
-        for layer in merged:
-            del layer.forward
 
 
 def _can_merge(layer: LoraLayer, name: str) -> bool:
@@ -157,14 +251,15 @@ def _can_merge(layer: LoraLayer, name: str) -> bool:
     if type(base) is not nn.Linear or type(layer) is not LoraLinear or name not in layer.lora_A:
         return False
     weights = (base.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
-    hooked = "forward" in layer.__dict__ or "forward" in base.__dict__  # accelerate brings offloaded weights in there
+    # accelerate brings offloaded weights in by a forward of its own
+    hooked = not _is_ours(layer.__dict__.get("forward")) or "forward" in base.__dict__
     plain = all(type(weight.data) is torch.Tensor and not weight.is_meta and weight.numel() for weight in weights)
     return plain and not hooked and all(weight.dtype == torch.float32 for weight in weights)
 
 
 def _forward_merged(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor:
     if x.numel() < MERGE_FROM * x.shape[-1]:
-        return type(layer).forward(layer, x)
+        return _forward_fused(layer, name, x) if can_fuse(layer, name) else type(layer).forward(layer, x)
     base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
     with torch.autocast(x.device.type, enabled=False):
         weight = torch.addmm(base.weight, b, a, alpha=layer.scaling[name])
@@ -172,7 +267,8 @@ def _forward_merged(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tenso
 
 
 def checkpoint_under_adapter(decoder: nn.Module, checkpoint: Callable) -> Callable:
-    """Make an activation-checkpointing function recompute under the adapter and attention of its forward pass.
+    """Make an activation-checkpointing function recompute under the adapter and attention of its forward pass, and the
+    last layer in the places of then.
 
     Recomputation happens in backward, when others may be chosen; without this the gradients are silently wrong.
     """
@@ -180,9 +276,12 @@ def checkpoint_under_adapter(decoder: nn.Module, checkpoint: Callable) -> Callab
     def checkpoint_function(function: Callable, *args, **kwargs):
         layer = next(lora_layers(decoder))
         (name,), attention = layer._active_adapter, decoder.config._attn_implementation
+        last = last_layer(decoder)
+        forward = None if last is None else last.__dict__.get("forward")
 
         def run(*inputs, **options):
-            with use_adapter(decoder, name), use_attention(decoder, attention):
+            reading = nullcontext() if last is None else use_forward(last, forward)
+            with use_adapter(decoder, name), use_attention(decoder, attention), reading:
                 return function(*inputs, **options)
 
         return checkpoint(run, *args, **kwargs)

@@ -1,20 +1,22 @@
 """Functions of tensors: banks of memories, scores, positions, texts without padding, the answer's cross entropy."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import ModelOutput
 
 from .processing_clara import IGNORE_INDEX, index_matrix
 
 
 # Name of the attention of texts that stand one after the other in one row.
 PACKED = "clara_packed"
+# Share of a row's positions up to which reading only these spares the last layer more than it costs.
+READS_UP_TO = 0.75
 
 
 def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str) -> None:
@@ -210,10 +212,33 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def _packed_attention(module, query, key, value, attention_mask, text_lengths, **options):
-    """Causal attention `[1, T, heads, head_dim]` within each of the texts, of `[1, heads, T, head_dim]`."""
-    texts = zip(*(states.split(text_lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *text, None, **options)[0] for text in texts], dim=1), None
+class _Attended(Exception):
+    """Leaves a layer at its attention, with the keys and values `[1, heads, T, head_dim]` that stand there."""
+
+
+def _packed_attention(
+    module, query, key, value, attention_mask, text_lengths, leave=False, whole=None, places=None, **options
+):
+    """Causal attention `[1, T, heads, head_dim]` within each of the texts, of `[1, heads, T, head_dim]`.
+
+    Args:
+        text_lengths: of the texts, in tokens.
+        leave: whether to raise [`_Attended`].
+        whole, places: keys and values of all T tokens, where `query` are those of some; and these tokens' places, a
+            tensor for each text.
+    """
+    if leave:
+        raise _Attended(key, value)
+    if whole is None:
+        texts = zip(*(states.split(text_lengths, dim=2) for states in (query, key, value)), strict=True)
+        return torch.cat([sdpa_attention_forward(module, *text, None, **options)[0] for text in texts], dim=1), None
+    parts = [query.split([len(own) for own in places], dim=2), *(states.split(text_lengths, dim=2) for states in whole)]
+    rows = []
+    for own, *text in zip(places, *parts, strict=True):
+        if len(own):
+            seen = torch.arange(text[1].shape[2], device=own.device) <= own.unsqueeze(1)
+            rows.append(sdpa_attention_forward(module, *text, seen[None, None], **options)[0])
+    return torch.cat(rows, dim=1), None
 
 
 # transformers makes no mask for a name that its masks do not know.
@@ -231,10 +256,31 @@ def use_attention(decoder: PreTrainedModel, name: str) -> Iterator[None]:
         decoder.config._attn_implementation = before
 
 
-def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
-    """Whether [`run_packed`] spares padding: on a CPU, where each position attends to all before it, through SDPA."""
+@contextmanager
+def use_forward(module: nn.Module, forward: Callable | None) -> Iterator[None]:
+    """Let `module` compute by another function in the block, or for `None` by its class's."""
+    before = module.__dict__.get("forward")
+    _set_forward(module, forward)
+    try:
+        yield
+    finally:
+        _set_forward(module, before)
+
+
+def _set_forward(module: nn.Module, forward: Callable | None) -> None:
+    if forward is not None:
+        module.forward = forward
+    elif "forward" in module.__dict__:
+        del module.forward
+
+
+def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor, reads_part: bool = False) -> bool:
+    """Whether [`run_packed`] spares work: on a CPU, where each position attends to all before it, through SDPA, and
+    there is padding or only a part of the positions is read."""
     config, longest = decoder.config, attention_mask.shape[1]
-    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling() or attention_mask.all():
+    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if attention_mask.all() and not reads_part:
         return False
     window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
     attends_all = {*(kinds or ())} <= {"full_attention", "sliding_attention"} and (not window or longest <= window)
@@ -244,28 +290,104 @@ def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
 
 
 def run_packed(
-    decoder: PreTrainedModel, module: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, **options
-) -> ModelOutput:
-    """What `module`, the decoder or its base, computes of padded rows without padding, `[1, T, ...]`.
+    decoder: PreTrainedModel,
+    module: nn.Module,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `module`, the decoder or its base, computes of padded rows without padding: logits or last hidden states
+    `[1, T, ...]`.
 
     The attended positions of all rows stand in one row: layers of single tokens see no padding, and attention runs
     for each text by itself, without a mask. Attended positions differ from those of the padded pass by rounding.
+
+    Args:
+        places (`[n]` int64, *optional*): positions in that row, in order, that alone are returned, `[1, n, ...]`. The
+            last layer then computes of the others only what these attend to.
     """
     is_token = attention_mask.bool()
-    with use_attention(decoder, PACKED):
-        return module(
+    lengths = is_token.sum(dim=1).tolist()
+    layer = None if places is None else _layer_to_read(decoder, len(places) / sum(lengths))
+    options = {}
+    if places is not None and module is decoder:
+        options["logits_to_keep"] = places if layer is None else 0
+    with use_attention(decoder, PACKED), nullcontext() if layer is None else _reads_only(layer, places, lengths):
+        output = module(
             inputs_embeds=inputs_embeds[is_token].unsqueeze(0),
             position_ids=position_ids(attention_mask)[is_token].unsqueeze(0),
-            text_lengths=is_token.sum(dim=1).tolist(),
+            text_lengths=lengths,
             use_cache=False,
             **options,
         )
+    if module is decoder:
+        return output.logits
+    hidden = output.last_hidden_state
+    return hidden if places is None or layer is not None else hidden[:, places]
+
+
+def last_layer(decoder: PreTrainedModel) -> nn.Module | None:
+    """The last layer of a decoder that keeps its layers where most do."""
+    layers = getattr(decoder.base_model, "layers", None)
+    return layers[decoder.config.num_hidden_layers - 1] if isinstance(layers, nn.ModuleList) else None
+
+
+def _layer_to_read(decoder: PreTrainedModel, share: float) -> nn.Module | None:
+    """The last layer of a decoder, if reading only a `share` of its positions can and does spare work there."""
+    layer = last_layer(decoder)
+    if share > READS_UP_TO or layer is None:
+        return None
+    # ZeRO-3 and offloading bring weights in before a module runs and let go of them behind it.
+    brought = is_deepspeed_zero3_enabled() or any("forward" in part.__dict__ for part in (layer, *layer.children()))
+    return None if brought or any(weight.is_meta for weight in layer.parameters()) else layer
+
+
+@contextmanager
+def _reads_only(layer: nn.Module, places: torch.Tensor, text_lengths: list[int]) -> Iterator[None]:
+    """Let a layer give only the positions `places` of its row of texts.
+
+    It runs twice, whatever it consists of: over all positions as far as its attention, whose keys and values are kept,
+    and whole over `places`, whose queries attend to these.
+    """
+    forward, total = layer.forward, sum(text_lengths)
+    starts = torch.tensor([0, *accumulate(text_lengths)], device=places.device)
+    ends = torch.searchsorted(places, starts[1:]).tolist()
+    own = [places[begin:end] - start for begin, end, start in zip([0, *ends], ends, starts[:-1], strict=False)]
+
+    def chosen(given):
+        if isinstance(given, tuple):
+            return tuple(map(chosen, given))
+        is_row = isinstance(given, torch.Tensor) and given.dim() > 1 and given.shape[1] == total
+        return given[:, places] if is_row else given
+
+    def read(*inputs, **options):
+        # Newer versions of transformers checkpoint within `forward`, which the exception must not leave halfway.
+        checkpoints, layer.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False), False
+        try:
+            try:
+                forward(*inputs, **options, leave=True)
+            except _Attended as found:
+                whole = found.args
+            options = {name: chosen(value) for name, value in options.items()}
+            return forward(*map(chosen, inputs), **options, whole=whole, places=own)
+        finally:
+            layer.gradient_checkpointing = checkpoints
+
+    with use_forward(layer, read):
+        yield
 
 
 def unpacked(packed: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Values `[1, T, H]` of the attended positions in their places `[rows, length, H]`, with 0 where padding is."""
     rows = packed.new_zeros(*attention_mask.shape, packed.shape[-1])
     return rows.masked_scatter(attention_mask.bool().unsqueeze(-1), packed)
+
+
+def last_places(attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where each row's `count` last positions stand `[rows * count]`, which are attended, if all rows' attended
+    positions stand in one row."""
+    ends = attention_mask.bool().sum(dim=1).cumsum(0)
+    return (ends.unsqueeze(1) + torch.arange(-count, 0, device=ends.device)).flatten()
 
 
 def contiguous(is_memory: torch.Tensor) -> torch.Tensor:

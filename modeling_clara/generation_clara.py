@@ -120,7 +120,8 @@ class CLaRaGeneration:
                 chosen = order[start : start + batch_size]
                 batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
                 # The type differs from the model's under autocast.
-                found = self.encode(adapter, batch["input_ids"], batch["attention_mask"])[0].to(self.dtype)
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                found = self.encode(adapter, ids, mask, with_gap=False)[0].to(self.dtype)
                 check_finite(found, lambda row, chosen=chosen: f"the memory of {kind}[{chosen[row]}]", FINITE_WEIGHTS)
                 memories[chosen] = found
         return memories

@@ -28,6 +28,7 @@ from .functional_clara import (
     cosine_scores,
     cross_entropy,
     follows_tokens,
+    last_places,
     mask_or_ones,
     packed_targets,
     position_ids,
@@ -122,44 +123,53 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
     # The three forward passes
 
-    def _hidden_states(self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers."""
+    def _hidden_states(
+        self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, last: int = 0
+    ) -> torch.Tensor:
+        """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers; with `last`
+        only those of so many last positions, which all are attended."""
         tokens = 0 if torch.is_grad_enabled() else attention_mask.numel()
         with merged_adapter(self.decoder, adapter, tokens):
-            if can_pack(self.decoder, attention_mask):
-                output = run_packed(self.decoder, self.decoder.base_model, inputs_embeds, attention_mask)
-                return unpacked(output.last_hidden_state, attention_mask)
-            return self.decoder.base_model(
+            if can_pack(self.decoder, attention_mask, reads_part=last > 0):
+                places = last_places(attention_mask, last) if last else None
+                hidden = run_packed(self.decoder, self.decoder.base_model, inputs_embeds, attention_mask, places)
+                return hidden.view(-1, last, hidden.shape[-1]) if last else unpacked(hidden, attention_mask)
+            hidden = self.decoder.base_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids(attention_mask),
                 use_cache=False,
             ).last_hidden_state
+        return hidden[:, -last:]
 
     def encode(
-        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a text and its memory tokens, which are the last l positions, under `adapter`.
 
         Without `attention_mask` all positions are attended.
 
         Returns:
-            memory states `[rows, l, H]` and the mean text state minus the mean memory state `[rows, H]`, whose mean
-            square is the MSE loss.
+            memory states `[rows, l, H]` and, unless `with_gap` is `False`, the mean text state minus the mean memory
+            state `[rows, H]`, whose mean square is the MSE loss.
         """
         count = self.config.num_memory_tokens
         attention_mask = mask_or_ones(attention_mask, input_ids)
         text = self.get_input_embeddings()(input_ids[:, :-count])
         own = torch.arange(count, device=input_ids.device) % self.memory_embeddings.num_embeddings
         memory = self.memory_embeddings(own.expand(len(input_ids), -1)).to(text.dtype)
-        hidden = self._hidden_states(adapter, torch.cat([text, memory], dim=1), attention_mask)
+        embeddings = torch.cat([text, memory], dim=1)
+        if not with_gap:
+            return self._hidden_states(adapter, embeddings, attention_mask, last=count), None
+        hidden = self._hidden_states(adapter, embeddings, attention_mask)
         text_states, memories = hidden[:, :-count], hidden[:, -count:]
         weight = attention_mask[:, :-count].unsqueeze(-1).to(hidden.dtype)
         gap = (text_states * weight).sum(dim=1) / weight.sum(dim=1) - memories.mean(dim=1)
         return memories, gap
 
     def _encode_questions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.encode(QUERY_REASONER if self.config.query_reasoner else COMPRESSOR, input_ids, attention_mask)[0]
+        adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
+        return self.encode(adapter, input_ids, attention_mask, with_gap=False)[0]
 
     def _prompt_embeddings(self, input_ids: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Token embeddings `[B, L, H]` with the memory positions taken, in order, from `selected` `[slots, l, H]`."""
@@ -232,11 +242,13 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         mse_loss = None
         if memories is None:
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.
-            with nullcontext() if self.compressor_trains else self._inference():
-                memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask)
-            if self.compressor_trains:
+            trains = self.compressor_trains
+            with nullcontext() if trains else self._inference():
+                memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask, with_gap=trains)
+            if trains:
                 # Once for every row that a document is in: the mean then does not depend on how rows are batched.
-                squares = gap[document_index[document_index >= 0]].float().square().mean(dim=-1)
+                gap = gap.to(torch.promote_types(gap.dtype, torch.float32))
+                squares = gap[document_index[document_index >= 0]].square().mean(dim=-1)
                 mse_loss = squares.sum() / (len(squares) if num_documents_in_batch is None else num_documents_in_batch)
 
         is_candidate = document_index >= 0
@@ -285,10 +297,10 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         """Logits and cross entropy of prompts `[B, L, H]`, each `None` where `forward` returns none."""
         is_step = self.training and labels is not None and logits_to_keep is None
         with use_adapter(self.decoder, GENERATOR):
-            if is_step and can_pack(self.decoder, attention_mask) and follows_tokens(labels, attention_mask):
+            if is_step and can_pack(self.decoder, attention_mask, True) and follows_tokens(labels, attention_mask):
                 places, targets = packed_targets(labels, attention_mask)
-                output = run_packed(self.decoder, self.decoder, embeddings, attention_mask, logits_to_keep=places)
-                return None, target_loss(output.logits, targets, num_items)
+                logits = run_packed(self.decoder, self.decoder, embeddings, attention_mask, places)
+                return None, target_loss(logits, targets, num_items)
             logits = self.decoder(
                 inputs_embeds=embeddings,
                 attention_mask=attention_mask,

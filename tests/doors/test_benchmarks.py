@@ -5,6 +5,7 @@ from pathlib import Path
 
 import common
 import compress
+import compression_step
 import generate
 import joint_step
 import pytest
@@ -33,37 +34,54 @@ def test_all_ways_to_compress_give_the_same_memories():
     args = arguments(compress.CompressArguments, documents=6, batch_size=4)
     model = common.build_model(args)
     ours, *others = (run() for run in compress.make_variants(model, args).values())
-    assert len(others) == 4 and ours.shape == (6, 16, 32)
+    assert len(others) == 5 and ours.shape == (6, 16, 32)
     for theirs in others:
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+def without_dropout(model):
+    for layer in lora_layers(model.decoder):
+        layer.lora_dropout.clear()
+        layer.lora_dropout.update({name: torch.nn.Identity() for name in layer.lora_A})
+
+
+def losses_of(variants, trainers, monkeypatch):
+    """What each variant's step has as its loss, with the weights as they are."""
+    losses = []
+    backward = torch.Tensor.backward
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.detach()) or backward(loss))
+        for trainer in trainers:
+            patch.setattr(trainer.optimizer, "step", lambda: None)
+        for run in variants.values():
+            run()
+    return torch.stack(losses)
 
 
 def test_all_joint_steps_have_the_same_loss_and_cached_ones_the_least_work(tmp_path, monkeypatch):
     args = arguments(joint_step.StepArguments, batch_size=2, candidates=6)
     variants = joint_step.make_variants(args, str(tmp_path))
     assert list(variants) == ["cached", "cached, all logits", "online", "online, all logits", "as released"]
-    model = variants["cached"].args[0].model
-    for layer in lora_layers(model.decoder):
-        layer.lora_dropout.clear()
-        layer.lora_dropout.update({name: torch.nn.Identity() for name in layer.lora_A})
-    losses = []
-    for run in variants.values():
-        trainer = run.args[0]
-        whole = trainer.compute_loss
-
-        def recording(*inputs, whole=whole):
-            losses.append(whole(*inputs))
-            return losses[-1]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(trainer, "compute_loss", recording)
-            patch.setattr(trainer.optimizer, "step", lambda: None)
-            run()
+    trainers = [variants[name].args[0] for name in ("cached", "online")]
+    without_dropout(trainers[0].model)
+    losses = losses_of(variants, trainers, monkeypatch)
     # Stored memories are rounded to half precision.
-    torch.testing.assert_close(torch.stack(losses), losses[0].expand(5), atol=2e-3, rtol=0)
+    torch.testing.assert_close(losses, losses[0].expand(5), atol=2e-3, rtol=0)
     flops = {name: common.count_flops(run) for name, run in variants.items()}
     assert flops["cached"] < flops["cached, all logits"] < flops["online, all logits"] < flops["as released"]
     assert flops["cached"] < flops["online"] < flops["online, all logits"]
+
+
+@pytest.mark.parametrize("stage", ["scp", "instruct"])
+def test_all_steps_that_train_the_compressor_have_the_same_loss(stage, tmp_path, monkeypatch):
+    args = arguments(compression_step.StepArguments, stage=stage, batch_size=3, documents=2)
+    variants = compression_step.make_variants(args, str(tmp_path))
+    trainer = variants["step"].args[0]
+    without_dropout(trainer.model)
+    losses = losses_of(variants, [trainer], monkeypatch)
+    torch.testing.assert_close(losses, losses[0].expand(5), atol=1e-4, rtol=0)
+    flops = {name: common.count_flops(run) for name, run in variants.items()}
+    assert flops["step"] < flops["last layer whole"] < flops["padded to the longest"] < flops["as released"]
 
 
 def test_answers_have_the_asked_for_length_in_every_variant(monkeypatch):

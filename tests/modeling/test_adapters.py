@@ -13,7 +13,9 @@ from modeling_clara.adapters_clara import (
     GENERATOR,
     QUERY_REASONER,
     adapter_parameters,
+    can_fuse,
     copy_adapter,
+    dropout_mask,
     lora_layers,
     use_adapter,
 )
@@ -301,6 +303,58 @@ def test_merging_while_a_layer_runs_gives_the_same_states_and_leaves_the_weights
         torch.testing.assert_close(
             states[torch.float32, name].double(), states[torch.float64, name], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
+def test_a_fused_layer_computes_what_pefts_own_does_gradients_included(bases, architecture, dropout, monkeypatch):
+    model = build_clara(bases[architecture], lora_dropout=dropout).double().train()
+    model.train_only(GENERATOR)
+    layer = model.decoder.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    weights = [layer.lora_A[GENERATOR].weight, layer.lora_B[GENERATOR].weight]
+    kept = torch.rand(x.shape) >= dropout
+    monkeypatch.setattr("modeling_clara.adapters_clara.dropout_mask", lambda *_: (kept, 1 / (1 - dropout)))
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training, inplace: x * kept / (1 - p))
+    found = []
+    for fuses in (True, False):
+        with use_adapter(model.decoder, GENERATOR), monkeypatch.context() as patch:
+            if not fuses:
+                patch.delattr(layer, "forward")
+            output = layer(x)
+        wanted = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found.append([output, *torch.autograd.grad((output * wanted).sum(), [x, *weights])])
+        assert type(output.grad_fn).__name__.startswith("LoraProduct") is fuses
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_its_share_and_the_mean():
+    for p in (0.1, 0.5, 1e-6):
+        kept, scale = dropout_mask(torch.Size([1000, 333]), p)
+        share = kept.double().mean().item()
+        assert kept.shape == (1000, 333) and abs(share - (1 - p)) < 0.003 and abs(share * scale - 1) < 0.004
+    set_seed(3)
+    one = dropout_mask(torch.Size([64]), 0.5)[0]
+    set_seed(3)
+    assert torch.equal(dropout_mask(torch.Size([64]), 0.5)[0], one) and one.any() and not one.all()
+
+
+def test_layers_are_fused_only_where_nothing_but_a_plain_update_is_active(clara):
+    layer = next(lora_layers(clara.decoder))
+    assert can_fuse(layer, GENERATOR) and not can_fuse(layer, "other") and not can_fuse(layer.base_layer, GENERATOR)
+    with use_adapter(clara.decoder, COMPRESSOR):
+        assert can_fuse(layer, GENERATOR)  # another adapter may be chosen within
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_fuse(layer, GENERATOR)
+    layer.base_layer.forward = layer.base_layer.forward  # as accelerate does where weights are offloaded
+    assert not can_fuse(layer, GENERATOR)
+    del layer.base_layer.forward
+    layer.enable_adapters(False)
+    assert not can_fuse(layer, GENERATOR)
+    layer.enable_adapters(True)
+    layer.base_layer.to(torch.bfloat16)
+    assert not can_fuse(layer, GENERATOR)
 
 
 def test_layers_merge_only_where_that_is_exact_enough_and_pays(clara, monkeypatch):

