@@ -24,7 +24,8 @@ from clara_hf import cli  # noqa: E402
 from clara_hf.synthesis.backends import client  # noqa: E402
 
 
-PROGRAMS = ("scp", "instruct", "joint", "contrastive", "store", "eval", "synthesize", "pools")
+STAGES = ("scp", "instruct", "joint", "contrastive", "dro", "text-lora")
+PROGRAMS = (*STAGES, "store", "eval", "synthesize", "pools")
 
 
 def prepare(folder: Path) -> None:
@@ -48,7 +49,7 @@ def prepare(folder: Path) -> None:
 def arguments(program: str, folder: Path, out: Path, url: str = "") -> list[str]:
     """The command line of a small run."""
     training = {
-        "model_name_or_path": folder / "clara",
+        "model_name_or_path": folder / ("base" if program in ("dro", "text-lora") else "clara"),
         "train_file": folder / ("scp.jsonl" if program == "scp" else "questions.jsonl"),
         "output_dir": out,
         "max_steps": 3,
@@ -61,12 +62,17 @@ def arguments(program: str, folder: Path, out: Path, url: str = "") -> list[str]
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if program == "dro":
+        training |= {"lora_dropout": 0.1, "candidate_budget": 240}
+    elif program == "text-lora":
+        training |= {"clara_checkpoint": folder / "clara", "use_peft": True, "lora_r": 4, "lora_dropout": 0.1}
+        training |= {"lora_target_modules": "all-linear", "bf16": False, "dataloader_pin_memory": False}
     systems = "clara,text-clara,bm25,gold,no-memory"
     data = {"model": folder / "clara", "data": folder / "questions.jsonl"}
     evaluation = {**data, "systems": systems, "batch_size": 4, "max_new_tokens": 4, "output_dir": out}
     teacher = {"corpus": folder / "corpus.jsonl", "out": out, "model": "scripted", "base-url": url, "timeout": 20}
     teacher |= {"min_passage_tokens": 8, "concurrency": 2, "validation_share": 0}
-    pools = {"questions": folder / "questions.jsonl", "output": out / "pools.jsonl", "size": 3, "overwrite": True}
+    pools = {"questions": folder / "questions.jsonl", "output": out / "pools.jsonl", "size": 3}
     options = {"eval": evaluation, "synthesize": teacher, "pools": pools}.get(program, training)
     if program == "store":
         given = ["--model", str(folder / "clara"), "--documents", str(folder / "documents.jsonl"), "--batch_size", "8"]

@@ -86,7 +86,13 @@ def outcome(program: str, folder: Path, out: Path) -> dict:
         files = [*out.glob(names), *out.glob("predictions/*")]
         return {path.name: path.read_bytes().replace(os.fsencode(out), b"") for path in files if path.is_file()}
     log = [row for row in read_json(out / "trainer_state.json")["log_history"] if "loss" in row]
-    weights = {name: digest(value) for name, value in load_file(out / "model.safetensors").items()}
+    tensors = [
+        (path.name, load_file(path))
+        for path in sorted(out.glob("**/*.safetensors"))
+        if "checkpoint" not in str(path.relative_to(out))
+    ]
+    weights = {(file, name): digest(value) for file, found in tensors for name, value in found.items()}
+    assert weights, f"{out} holds no weights"
     steps = [(row["step"], row["loss"], row["grad_norm"]) for row in log]
     folders = sorted(path.name for path in out.glob("checkpoint*"))
     return {"weights": weights, "steps": steps, "folders": folders}
