@@ -184,9 +184,9 @@ class CLaRaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.80}.")
         if not isinstance(self.document_start, (str, type(None))):
-            raise ValueError(f"document_start must be a text or None, got {self.document_start!r}.")
+            raise ValueError(f"document_start must be a text or None, got {self.document_start!r:.80}.")
         choices = {
             "topk_taken_mask": TAKEN_MASKS,
             "checkpoint_format": CHECKPOINT_FORMATS,
@@ -194,7 +194,7 @@ class CLaRaConfig(PreTrainedConfig):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r:.80}.")
         for name in ("memory_token_ids", "ae_token_id", "enc_token_id", "sep_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, (list, tuple)) else [0 if value is None else value]
@@ -202,35 +202,39 @@ class CLaRaConfig(PreTrainedConfig):
             if is_list or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
                 raise ValueError(f"{name} must be whole numbers, as the base's tokenizer has them, got {value!r:.80}.")
         if not isinstance(self.decoder_config, (dict, PreTrainedConfig, type(None))):
-            raise ValueError(f"decoder_config must be a dictionary or a configuration, got {self.decoder_config!r}.")
+            raise ValueError(
+                f"decoder_config must be a dictionary or a configuration, got {self.decoder_config!r:.80}."
+            )
         targets = self.lora_target_modules
         names = [targets] if isinstance(targets, str) else targets
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"lora_target_modules must be a string or a list of strings, got {targets!r}.")
+            raise ValueError(f"lora_target_modules must be a string or a list of strings, got {targets!r:.80}.")
 
     @staticmethod
     def _complete_prompts(prompts: dict | None) -> dict:
         if prompts is not None and not isinstance(prompts, dict):
-            raise ValueError(f"prompts must be a dictionary with keys of {PROMPT_KINDS}, got {prompts!r}.")
+            raise ValueError(f"prompts must be a dictionary with keys of {PROMPT_KINDS}, got {prompts!r:.80}.")
         wrong = [kind for kind, prompt in (prompts or {}).items() if not isinstance(prompt, dict)]
         if wrong:
-            raise ValueError(f"prompts[{wrong[0]!r}] must be a dictionary, got {prompts[wrong[0]]!r}.")
+            raise ValueError(f"prompts[{wrong[0]!r:.80}] must be a dictionary, got {prompts[wrong[0]]!r:.80}.")
         unknown = set(prompts or {}) - set(PROMPT_KINDS)
         if unknown:
             raise ValueError(f"prompts has unknown kinds {sorted(unknown)}; the kinds are {PROMPT_KINDS}.")
         prompts = {kind: dict((prompts or {}).get(kind, DEFAULT_PROMPTS[kind])) for kind in PROMPT_KINDS}
         for kind, prompt in prompts.items():
             if set(prompt) != {"system", "user", "assistant"}:
-                raise ValueError(f"prompts[{kind!r}] needs system, user and assistant, got {sorted(prompt)}.")
+                raise ValueError(f"prompts[{kind!r:.80}] needs system, user and assistant, got {sorted(prompt)}.")
             if not isinstance(prompt["system"], (str, type(None))) or not isinstance(prompt["assistant"], str):
-                raise ValueError(f"prompts[{kind!r}] needs texts for system (or None) and assistant, got {prompt!r}.")
+                raise ValueError(
+                    f"prompts[{kind!r:.80}] needs texts for system (or None) and assistant, got {prompt!r:.80}."
+                )
             users = [prompt["user"]] if isinstance(prompt["user"], str) else prompt["user"]
             if (
                 not isinstance(users, (list, tuple))
                 or not users
                 or not all(isinstance(user, str) and "{docs}" in user for user in users)
             ):
-                raise ValueError(f"prompts[{kind!r}]['user'] needs {{docs}} in every template, got {users!r}.")
+                raise ValueError(f"prompts[{kind!r:.80}]['user'] needs {{docs}} in every template, got {users!r:.80}.")
         return prompts
 
     @property

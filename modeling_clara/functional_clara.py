@@ -114,7 +114,7 @@ def check_labels(
     """
     keep = logits_to_keep
     if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
-        raise ValueError(f"logits_to_keep must be a whole number of at least 0, got {keep!r}.")
+        raise ValueError(f"logits_to_keep must be a whole number of at least 0, got {keep!r:.80}.")
     if labels is None:
         return
     check_whole_matrix("labels", labels)

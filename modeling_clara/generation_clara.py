@@ -37,6 +37,7 @@ NUMBERS = (
 SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+END_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _MADE_HERE = "it is made here, of the questions and documents"
 _IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
 WITHOUT_USE = {
@@ -86,7 +87,7 @@ class CLaRaGeneration:
     def _wanted(self, n_docs: int | None) -> int:
         wanted = self.config.top_k if n_docs is None else n_docs
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-            raise ValueError(f"n_docs must be a whole number of at least 1, got {wanted!r}.")
+            raise ValueError(f"n_docs must be a whole number of at least 1, got {wanted!r:.80}.")
         return wanted
 
     def _slots(self, is_candidate: torch.Tensor, n_docs: int | None = None) -> int:
@@ -110,7 +111,7 @@ class CLaRaGeneration:
     def _encode_rows(self, adapter: str, rows: list[list[int]], batch_size: int, show_progress: bool) -> torch.Tensor:
         """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r:.80}.")
         kind = "documents" if adapter == COMPRESSOR else "questions"
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
         memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
@@ -273,11 +274,11 @@ class CLaRaGeneration:
 
     def _check_expansion(self, expand, max_length, has_memories: bool, n_docs: int | None, ranks: bool) -> None:
         if not isinstance(expand, int) or isinstance(expand, bool) or expand < 0:
-            raise ValueError(f"expand must be a whole number of at least 0, got {expand!r}.")
+            raise ValueError(f"expand must be a whole number of at least 0, got {expand!r:.80}.")
         if max_length is not None and (
             not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1
         ):
-            raise ValueError(f"expand_max_length must be a whole number of at least 1, got {max_length!r}.")
+            raise ValueError(f"expand_max_length must be a whole number of at least 1, got {max_length!r:.80}.")
         if expand and has_memories:
             raise ValueError(f"expand={expand} needs texts, which memories do not have: give documents or a store.")
         if expand and (ranks or n_docs is not None) and expand > self._wanted(n_docs):
@@ -398,7 +399,7 @@ def _documents_wanted(n_docs: int | None, top_k: int | None) -> int | None:
     if top_k is None:
         return n_docs
     if n_docs is not None:
-        raise ValueError(f"n_docs={n_docs!r} and top_k={top_k!r} say the same: give n_docs.")
+        raise ValueError(f"n_docs={n_docs!r:.80} and top_k={top_k!r:.80} say the same: give n_docs.")
     logger.warning_once("top_k, as a number of documents, is now called n_docs.")
     return top_k
 
@@ -413,8 +414,9 @@ def _options_named(options: dict) -> Iterator[None]:
     """Name the options given, where what transformers does with them fails in its own code."""
     try:
         yield
-    except (AttributeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-        if not options or any(name in str(error) for name in options):
+    except (AttributeError, TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+        is_the_machines = isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
+        if is_the_machines or not options or any(name in str(error) for name in options):
             raise
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
         kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
@@ -447,6 +449,11 @@ def check_generation_options(options: dict) -> None:
             is_other = not isinstance(value, types) or (types is not bool and isinstance(value, bool))
             if value is not None and is_other:
                 raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.")
+    for name in (*ID_LISTS, *FORCED, *END_IDS):
+        value = values.get(name)
+        for one in value if isinstance(value, (list, tuple)) else ():
+            if not isinstance(one, int) or isinstance(one, bool) or abs(one) >= 2**63:
+                raise ValueError(f"{name} must hold token ids, got {one!r:.80} among them.")
     for name in ("num_return_sequences", "num_beams", "max_new_tokens"):
         if values.get(name) is not None and values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}.")

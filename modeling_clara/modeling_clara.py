@@ -105,7 +105,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         if part == MEMORY_EMBEDDINGS:
             return list(self.memory_embeddings.parameters())
         if part not in self.adapter_names:
-            raise ValueError(f"part must be one of {[*self.adapter_names, MEMORY_EMBEDDINGS]}, got {part!r}.")
+            raise ValueError(f"part must be one of {[*self.adapter_names, MEMORY_EMBEDDINGS]}, got {part!r:.80}.")
         return list(adapter_parameters(self.decoder, part))
 
     def train_only(self, *parts: str) -> None:

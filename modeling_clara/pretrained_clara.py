@@ -509,7 +509,7 @@ def _checked_dtype(dtype):
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype in (None, "auto") or found in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return dtype
-    raise ValueError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {dtype!r}.")
+    raise ValueError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {dtype!r:.80}.")
 
 
 def _place_options(arguments: dict) -> dict:

@@ -436,8 +436,8 @@ class CLaRaProcessor(ProcessorMixin):
         """
         if padding not in (True, "longest") or return_tensors != "pt":
             raise ValueError(
-                f"a CLaRaProcessor pads to the longest and returns torch tensors, got padding={padding!r} and "
-                f"return_tensors={return_tensors!r}: leave them out."
+                f"a CLaRaProcessor pads to the longest and returns torch tensors, got padding={padding!r:.80} and "
+                f"return_tensors={return_tensors!r:.80}: leave them out."
             )
         questions, documents = self.check_candidates(questions, documents)
         distinct, index = distinct_texts(documents)

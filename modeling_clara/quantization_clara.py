@@ -2,6 +2,7 @@
 which become bases in full precision."""
 
 import copy
+import glob
 import importlib
 import json
 import os
@@ -130,11 +131,13 @@ def dequantized(folder: str, gguf_file: str, dtype: str | torch.dtype = "auto") 
             with open(os.path.join(beside, GGUF_SOURCE), "w", encoding="utf-8") as record:
                 json.dump(source, record)
             os.rename(beside, place)
-        except OSError:
+        except Exception:
             if not os.path.exists(place):  # else another process was faster
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+        for left in glob.glob(f"{glob.escape(place)}.partial-*"):  # by processes that were killed, or are too late
+            shutil.rmtree(left, ignore_errors=True)
     try:
         with open(os.path.join(place, GGUF_SOURCE), encoding="utf-8") as record:
             made_from = json.load(record)
@@ -184,7 +187,7 @@ def quantize_base(model: PreTrainedModel, bits: int) -> None:
             weights that bitsandbytes needs whole.
     """
     if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
+        raise ValueError(f"bits must be 4 or 8, got {bits!r:.80}.")
     if model.config.checkpoint_format != "adapter":
         raise ValueError(
             "a quantized base is not saved: set checkpoint_format to 'adapter' (in clara_config), so that checkpoints "

@@ -44,7 +44,7 @@ def straight_through_topk(
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must be between 1 and the number of candidates ({scores.shape[1]}), got {k}.")
     if taken_mask not in TAKEN_MASKS:
-        raise ValueError(f"taken_mask must be one of {TAKEN_MASKS}, got {taken_mask!r}.")
+        raise ValueError(f"taken_mask must be one of {TAKEN_MASKS}, got {taken_mask!r:.80}.")
 
     logits = scores / max(temperature, MIN_TEMPERATURE)
     if candidate_mask is None:

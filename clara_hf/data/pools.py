@@ -13,6 +13,8 @@ lacks them. Without --corpus, the corpus is all `docs` of the questions. Files a
 Beside the output, `<output>.report.json` tells what the pools give away: see `clara_hf.data.leak_checks`.
 """
 
+import hashlib
+import json
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,7 @@ from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
 from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
 from clara_hf.data.schema import check_text, check_texts, parse_example
 from clara_hf.data.sources import read_rows, unit_of
-from clara_hf.program import UsageError, parse, write_json
+from clara_hf.program import UsageError, parse, read_json, write_json
 from clara_hf.program.errors import loading
 from clara_hf.program.paths import check_model_name
 
@@ -261,7 +263,7 @@ class CandidateSettings:
 
     Raises:
         PoolError: an unknown mode, or a limit below 1.
-        UsageError: the output is there already and `overwrite` is not set.
+        UsageError: the output is there already, with other settings, and `overwrite` is not set.
     """
 
     questions: str = field(metadata={"help": "Questions: a file, a folder or hf://datasets/USER/NAME#SPLIT."})
@@ -295,7 +297,21 @@ class CandidateSettings:
             raise PoolError(f"--seed must be at least 0, but is {self.seed}.")
         if self.retriever != "bm25":
             check_model_name("--retriever", self.retriever)
-        check_output(self.output, self.overwrite)
+        # The same pools, made before, are not refused: see `finished`.
+        check_output(self.output, self.overwrite or self.earlier() is not None)
+
+    @property
+    def recorded(self) -> dict:
+        """What of the settings decides what is in the pools."""
+        return {name: value for name, value in vars(self).items() if name != "overwrite"}
+
+    def earlier(self) -> dict | None:
+        """The report of pools that lie at `output` and were made with these settings."""
+        report = Path(f"{self.output}.report.json")
+        if not Path(self.output).is_file() or not report.is_file():
+            return None
+        found = read_json(report)
+        return found if isinstance(found, dict) and found.get("settings") == self.recorded else None
 
     @property
     def parts(self) -> Path:
@@ -304,18 +320,27 @@ class CandidateSettings:
 
 
 def write_pools(settings: CandidateSettings) -> dict:
-    """Builds the pools and writes them, and their report; returns the report.
+    """Builds the pools and writes them, and their report; returns the report. Pools that lie there already, from the
+    same settings, questions and passages, are left as they are.
 
     Raises:
         DataError: a file breaks its schema.
         PoolError: as [`build_candidates`].
-        UsageError: the retriever cannot be loaded.
+        UsageError: the retriever cannot be loaded, or the output was made from other questions or passages.
     """
     corpus = read_corpus(settings.corpus, show_progress=True) if settings.corpus else {}
     given = len(corpus)
     questions = read_questions(settings.questions, corpus, pooled=settings.corpus is None)
     if not corpus:
         raise PoolError(f"--corpus is needed: the questions of {settings.questions} have no docs.")
+    inputs = rows_digest(questions, corpus)
+    earlier = None if settings.overwrite else settings.earlier()
+    if earlier is not None:
+        if earlier.get("inputs") == inputs:
+            return earlier
+        raise UsageError(
+            f"{settings.output} was made from other questions or passages: give another --output, or --overwrite."
+        )
     # Checked before the corpus is embedded or indexed, which may take long.
     texts, _, _ = check_pools(questions, corpus, settings.size, settings.mode)
     with loading("--retriever", settings.retriever):
@@ -334,7 +359,8 @@ def write_pools(settings: CandidateSettings) -> dict:
         **leak_report([parse_example(pool, pool["id"], needs_answers=False) for pool in pools], settings.seed),
         "gold_in_pool": float(np.mean(shares)) if shares else None,
         "corpus": {"passages": given, "added_gold": len(corpus) - given, "distinct": len(texts)},
-        "settings": {name: value for name, value in vars(settings).items() if name != "overwrite"},
+        "inputs": inputs,
+        "settings": settings.recorded,
     }
     # The pools come last: where they are, the report is, too.
     write_json(f"{settings.output}.report.json", report)
@@ -343,8 +369,18 @@ def write_pools(settings: CandidateSettings) -> dict:
     return report
 
 
+def rows_digest(questions: Sequence[Mapping[str, Any]], corpus: Mapping[str, str]) -> str:
+    """SHA-256 of questions and passages, in their order."""
+    digest = hashlib.sha256()
+    for row in (*questions, *corpus.items()):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The program, see the top of this file."""
     settings = parse(CandidateSettings, arguments, description=__doc__)
+    was_there = not settings.overwrite and Path(settings.output).exists()
     print(format_report(write_pools(settings)))
-    print(f"{settings.output} and {settings.output}.report.json are written.")
+    how = "were complete; --overwrite makes them anew" if was_there else "are written"
+    print(f"{settings.output} and {settings.output}.report.json {how}.")

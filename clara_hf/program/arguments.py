@@ -39,7 +39,7 @@ def parse(
     description: str | None = None,
 ) -> Any:
     """Dataclasses filled from `--config FILE.yaml`, if given, and the command line, which overrides it; of
-    several files a later one overrides those before.
+    several files a later one overrides those before, a mapping key by key.
 
     A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, or by spaces or
     commas; a comma in the name of an existing file does not split it. A field of a dataclass's type takes a mapping, or
@@ -66,7 +66,10 @@ def parse(
     values, places = {}, {}
     for path in paths:
         for all_of, of_one in zip((values, places), read_yaml(path, known), strict=True):
-            all_of.update(of_one)
+            for name, value in of_one.items():
+                # A mapping is merged key by key, so that a later file may change one of its values.
+                is_mapping = isinstance(value, dict) and isinstance(all_of.get(name), dict)
+                all_of[name] = {**all_of[name], **value} if is_mapping else value
     for name, texts in given.items():
         values[name] = from_words(texts, known[name][1], f"--{name}")
         places[name] = f"--{name}"
@@ -88,7 +91,9 @@ def command_line(known: Mapping[str, Any], arguments: Sequence[str], description
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     options = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": ""}
     parser.add_argument(
-        "--config", help="YAML files with any of these; later ones and the command line override.", **options
+        "--config",
+        help="YAML files with any of these; later ones override, mappings key by key, and so does the command line.",
+        **options,
     )
     for name, (field, _) in known.items():
         flags = [f"--{name}", *aliases(field)]

@@ -262,8 +262,14 @@ def test_the_command_writes_pools_that_the_loader_reads_and_their_report(tmp_pat
     assert exit_code(pools.main, [*files, "--output", str(output)]) == 2
     assert "is there already: give another --output, or --overwrite" in capsys.readouterr().err
     before = output.read_bytes()
-    again = [*files, "--output", str(output), "--size", "12", "--retriever", name, "--overwrite"]
-    assert exit_code(pools.main, again) == 0 and output.read_bytes() == before
+    again = [*files, "--output", str(output), "--size", "12", "--retriever", name]
+    assert exit_code(pools.main, [*again, "--overwrite"]) == 0 and output.read_bytes() == before
+    times = [path.stat().st_mtime_ns for path in output.parent.iterdir()]
+    assert exit_code(pools.main, again) == 0  # complete: nothing is written again
+    assert [path.stat().st_mtime_ns for path in output.parent.iterdir()] == times
+    write_jsonl(tmp_path / "q.jsonl", QUESTIONS[1:])
+    assert exit_code(pools.main, again) == 2 and output.read_bytes() == before
+    assert str(output) in capsys.readouterr().err
 
 
 def test_an_interrupted_call_goes_on_from_what_is_embedded(tmp_path, capsys, files, bi_encoder, monkeypatch):

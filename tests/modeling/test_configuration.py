@@ -78,6 +78,7 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
         ({"lora_target_modules": 3}, "lora_target_modules must be a string or a list of strings, got 3"),
         ({"lora_target_modules": []}, r"lora_target_modules must be a string or a list of strings, got \[\]"),
         ({"lora_target_modules": ["q_proj", 3]}, "lora_target_modules must be a string or a list of strings"),
+        ({"prompts": "a" * 3000}, "^prompts.{,200}$"),
         ({"prompts": "hello"}, "prompts must be a dictionary with keys of .*'answer', .*, got 'hello'"),
         ({"prompts": {"answer": "hello"}}, r"prompts\['answer'\] must be a dictionary, got 'hello'"),
         ({"prompts": {"answer": {**ANSWER, "system": 3}}}, r"prompts\['answer'\] needs texts for system \(or None\)"),

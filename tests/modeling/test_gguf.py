@@ -39,6 +39,7 @@ def test_the_dequantized_base_computes_what_the_file_was_made_from(folder, base)
 def test_it_is_written_once_and_not_reused_for_another_file(folder, tmp_path):
     for path in folder.glob("*.gguf"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tiny.Q8_0-bfloat16.partial-1").mkdir()  # of a process that was killed
     place = Path(dequantized(tmp_path, FILE, torch.bfloat16))
     assert place.name == "tiny.Q8_0-bfloat16" and (place / "model.safetensors").is_file()
     written = (place / "model.safetensors").stat().st_mtime_ns

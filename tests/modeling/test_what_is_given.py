@@ -86,6 +86,8 @@ def test_misspelled_argument_of_forward_is_refused(untouched_clara, batch):
         ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
         ({"token_healing": True}, "token_healing"),
         ({"suppress_tokens": "a"}, "suppress_tokens.*'a'"),
+        ({"suppress_tokens": [None]}, "suppress_tokens.*None"),
+        ({"eos_token_id": [3, 10**20]}, "eos_token_id.*1000"),
         ({"forced_eos_token_id": {}}, "forced_eos_token_id.*{}"),
         ({"top_p": "a" * 3000}, "^top_p.{,150}$"),
         ({"assistant_model": object()}, "assistant_model"),
@@ -169,7 +171,14 @@ def test_columns_arrays_and_tuples_are_lists_of_texts(untouched_clara):
 
 
 @pytest.mark.parametrize(
-    "option", [{"streamer": 3}, {"eos_token_id": "x"}, {"logits_processor": 5}, {"forced_eos_token_id": 10**5}]
+    "option",
+    [
+        {"streamer": 3},
+        {"eos_token_id": "x"},
+        {"pad_token_id": 10**20},
+        {"logits_processor": 5},
+        {"forced_eos_token_id": 10**5},
+    ],
 )
 def test_options_that_fail_within_transformers_are_named(option, untouched_clara):
     ((name, value),) = option.items()

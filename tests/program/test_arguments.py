@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from clara_hf.program import UsageError, parse
+from clara_hf.program.models import CLaRaModelArguments
 
 
 class Strategy(Enum):
@@ -127,6 +128,14 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert (found.count, found.files, found.wet, found.dry) == (2, ["b", "c", "d"], True, False)
     found = parse(Options, ["--wet", "--out", "here", "--rate=2e-2", "--weights", "{a: 1}", "--limit", "none"])
     assert (found.wet, found.output_dir, found.rate, found.weights, found.limit) == (True, "here", 0.02, {"a": 1}, None)
+
+
+def test_a_mapping_of_a_later_file_changes_only_what_it_names(tmp_path):
+    for name, mapping in (("a", "{top_k: 3, temperature: 0.5}"), ("b", "{top_k: 4}"), ("c", "null")):
+        (tmp_path / name).write_text(f"model_name_or_path: x\nclara_config: {mapping}\n")
+    words = ["--config", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert parse(CLaRaModelArguments, words).clara_config == {"top_k": 4, "temperature": 0.5}
+    assert parse(CLaRaModelArguments, [*words, str(tmp_path / "c")]).clara_config in (None, {})
 
 
 def test_a_later_file_overrides_those_before_and_keeps_its_place_in_messages(tmp_path):
