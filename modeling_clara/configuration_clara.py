@@ -8,7 +8,7 @@ import re
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .topk_clara import TAKEN_MASKS
+from .topk_clara import ESTIMATORS, TAKEN_MASKS
 
 
 CHECKPOINT_FORMATS = ("full", "adapter", "flat")
@@ -64,6 +64,8 @@ class CLaRaConfig(PreTrainedConfig):
         top_k (`int`): documents that are selected for a question.
         temperature (`float`): of the straight-through top-k; the paper uses 0.02.
         topk_taken_mask (`"exact"` or `"published"`): see [`straight_through_topk`].
+        topk_estimator (`"straight_through"`, `"soft"` or `"gumbel"`): what slots hold in training mode, see
+            [`straight_through_topk`]; otherwise they hold the best candidates.
         query_reasoner (`bool`): whether the checkpoint has a query-reasoner adapter; without one, questions are read
             by the compressor.
         mse_weight (`float`): weight of the mean-squared error between document and memory means (λ, 0.1 in the paper).
@@ -107,6 +109,7 @@ class CLaRaConfig(PreTrainedConfig):
     top_k: int = 5
     temperature: float = 0.02
     topk_taken_mask: str = "exact"
+    topk_estimator: str = "straight_through"
     query_reasoner: bool = False
     mse_weight: float = 0.1
     lora_r: int = 16
@@ -189,6 +192,7 @@ class CLaRaConfig(PreTrainedConfig):
             raise ValueError(f"document_start must be a text or None, got {self.document_start!r:.80}.")
         choices = {
             "topk_taken_mask": TAKEN_MASKS,
+            "topk_estimator": ESTIMATORS,
             "checkpoint_format": CHECKPOINT_FORMATS,
             "saved_embedding_rows": EMBEDDING_ROWS,
         }

@@ -268,6 +268,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
                 self.config.temperature,
                 is_candidate,
                 self.config.topk_taken_mask,
+                self.config.topk_estimator if self.training else "straight_through",
             )
             selected = torch.einsum("bkn,bnlh->bklh", weights.to(candidates.dtype), candidates)[indices >= 0]
 

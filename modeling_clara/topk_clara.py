@@ -4,6 +4,7 @@ import torch
 
 
 TAKEN_MASKS = ("exact", "published")
+ESTIMATORS = ("straight_through", "soft", "gumbel")
 PUBLISHED_EPSILON = 1e-8
 MIN_TEMPERATURE = 1e-6
 
@@ -14,6 +15,7 @@ def straight_through_topk(
     temperature: float = 0.02,
     candidate_mask: torch.Tensor | None = None,
     taken_mask: str = "exact",
+    estimator: str = "straight_through",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Select the `k` best candidates of every row without cutting the gradient (arXiv 2511.18659, section 3).
 
@@ -30,6 +32,10 @@ def straight_through_topk(
         taken_mask (`"exact"` or `"published"`): how a taken candidate leaves the softmax of later slots. `"exact"` adds
             -inf. `"published"` adds log(1e-8) = -18.4 as the published model does; a taken candidate that leads by more
             than `18.4 * temperature` keeps the mass of later slots.
+        estimator (`"straight_through"`, `"soft"` or `"gumbel"`): what slots hold, for ablations. `"soft"`: the softmax
+            rows themselves, so that each slot reads a mixture. `"gumbel"`: as `"straight_through"`, after
+            Gumbel(0, 1) noise on the logits, which draws the slots from the softmax without replacement
+            (arXiv 1903.06059); other draws in every call.
 
     Returns:
         `weights` `[batch, k, candidates]` in the dtype of `scores`, and `indices` `[batch, k]` int64, best first. Equal
@@ -37,7 +43,7 @@ def straight_through_topk(
         so that the loss shows it, and indices that mean nothing.
 
     Raises:
-        ValueError: `k` or `taken_mask` out of range, or `scores` not two-dimensional.
+        ValueError: `k`, `taken_mask` or `estimator` out of range, or `scores` not two-dimensional.
     """
     if scores.dim() != 2:
         raise ValueError(f"scores must have the shape [batch, candidates], got {list(scores.shape)}.")
@@ -45,17 +51,22 @@ def straight_through_topk(
         raise ValueError(f"k must be between 1 and the number of candidates ({scores.shape[1]}), got {k}.")
     if taken_mask not in TAKEN_MASKS:
         raise ValueError(f"taken_mask must be one of {TAKEN_MASKS}, got {taken_mask!r:.80}.")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r:.80}.")
 
     logits = scores / max(temperature, MIN_TEMPERATURE)
     if candidate_mask is None:
         candidate_mask = torch.ones_like(scores, dtype=torch.bool)
+    if estimator == "gumbel":
+        logits = logits - torch.empty_like(logits).exponential_().log()
     logits = logits.masked_fill(~candidate_mask, float("-inf"))
 
     indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     slot_is_filled = candidate_mask.gather(1, indices)
     hard = torch.nn.functional.one_hot(indices, scores.shape[1])
     soft = slot_softmax(logits, hard, slot_is_filled, taken_mask)
-    weights = (hard + (soft - soft.detach())) * slot_is_filled.unsqueeze(-1)
+    held = soft if estimator == "soft" else hard + (soft - soft.detach())
+    weights = held * slot_is_filled.unsqueeze(-1)
     return weights, indices.masked_fill(~slot_is_filled, -1)
 
 

@@ -40,6 +40,9 @@ class JointConfig(RetrievalTrainingArguments):
             Temperature of the straight-through top-k; the model configuration's by default.
         topk_taken_mask (`str`, *optional*):
             `exact` or `published`, see [`~modeling_clara.straight_through_topk`]; the model configuration's by default.
+        topk_estimator (`str`, *optional*):
+            `straight_through`, `soft` or `gumbel`, see [`~modeling_clara.straight_through_topk`]: what slots hold in
+            training; the model configuration's by default.
         temperature_end (`float`, *optional*):
             Temperature of the last step; it stays as at the start by default. The checkpoint keeps the last one.
         temperature_schedule (`str`, *optional*, defaults to `"linear"`):
@@ -70,6 +73,7 @@ class JointConfig(RetrievalTrainingArguments):
     top_k: int | None = field(default=None, metadata={"help": "Documents selected per question."})
     temperature: float | None = field(default=None, metadata={"help": "Temperature of the straight-through top-k."})
     topk_taken_mask: str | None = field(default=None, metadata={"help": "exact or published."})
+    topk_estimator: str | None = field(default=None, metadata={"help": "straight_through, soft or gumbel."})
     temperature_end: float | None = field(default=None, metadata={"help": "Temperature of the last step."})
     temperature_schedule: str = field(default="linear", metadata={"help": "linear or cosine."})
     freeze_query_reasoner: bool = field(default=False, metadata={"help": "Train the generator only."})
@@ -176,7 +180,7 @@ class JointTrainer(RetrievalTrainer):
     ):
         # What trains, under which settings.
         model = load_model(model, args)
-        configure(model, args, "top_k", "temperature", "topk_taken_mask", "mse_weight")
+        configure(model, args, "top_k", "temperature", "topk_taken_mask", "topk_estimator", "mse_weight")
         model.add_query_reasoner()
         train_parts(model, args, *parts_to_train(args))
         # Where memories are: in a store, or made in every step.

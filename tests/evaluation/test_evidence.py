@@ -132,7 +132,7 @@ def test_a_run_is_known_by_its_content(config, tmp_path, monkeypatch):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(ROWS[0]) + "\n")
     assert name(train_file=str(other)) != first
-    monkeypatch.setattr(suite, "code_digest", lambda: "other")
+    monkeypatch.setattr(suite, "code_digest", lambda stage: "other")
     assert name() != first
 
 

@@ -1,5 +1,6 @@
 """Straight-through top-k: the hard choice forward, the gradient of each slot's softmax backward."""
 
+import itertools
 import math
 
 import pytest
@@ -193,6 +194,7 @@ def test_extreme_scores_and_temperatures_give_no_nan():
         ({"k": 4}, r"k must be between 1 and the number of candidates \(3\), got 4"),
         ({"k": 0}, r"k must be between 1 .* got 0"),
         ({"k": 2, "taken_mask": "hard"}, "taken_mask must be one of .*'exact', 'published'.*, got 'hard'"),
+        ({"k": 2, "estimator": "reinforce"}, "estimator must be one of .*'gumbel'.*, got 'reinforce'"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):
@@ -203,3 +205,38 @@ def test_arguments_out_of_range_are_named(arguments, message):
 def test_scores_of_another_rank_are_refused_with_their_shape():
     with pytest.raises(ValueError, match=r"scores must have the shape \[batch, candidates\], got \[3\]"):
         straight_through_topk(torch.zeros(3), 1)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_soft_slots_hold_the_softmax_rows_with_their_gradient(mask):
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    candidate_mask = torch.tensor([[True] * 5, [True] * 4 + [False], [True] + [False] * 4])
+    options = {"k": 2, "temperature": 0.3, "candidate_mask": candidate_mask, "taken_mask": mask}
+    weights, indices = straight_through_topk(scores, estimator="soft", **options)
+    hard, expected_indices = straight_through_topk(scores, **options)
+    assert torch.equal(indices, expected_indices) and not weights[2, 1].any()
+    for b, count in enumerate((5, 4, 1)):
+        chosen = indices[b : b + 1, : min(count, 2)]
+        expected = soft_rows(scores.detach()[b : b + 1, :count], chosen, 0.3, mask)
+        torch.testing.assert_close(weights[b, : min(count, 2), :count].detach(), expected[0])
+    # Straight-through has the value of the choice and this gradient.
+    coefficients = torch.randn_like(weights)
+    soft, straight = (
+        torch.autograd.grad((found * coefficients).sum(), scores, retain_graph=True)[0] for found in (weights, hard)
+    )
+    torch.testing.assert_close(soft, straight)
+
+
+def test_gumbel_slots_are_drawn_from_the_softmax_without_replacement():
+    draws = 40_000
+    scores = torch.tensor([0.03, 0.0, 0.05, -0.4], dtype=torch.float64).expand(draws, -1)
+    torch.manual_seed(0)
+    weights, indices = straight_through_topk(scores, 2, 0.05, estimator="gumbel")
+    assert torch.equal(weights.argmax(dim=-1), indices) and torch.equal(
+        weights.sum(dim=-1), torch.ones(draws, 2).double()
+    )
+    first = (scores[0] / 0.05).softmax(-1)
+    for one, two in itertools.permutations(range(3), 2):
+        expected = (first[one] * first[two] / (1 - first[one])).item()
+        share = (indices == torch.tensor([one, two])).all(dim=1).double().mean().item()
+        assert abs(share - expected) < 4.5 * (expected * (1 - expected) / draws) ** 0.5

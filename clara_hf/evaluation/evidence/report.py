@@ -46,7 +46,8 @@ def write_report(evidence: dict, folder: Path) -> None:
 
 def facts_of(evidence: dict) -> str:
     seeds = ", ".join(map(str, evidence["seeds"]))
-    return f"Seeds {seeds}; {evidence['questions']} questions; commit {evidence['commit']}; code {evidence['code']}."
+    code = ", ".join(f"{stage} {digest}" for stage, digest in evidence["code"].items())
+    return f"Seeds {seeds}; {evidence['questions']} questions; commit {evidence['commit']}; code of {code}."
 
 
 def claim_rows(claims: dict[str, dict]) -> list[list[str]]:

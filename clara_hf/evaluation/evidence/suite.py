@@ -105,7 +105,7 @@ class Suite:
 
     def __init__(self, settings: EvidenceSettings):
         self.settings, self.out = settings, Path(settings.output_dir)
-        self.code = code_digest()
+        self.code = {stage: code_digest(stage) for stage in STAGES}
         self.folders: dict[tuple[str, int], Path] = {}
 
     def folder(self, name: str, seed: int) -> Path:
@@ -122,7 +122,7 @@ class Suite:
             values["model_name_or_path"] = self.folder(variant.after, seed).name
         else:
             values["model_name_or_path"] = model_hash(ModelSource(values["model_name_or_path"]))
-        return self.out / "runs" / f"{name}-{seed}-{digest(variant.stage, values, seed, self.code)[:10]}"
+        return self.out / "runs" / f"{name}-{seed}-{digest(variant.stage, values, seed, self.code[variant.stage])[:10]}"
 
     def start(self, name: str, seed: int) -> str:
         """The checkpoint that a run starts from."""
@@ -190,7 +190,9 @@ class Suite:
             "seeds": seeds,
             "questions": len(types),
             "commit": commit(),
-            "code": self.code,
+            "code": {
+                stage: self.code[stage] for stage in dict.fromkeys(v.stage for v in self.settings.variants.values())
+            },
             "settings": {name: [v.stage, v.config, v.arguments] for name, v in self.settings.variants.items()},
         }
 
@@ -199,10 +201,11 @@ def as_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
-def code_digest() -> str:
-    """Of all that trains: a run by other code is another run."""
+def code_digest(stage: str) -> str:
+    """Of all that trains at a stage: a run by other code is another run. DRO's own code trains at its stage only."""
     places = [Path(package.__file__).parent for package in (modeling_clara, trainers)]
     files = [(path.relative_to(place), path) for place in places for path in sorted(place.rglob("*.py"))]
+    files = [(name, path) for name, path in files if stage == "dro" or "dro" not in name.parts]
     return hashlib.sha256(b"\0".join(str(name).encode() + path.read_bytes() for name, path in files)).hexdigest()[:16]
 
 
