@@ -383,10 +383,13 @@ def scp_rows(entity: Entity, rng: random.Random) -> list[dict]:
     return rows
 
 
-def generate(seed: int, progress: Callable[[Iterable, str], Iterable] | None = None) -> dict[str, list[dict]]:
+def generate(
+    seed: int, progress: Callable[[Iterable, str], Iterable] | None = None, count: int = CANDIDATES
+) -> dict[str, list[dict]]:
     """All rows of all files, by file name without extension.
 
     Args:
+        count: candidates of a question of the joint and test files.
         progress (*optional*): gets what each file is made from and the file's name; returns the same to go through.
     """
     follow = progress or (lambda items, name: items)
@@ -395,7 +398,9 @@ def generate(seed: int, progress: Callable[[Iterable, str], Iterable] | None = N
         rng = random.Random(f"{seed}-{split}")
         world = World(split, ENTITIES[split], rng)
         if split == "test":
-            rows["test"] = [question_row(world, f"test-{i}", rng) for i in follow(range(QUESTIONS["test"]), "test")]
+            rows["test"] = [
+                question_row(world, f"test-{i}", rng, count) for i in follow(range(QUESTIONS["test"]), "test")
+            ]
             continue
         scp = [row for entity in follow(world.entities, f"scp_{split}") for row in scp_rows(entity, rng)]
         rng.shuffle(scp)
@@ -406,25 +411,27 @@ def generate(seed: int, progress: Callable[[Iterable, str], Iterable] | None = N
             rows[name] = [
                 question_row(world, f"{name}-{i}", rng, rng.randint(1, 5), GOLD_FIRST_SHARE)
                 if stage == "instruct"
-                else question_row(world, f"{name}-{i}", rng)
+                else question_row(world, f"{name}-{i}", rng, count)
                 for i in follow(range(total), name)
             ]
     return rows
 
 
-def _questions(world: World, rng: random.Random) -> Iterator[dict]:
+def _questions(world: World, rng: random.Random, candidates: int) -> Iterator[dict]:
     for number in itertools.count():
-        yield question_row(world, f"{world.split}-{number}", rng)
+        yield question_row(world, f"{world.split}-{number}", rng, candidates)
 
 
-def more_test_questions(seed: int, count: int) -> list[dict]:
-    """The `count` questions that would follow those of the test file, about the same entities."""
+def more_test_questions(seed: int, count: int, candidates: int = CANDIDATES) -> list[dict]:
+    """The `count` questions that would follow those of the test file, about the same entities, among as many
+    `candidates`."""
     rng = random.Random(f"{seed}-test")
     first = QUESTIONS["test"]
-    return list(islice(_questions(World("test", ENTITIES["test"], rng), rng), first, first + count))
+    world = World("test", ENTITIES["test"], rng)
+    return list(islice(_questions(world, rng, candidates), first, first + count))
 
 
-def settings(seed: int) -> dict:
+def settings(seed: int, count: int = CANDIDATES) -> dict:
     """What the data depends on; two folders with equal settings hold equal files."""
     words = repr((ATTRIBUTES, LINKS, SUBJECTS, INTRODUCTIONS, PRONOUNS, NAME_QUESTIONS, BEGINNINGS, ENDINGS))
     return {
@@ -432,7 +439,7 @@ def settings(seed: int) -> dict:
         "lexicon": hashlib.sha256(words.encode()).hexdigest()[:16],
         "entities": ENTITIES,
         "questions": QUESTIONS,
-        "candidates": CANDIDATES,
+        "candidates": count,
         "describing_facts": list(DESCRIBING_FACTS),
         "two_hop_share": TWO_HOP_SHARE,
         "named_share": NAMED_SHARE,
@@ -446,18 +453,23 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def ensure(out: str | os.PathLike, seed: int = 0, progress: Callable[[Iterable, str], Iterable] | None = None) -> bool:
+def ensure(
+    out: str | os.PathLike,
+    seed: int = 0,
+    progress: Callable[[Iterable, str], Iterable] | None = None,
+    count: int = CANDIDATES,
+) -> bool:
     """Writes the data files to folder `out` unless they are there; returns whether it wrote them.
 
-    The manifest is written last, so a folder without one is unfinished and is written again. `progress` is as in
-    [`generate`].
+    The manifest is written last, so a folder without one is unfinished and is written again. `progress` and `count` are
+    as in [`generate`].
 
     Raises:
         ValueError: the folder holds finished data made with other settings.
     """
     out = Path(out)
     manifest = out / "manifest.json"
-    wanted = settings(seed)
+    wanted = settings(seed, count)
     if manifest.exists():
         found = json.loads(manifest.read_text(encoding="utf-8"))
         if found["settings"] != wanted:
@@ -472,7 +484,7 @@ def ensure(out: str | os.PathLike, seed: int = 0, progress: Callable[[Iterable, 
     sizes, collects = {}, gc.isenabled()
     gc.disable()  # there are millions of objects and no cycles to find: a quarter of the time
     try:
-        for name, rows in generate(seed, progress).items():
+        for name, rows in generate(seed, progress, count).items():
             path = out / f"{name}.jsonl"
             _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             sizes[path.name] = path.stat().st_size
@@ -488,11 +500,14 @@ def main() -> int:
     parser.add_argument("--out", default="runs/nano/data", help="folder for the JSONL files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more_test", type=int, help="Also write so many more test questions, to test_more.jsonl.")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of a question, 2 or more")
     arguments = parser.parse_args()
+    if arguments.candidates < 2:
+        parser.error(f"--candidates must be at least 2, got {arguments.candidates}")
     try:
-        wrote = ensure(arguments.out, arguments.seed)
+        wrote = ensure(arguments.out, arguments.seed, count=arguments.candidates)
         if arguments.more_test:
-            rows = more_test_questions(arguments.seed, arguments.more_test)
+            rows = more_test_questions(arguments.seed, arguments.more_test, arguments.candidates)
             _write(Path(arguments.out) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -138,7 +138,7 @@ def plain_lists(dro: DRO, rows: list[dict], picks: torch.Tensor, steps: int) -> 
     names = dro.prompts.identifiers
     rows = [row for row in rows for _ in range(len(picks) // len(rows))]
     written = [[names[place] for place in own] for own in picks.clamp(min=0).tolist()]
-    ids = [dro.prompts.selection(row) + own for row, own in zip(rows, written, strict=True)]
+    ids = [dro.prompts.selection(row, names) + own for row, own in zip(rows, written, strict=True)]
     logits = []
     for own in ids:  # one by one: nothing is padded
         with use_adapter(dro.model, "selection"):
@@ -159,7 +159,8 @@ def test_a_prompt_is_read_once_for_all_its_lists_with_the_values_and_gradients_o
     weights = [parameter for name, parameter in trainer.model.named_parameters() if ".lora_" in name]
     is_candidate = dro.is_candidate(rows).repeat_interleave(4, dim=0)
     torch.manual_seed(1)
-    drawn = dro.draw(rows, 4)
+    with torch.no_grad():
+        drawn = dro.draw(dro.read(trainer.model, rows, 4))
     torch.manual_seed(1)
     with torch.no_grad():
         wanted = draw_lists(lambda picks: plain_lists(dro, rows, picks, 1)[:, 0], is_candidate, 3)
@@ -172,7 +173,13 @@ def test_a_prompt_is_read_once_for_all_its_lists_with_the_values_and_gradients_o
             grads = torch.autograd.grad(loss, weights)
         return found.detach(), torch.cat([grad.flatten() for grad in grads]), counter.get_total_flops()
 
-    found, grads, flops = gradients(lambda: dro.list_log_probs(trainer.model, rows, drawn))
+    def read_once() -> torch.Tensor:
+        reading = dro.read(trainer.model, rows, 4)
+        # Drawing leaves a reading as it is.
+        assert dro.draw(reading).shape == drawn.shape
+        return dro.list_log_probs(reading, drawn)
+
+    found, grads, flops = gradients(read_once)
     plain, expected, work = gradients(
         lambda: selection_log_probs(plain_lists(dro, rows, drawn[:, :-1], 3), drawn, is_candidate)
     )
@@ -180,6 +187,71 @@ def test_a_prompt_is_read_once_for_all_its_lists_with_the_values_and_gradients_o
     torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
     assert expected.abs().max() > 0.01
     assert flops < 0.7 * work
+
+
+def test_equal_lists_are_answered_from_once_with_the_values_and_gradients_of_each(base, tmp_path, monkeypatch):
+    trainer = make(base, tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    dro, rows = trainer.dro, [trainer.train_dataset[at] for at in (0, 1, 0)]
+    picks = torch.tensor([[0, 1], [2, 3], [0, 1], [0, 1], [0, -1], [0, 1], [2, 3], [2, 3], [1, 0]])
+    weights = [parameter for name, parameter in trainer.model.named_parameters() if ".generator." in name]
+    read = []
+    forward = dro._forward
+    monkeypatch.setattr(
+        dro, "_forward", lambda model, ids, *args, **kw: read.append(len(ids)) or forward(model, ids, *args, **kw)
+    )
+    shares = torch.rand(9)
+    found = dro.answer_log_probs(trainer.model, rows, picks)
+    expected = torch.cat([dro.answer_log_probs(trainer.model, [rows[at // 3]], picks[at : at + 1]) for at in range(9)])
+    assert read == [2 + 2 + 2, *[1] * 9]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad((shares * values).sum(), weights) for values in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_prompts_are_worded_as_asked_and_kept_with_the_model(base, tmp_path):
+    wording = {"selection_prompt": "{question}\n{docs}\n{question}", "answer_prompt": "{docs}\n{question}"}
+    trainer = make(base, tmp_path, candidate="{text} ({id})", **wording)
+    trainer.save_model(str(tmp_path / "saved"))
+    prompts, row = DRO.from_pretrained(str(tmp_path / "saved")).prompts, trainer.train_dataset[2]
+    tokenizer, name = prompts.tokenizer, prompts.tokenizer.decode(prompts.identifiers[0])
+    told = tokenizer.decode(prompts.selection(row, prompts.identifiers), skip_special_tokens=True)
+    asked = "Who wrote it?"
+    assert f"{asked}\n{TEXTS[3]} ({name})\n{asked}" in told
+    told = tokenizer.decode(prompts.answer(trainer.train_dataset[0], [1, 0, -1]), skip_special_tokens=True)
+    assert f"{TEXTS[1]}\n{TEXTS[0]}\nWho keeps bees?" in told and "(" not in told
+    for options in (
+        {"answer_prompt": "{docs}"},
+        {"candidate": "{text}"},
+        {"selection_prompt": "{docs} {question} {id}"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must hold"):
+            DROConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_shuffled_identifiers_name_the_same_candidates(base, tmp_path):
+    trainer = make(base, tmp_path, shuffle_identifiers=True)
+    dro, rows = trainer.dro, list(trainer.train_dataset)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        reading = dro.read(trainer.model, rows, 2, shuffle=True)
+        picks = dro.draw(reading)
+        found = dro.list_log_probs(reading, picks)
+    drawn = reading.names[::2]
+    assert len({tuple(own) for own in drawn.tolist()}) == len(rows)
+    for number, own in enumerate(drawn.tolist()):
+        assert len(set(own)) == len(own) and set(own) <= set(dro.prompts.identifiers)
+        alone = dro.prompts.identifiers
+        dro.prompts.identifiers = own
+        with torch.no_grad():
+            part = dro.read(trainer.model, [rows[number]], 2)
+            expected = dro.list_log_probs(part, picks[2 * number : 2 * number + 2])
+        dro.prompts.identifiers = alone
+        torch.testing.assert_close(found[2 * number : 2 * number + 2], expected, rtol=1e-4, atol=1e-4)
+    trainer.train()
 
 
 def test_both_adapters_train_and_the_base_does_not(base, tmp_path):

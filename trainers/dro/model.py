@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +25,25 @@ from ..losses import draw_lists, selection_log_probs
 SELECTION = "selection"
 SETTINGS_FILE = "dro.json"
 IDENTIFIERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
-SELECT = "Choose the documents that answer the question, the most useful one first."
-ANSWER = "Answer the question from the documents, in a few words."
+SELECTION_PROMPT = (
+    "Choose the documents that answer the question, the most useful one first.\n{docs}\nQuestion: {question}\n"
+)
+ANSWER_PROMPT = "Answer the question from the documents, in a few words.\n{docs}\nQuestion: {question}\n"
+CANDIDATE = "[{id}] {text}"
+FIELD = re.compile(r"(\{(?:docs|question|id|text)\})")
+
+
+def pieces_of(name: str, template: str, *needed: str) -> list[str]:
+    """A template cut before and after its fields, `["", "{docs}", "\\n", "{question}", ""]`.
+
+    Raises:
+        ValueError: a field of `needed` does not stand in it, or another one does; names the setting.
+    """
+    pieces = FIELD.split(template)
+    fields = {piece[1:-1] for piece in pieces[1::2]}
+    if fields != set(needed):
+        raise ValueError(f"{name} must hold {' and '.join(f'{{{one}}}' for one in needed)}, got {template!r}.")
+    return pieces
 
 
 class DROPrompts:
@@ -32,15 +51,30 @@ class DROPrompts:
 
     Args:
         tokenizer, config: of the base.
-        top_k, candidate_budget: see [`DROConfig`].
+        top_k, candidate_budget, selection_prompt, answer_prompt, candidate: see [`DROConfig`].
 
     Raises:
-        ValueError: in `documents`, if the tokenizer has fewer identifiers of one token than there are candidates.
+        ValueError: a template lacks a field; or, in `documents`, the tokenizer has fewer identifiers of one token than
+            there are candidates.
     """
 
-    def __init__(self, tokenizer, config: PreTrainedConfig, top_k: int, candidate_budget: int):
+    def __init__(
+        self,
+        tokenizer,
+        config: PreTrainedConfig,
+        top_k: int,
+        candidate_budget: int,
+        selection_prompt: str = SELECTION_PROMPT,
+        answer_prompt: str = ANSWER_PROMPT,
+        candidate: str = CANDIDATE,
+    ):
         self.tokenizer, self.config, self.control = tokenizer, config, ControlTokens(tokenizer)
+        self.settings = {"top_k": top_k, "candidate_budget": candidate_budget, "selection_prompt": selection_prompt}
+        self.settings |= {"answer_prompt": answer_prompt, "candidate": candidate}
         self.top_k, self.candidate_budget = top_k, candidate_budget
+        self._selection = pieces_of("selection_prompt", selection_prompt, "docs", "question")
+        self._answer = pieces_of("answer_prompt", answer_prompt, "docs", "question")
+        self._candidate = pieces_of("candidate", candidate, "id", "text")
         body = "\0"
         text = body + "\n"
         if tokenizer.chat_template:
@@ -51,11 +85,12 @@ class DROPrompts:
         self.before = start + tokenizer(before, add_special_tokens=False)["input_ids"] if before else start
         self.after = tokenizer(after, add_special_tokens=False)["input_ids"]
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        opening = self.plain("[")
-        ids = [self.plain(f"[{name}") for name in IDENTIFIERS]
-        single = [own[-1] for own in ids if len(own) == len(opening) + 1 and own[:-1] == opening]
+        # An identifier is one token behind what stands before it.
+        opening = self._candidate[self._candidate.index("{id}") - 1]
+        start = self.plain(opening)
+        ids = [self.plain(f"{opening}{name}") for name in IDENTIFIERS]
+        single = [own[-1] for own in ids if len(own) == len(start) + 1 and own[:-1] == start]
         self.identifiers = list(dict.fromkeys(single))
-        self.opening, self.closing = opening, self.plain("] ")
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a control token."""
@@ -70,26 +105,29 @@ class DROPrompts:
         ids = [self.plain(text) for text in docs]
         return [own[:limit] for own in ids], sum(len(own) > limit for own in ids)
 
-    def _prompt(self, instruction: str, question: list[int], docs: list[list[int]]) -> list[int]:
-        listed = [
-            [*self.plain("\n"), *self.opening, name, *self.closing, *ids]
-            for name, ids in zip(self.identifiers, docs, strict=False)
-        ]
-        question = [*self.plain("\nQuestion: "), *question, *self.plain("\n")]
-        return [*self.before, *self.plain(instruction), *sum(listed, []), *question, *self.after]
+    def _fill(self, pieces: list[str], values: dict[str, list[int]]) -> list[int]:
+        """A template's ids, with the ids of its fields."""
+        return sum((values[piece] if piece in values else self.plain(piece) for piece in pieces if piece), [])
 
-    def selection(self, row: dict) -> list[int]:
-        """The prompt after which the selection model writes identifiers of the row's `document_ids`."""
-        return self._prompt(SELECT, row["query_ids"], row["document_ids"])
+    def _prompt(self, pieces: list[str], question: list[int], docs: list[list[int]]) -> list[int]:
+        line = self.plain("\n")
+        listed = sum(([*line, *own] for own in docs), [])[len(line) :]
+        return [*self.before, *self._fill(pieces, {"{docs}": listed, "{question}": question}), *self.after]
+
+    def selection(self, row: dict, names: list[int]) -> list[int]:
+        """The prompt after which the selection model writes identifiers, of `names`, of the row's `document_ids`."""
+        named = zip(names, row["document_ids"], strict=False)
+        listed = [self._fill(self._candidate, {"{id}": [name], "{text}": ids}) for name, ids in named]
+        return self._prompt(self._selection, row["query_ids"], listed)
 
     def answer(self, row: dict, picks: list[int]) -> list[int]:
         """The prompt after which the generator answers from the picked documents, in their order; -1 is none."""
-        return self._prompt(ANSWER, row["query_ids"], [row["document_ids"][place] for place in picks if place >= 0])
+        docs = [row["document_ids"][place] for place in picks if place >= 0]
+        return self._prompt(self._answer, row["query_ids"], docs)
 
     def save_pretrained(self, folder: str) -> None:
         self.tokenizer.save_pretrained(folder)
-        settings = {"top_k": self.top_k, "candidate_budget": self.candidate_budget}
-        Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        Path(folder, SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -101,12 +139,21 @@ class Reading:
         mask (`[R, T]`): which of it is no padding.
         first (`[R, 1, N]`): logits of the identifiers that may begin a list.
         is_candidate (`[R, N]` bool): `False` where a question has fewer than N candidates.
+        names (`[R, N]`): token ids of the candidates' identifiers.
     """
 
     cache: Cache
     mask: torch.Tensor
     first: torch.Tensor
     is_candidate: torch.Tensor
+    names: torch.Tensor
+
+    def copy(self) -> "Reading":
+        """The same, to be gone on from: a cache grows by new tensors."""
+        layers = [copy(layer) for layer in self.cache.layers]
+        cache = copy(self.cache)
+        cache.layers = layers
+        return replace(self, cache=cache)
 
 
 class DRO:
@@ -164,29 +211,42 @@ class DRO:
         with use_adapter(self.model, adapter):
             return model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **kwargs)
 
-    def read(self, model: nn.Module, rows: list[dict], lists: int = 1) -> "Reading":
-        """Have the selection model read the prompts of `rows`, each once for all of its `lists`, `R` in all."""
-        ids, mask = self._padded([self.prompts.selection(row) for row in rows])
-        outputs = self._forward(model, ids, mask, SELECTION, 1, use_cache=True)
+    def read(self, model: nn.Module, rows: list[dict], lists: int = 1, shuffle: bool = False) -> "Reading":
+        """Have the selection model read the prompts of `rows`, each once for all of its `lists`, `R` in all.
+
+        Args:
+            shuffle: draw each prompt's identifiers from all that there are; else they are the first ones.
+        """
+        is_candidate, known = self.is_candidate(rows), torch.tensor(self.prompts.identifiers)
+        orders = [torch.randperm(len(known)) if shuffle else torch.arange(len(known)) for _ in rows]
+        names = known[torch.stack(orders)[:, : is_candidate.shape[1]]].to(self.device)
+        prompts = [self.prompts.selection(row, own) for row, own in zip(rows, names.tolist(), strict=True)]
+        ends = torch.tensor([len(own) - 1 for own in prompts], device=self.device)
+        # Padding stands behind the prompts: the causal mask alone keeps it out, and nothing masked is computed.
+        ids = index_matrix(prompts).to(self.device)
+        mask = (ids >= 0).long()
+        keep, at = ends.unique(return_inverse=True)
+        with use_adapter(self.model, SELECTION):
+            outputs = model(input_ids=ids.masked_fill(mask == 0, self.prompts.pad), logits_to_keep=keep, use_cache=True)
         outputs.past_key_values.batch_repeat_interleave(lists)
-        is_candidate = self.is_candidate(rows)
-        first = outputs.logits[..., self.prompts.identifiers[: is_candidate.shape[1]]]
-        each = [value.repeat_interleave(lists, dim=0) for value in (mask, first, is_candidate)]
+        logits = outputs.logits[torch.arange(len(rows), device=self.device), at]
+        first = logits.gather(1, names).unsqueeze(1)
+        each = [value.repeat_interleave(lists, dim=0) for value in (mask, first, is_candidate, names)]
         return Reading(outputs.past_key_values, *each)
 
     def go_on(self, reading: "Reading", picks: torch.Tensor) -> torch.Tensor:
         """Logits `[R, j, N]` of the identifiers after each of `picks` `[R, j]`, which follow what was read so far."""
-        names = torch.tensor(self.prompts.identifiers, device=self.device)
         reading.mask = torch.cat([reading.mask, torch.ones_like(picks)], dim=1)
-        ids, options = names[picks.clamp(min=0)], {"past_key_values": reading.cache, "use_cache": True}
+        ids = reading.names.gather(1, picks.clamp(min=0))
+        options = {"past_key_values": reading.cache, "use_cache": True}
         # Not by a wrapper around the model, whose forward passes must be as many in every process.
         outputs = self._forward(self.model, ids, reading.mask, SELECTION, picks.shape[1], **options)
-        return outputs.logits[..., names[: reading.first.shape[2]]]
+        return outputs.logits.gather(2, reading.names.unsqueeze(1).expand(-1, picks.shape[1], -1))
 
-    def draw(self, rows: list[dict], lists: int = 1) -> torch.Tensor:
-        """Lists `[R, k]` drawn for rows, -1 where a row has fewer candidates."""
-        with evaluated(self.model):
-            return self._draw(self.read(self.model, rows, lists))
+    def draw(self, reading: "Reading") -> torch.Tensor:
+        """Lists `[R, k]` drawn after a reading, which stays as it is; -1 where a row has fewer candidates."""
+        with torch.no_grad():
+            return self._draw(reading.copy())
 
     def _draw(self, reading: "Reading", greedy: bool = False) -> torch.Tensor:
         def next_logits(picks: torch.Tensor) -> torch.Tensor:
@@ -195,38 +255,44 @@ class DRO:
         k = min(self.prompts.top_k, reading.is_candidate.shape[1])
         return draw_lists(next_logits, reading.is_candidate, k, greedy)
 
-    def list_log_probs(self, model: nn.Module, rows: list[dict], picks: torch.Tensor) -> torch.Tensor:
-        """`log p(z | x)` `[R]` of the lists `picks` `[R, k]`, equally many for each of `rows`."""
-        reading = self.read(model, rows, len(picks) // len(rows))
+    def list_log_probs(self, reading: "Reading", picks: torch.Tensor) -> torch.Tensor:
+        """`log p(z | x)` `[R]` of the lists `picks` `[R, k]` after a reading, which stays as it is."""
         logits = reading.first
         if picks.shape[1] > 1:
-            logits = torch.cat([logits, self.go_on(reading, picks[:, :-1])], dim=1)
+            logits = torch.cat([logits, self.go_on(reading.copy(), picks[:, :-1])], dim=1)
         return selection_log_probs(logits, picks, reading.is_candidate)
 
     def answer_log_probs(self, model: nn.Module, rows: list[dict], picks: torch.Tensor) -> torch.Tensor:
-        """`log p(y | x, z)` `[R]` of the rows' `answer_ids` after the texts of their lists."""
-        rows = [row for row in rows for _ in range(len(picks) // len(rows))]
-        pairs = zip(rows, picks.tolist(), strict=True)
-        ids, mask = self._padded([self.prompts.answer(row, own) + row["answer_ids"] for row, own in pairs])
-        longest = max(len(row["answer_ids"]) for row in rows)
-        labels = left_pad([row["answer_ids"] for row in rows], IGNORE_INDEX).to(self.device)
+        """`log p(y | x, z)` `[R]` of the rows' `answer_ids` after the texts of their lists; equal lists of a row are
+        computed once."""
+        per_row = len(picks) // len(rows)
+        asked = [(number // per_row, tuple(own)) for number, own in enumerate(picks.tolist())]
+        places = {one: place for place, one in enumerate(dict.fromkeys(asked))}
+        chosen = [(rows[number], own) for number, own in places]
+        ids, mask = self._padded([self.prompts.answer(row, list(own)) + row["answer_ids"] for row, own in chosen])
+        longest = max(len(row["answer_ids"]) for row, _ in chosen)
+        labels = left_pad([row["answer_ids"] for row, _ in chosen], IGNORE_INDEX).to(self.device)
         outputs = self._forward(model, ids, mask, GENERATOR, longest + 1, use_cache=False)
         logits = outputs.logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        return -losses.view(labels.shape).sum(dim=1)
+        return -losses.view(labels.shape).sum(dim=1)[[places[one] for one in asked]]
 
-    def rank_rows(self, rows: list[dict]) -> torch.Tensor:
+    def ranking(self, rows: list[dict], reading: "Reading") -> torch.Tensor:
         """All candidates `[R, N]`: the most likely list, then the others as likely as they are to begin one."""
-        with evaluated(self.model):
-            reading = self.read(self.model, rows)
-            listed = self._draw(reading, greedy=True)
+        with torch.no_grad():
+            listed = self._draw(reading.copy(), greedy=True)
         best = reading.first[:, 0].argsort(dim=1, descending=True, stable=True)
         orders = []
         for row, own, others in zip(rows, listed.tolist(), best.tolist(), strict=True):
             own = [place for place in own if place >= 0]
             orders.append(own + [p for p in others if p < len(row["document_ids"]) and p not in own])
         return index_matrix(orders).to(self.device)
+
+    def rank_rows(self, rows: list[dict]) -> torch.Tensor:
+        """The [`ranking`] of rows that are read for it."""
+        with evaluated(self.model):
+            return self.ranking(rows, self.read(self.model, rows))
 
     def generate(self, rows: list[dict], picks: torch.Tensor, max_new_tokens: int = 32, **kwargs) -> torch.Tensor:
         """Ids `[R, new tokens]` of greedy answers from the texts of the lists `picks`."""

@@ -27,7 +27,7 @@ from ..batches import EXAMPLE_INDEX
 from ..callbacks import count
 from ..losses import RECALL_KS, reweighted_loss
 from ..trainer import CLaRaTrainer
-from .model import DRO, SELECTION, DROPrompts
+from .model import ANSWER_PROMPT, CANDIDATE, DRO, SELECTION, SELECTION_PROMPT, DROPrompts, pieces_of
 
 
 @dataclass
@@ -41,6 +41,14 @@ class DROConfig(CLaRaTrainingArguments):
         top_k (`int`, *optional*, defaults to `5`): documents in a list.
         candidate_budget (`int`, *optional*, defaults to `4096`):
             Tokens of all candidates in a prompt; each may take an equal share, longer ones are cut.
+        selection_prompt, answer_prompt (`str`, *optional*):
+            What the two models read, with `{docs}` and `{question}` as often as wanted. A small base does best with
+            the wording that it was trained on.
+        candidate (`str`, *optional*, defaults to `"[{id}] {text}"`):
+            A candidate in `selection_prompt`. The answer's documents stand there as they are, a line each.
+        shuffle_identifiers (`bool`, *optional*, defaults to `False`):
+            Whether every training prompt draws its identifiers from all that there are, so that more candidates can be
+            ranked than a training prompt has.
         lora_r, lora_alpha, lora_dropout: of both adapters, on all linear layers.
 
         > Parameters that control the loss
@@ -53,6 +61,10 @@ class DROConfig(CLaRaTrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     top_k: int = field(default=5, metadata={"help": "Documents in a list."})
     candidate_budget: int = field(default=4096, metadata={"help": "Tokens of all candidates in a prompt."})
+    selection_prompt: str = field(default=SELECTION_PROMPT, metadata={"help": "What the selection model reads."})
+    answer_prompt: str = field(default=ANSWER_PROMPT, metadata={"help": "What the generator reads."})
+    candidate: str = field(default=CANDIDATE, metadata={"help": "A candidate in selection_prompt."})
+    shuffle_identifiers: bool = field(default=False, metadata={"help": "Draw identifiers anew in every training step."})
     lora_r: int = field(default=16, metadata={"help": "Rank of both adapters."})
     lora_alpha: float = field(default=32, metadata={"help": "Scale of both adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of both adapters."})
@@ -64,6 +76,9 @@ class DROConfig(CLaRaTrainingArguments):
         for name, least in (("top_k", 1), ("num_lists", 1), ("supervised_steps", 0), ("candidate_budget", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
+        for name in ("selection_prompt", "answer_prompt"):
+            pieces_of(name, getattr(self, name), "docs", "question")
+        pieces_of("candidate", self.candidate, "id", "text")
         if self.gradient_checkpointing:
             raise ValueError(
                 "gradient_checkpointing is on, but would compute one adapter's layers again under the other: leave it "
@@ -141,7 +156,8 @@ class DROTrainer(CLaRaTrainer):
             raise ValueError("tokenizer is missing: a model that is given loaded needs its own.")
         model = add_adapters(model, args)
         # How rows become examples; batches are rows, whose prompts depend on the lists that are drawn.
-        prompts = DROPrompts(tokenizer, model.config, args.top_k, args.candidate_budget)
+        names = ("top_k", "candidate_budget", "selection_prompt", "answer_prompt", "candidate")
+        prompts = DROPrompts(tokenizer, model.config, **{name: getattr(args, name) for name in names})
         encode = DRORows(prompts, args.candidate_budget)
         self.dro = DRO(model, prompts)
         super().__init__(model, args, encode, collate, train_dataset, eval_dataset, **kwargs)
@@ -155,17 +171,20 @@ class DROTrainer(CLaRaTrainer):
         """Loss, and the lists `[B * m, k]` that it is of, drawn ones or in a warm-up gold ones; in evaluation the
         ranking `[B, N]`, which begins with the likeliest list."""
         rows, is_training = inputs["rows"], self.model.training
+        is_warm_up = is_training and self.state.global_step < self.args.supervised_steps
+        lists = self.args.num_lists if is_training and not is_warm_up else 1
+        reading = self.dro.read(model, rows, lists, is_training and self.args.shuffle_identifiers)
         if not is_training:
-            picks = self.dro.rank_rows(rows)
-        elif self.state.global_step < self.args.supervised_steps:
+            picks = self.dro.ranking(rows, reading)
+        elif is_warm_up:
             picks = gold_lists(rows, self.args.top_k).to(self.args.device)
         else:
-            picks = self.dro.draw(rows, self.args.num_lists)
-        lists = self.dro.list_log_probs(model, rows, picks[:, : self.args.top_k]).view(len(rows), -1)
-        answers = self.dro.answer_log_probs(model, rows, picks[:, : self.args.top_k]).view(lists.shape)
-        loss = reweighted_loss(lists, answers)
+            picks = self.dro.draw(reading)
+        log_probs = self.dro.list_log_probs(reading, picks[:, : self.args.top_k]).view(len(rows), -1)
+        answers = self.dro.answer_log_probs(model, rows, picks[:, : self.args.top_k]).view(log_probs.shape)
+        loss = reweighted_loss(log_probs, answers)
         if is_training:
-            self._count(rows, picks.view(*lists.shape, -1), answers.detach())
+            self._count(rows, picks.view(*log_probs.shape, -1), answers.detach())
         return (loss, picks) if return_outputs else loss
 
     def _count(self, rows: list[dict], picks: torch.Tensor, answers: torch.Tensor) -> None:
