@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.cache import Cache, Orders, Shelf, digest
-from clara_hf.evaluation.plan import CHECKPOINTS, Options, SystemSpec, model_source
+from clara_hf.evaluation.plan import CHECKPOINTS, SHUFFLED, Options, SystemSpec, model_source
 from clara_hf.evaluation.results import question_record, system_costs
 from clara_hf.evaluation.systems import loading
 from clara_hf.evaluation.systems.documents import distinct_candidates, fixed_documents
@@ -105,8 +105,10 @@ class Inventory:
     def why_unscored(self, dataset: str, spec: SystemSpec) -> str | None:
         """Why a system has no score there, as the end of a sentence that begins with its name; `None` if it has."""
         is_known = any(one.pos_index for one in self.questions[dataset])
-        if spec.chooser in ("gold", "wrong-memory") and not is_known:
+        if spec.chooser in ("gold", "wrong-memory", SHUFFLED) and not is_known:
             return "needs pos_index, which no question has"
+        if spec.chooser == SHUFFLED and self.checkpoints["model"]["num_memory_tokens"] == 1:
+            return "needs memories of more than one vector"
         if spec.ranker is not None:
             return None if is_known or self.reads(spec) else "needs pos_index, or --model to answer with"
         if any(given is not None for given in fixed_documents(spec.chooser, self.questions[dataset], 0)):
@@ -150,6 +152,7 @@ class Inventory:
         options = self.options
         if spec.reader == "memory":
             maker = ["memory", *self.memory_maker(spec.checkpoint), options.max_new_tokens]
+            maker += [SHUFFLED] * (spec.chooser == SHUFFLED)
         elif spec.reader == "dro":
             maker = ["dro", self.ids[spec.name], options.max_new_tokens]
         else:

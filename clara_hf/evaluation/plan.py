@@ -9,6 +9,7 @@
     llm-listwise NAME                   ranks by asking a causal language model to order the list
     dro NAME                            ranks by DRO's selection model, and answers from text by its generator
     gold, no-memory, wrong-memory       no ranking: the gold documents, none, another question's
+    shuffled-memory                     as gold, each of a memory's vectors in the place of another
     text-SYSTEM                         chooses documents as SYSTEM does, and answers from their text
     memory-sup, memory-clara-before-joint   choose as these do; the generator of `--model` answers from its memories
     text                                short for text-bm25
@@ -44,8 +45,10 @@ RANKERS = {
     "dro": ("dro.DROSystem", "peft"),
 }
 CONTROLS = ("no-memory", "wrong-memory")
+SHUFFLED = "shuffled-memory"
+UNRANKED = ("gold", *CONTROLS, SHUFFLED)
 # The order of the table. Those in `NAMED` are followed by a NAME.
-CHOICES = (*CHECKPOINTS, *RANKERS, "text", "llmlingua2", "gold", *CONTROLS)
+CHOICES = (*CHECKPOINTS, *RANKERS, "text", "llmlingua2", *UNRANKED)
 NAMED = {**{kind: package for kind, (_, package) in RANKERS.items() if package}, "llmlingua2": "llmlingua"}
 # What runs unasked, where it has what it needs, and what `all` adds to it.
 DEFAULT_SYSTEMS = (*CHECKPOINTS, "bm25", "gold", "text-gold", *CONTROLS)
@@ -78,7 +81,7 @@ class SystemSpec:
     @property
     def ranker(self) -> str | None:
         """The chooser with its model's name, if it ranks; equal for systems that share a ranking."""
-        if self.chooser == "gold" or self.chooser in CONTROLS:
+        if self.chooser in UNRANKED:
             return None
         return f"{self.chooser} {self.name}" if self.name else self.chooser
 

@@ -12,10 +12,10 @@ from transformers.utils import logging
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.cache import Shelf, digest
 from clara_hf.evaluation.inventory import Inventory, missing_from
-from clara_hf.evaluation.plan import CHECKPOINTS, MEMORY, SystemSpec, ranker_class
+from clara_hf.evaluation.plan import CHECKPOINTS, MEMORY, SHUFFLED, SystemSpec, ranker_class
 from clara_hf.evaluation.results import dataset_results, judge_agreement
 from clara_hf.evaluation.systems import loading
-from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
+from clara_hf.evaluation.systems.readers import MemoryReader, ShuffledReader, TextReader
 from clara_hf.program import UsageError
 from clara_hf.program.errors import loading as told
 
@@ -118,7 +118,7 @@ class Work(Inventory):
             if ranks:
                 self._rank(dataset, ranker, reader, lambda chosen: None)
             for spec in readers:
-                self._answer(dataset, spec, reader)
+                self._answer(dataset, spec, ShuffledReader(reader) if spec.chooser == SHUFFLED else reader)
             self._orders.end(stage)
 
     def _compress(self, dataset: str, checkpoint: str, reader: MemoryReader, documents: list[str]) -> None:

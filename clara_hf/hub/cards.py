@@ -37,6 +37,7 @@ SYSTEMS = (
     "text-gold",
     "no-memory",
     "wrong-memory",
+    "shuffled-memory",
 )
 PACKAGES = ("clara-hf", "torch", "transformers", "peft", "accelerate", "datasets")
 # Settings of a run that are places, bookkeeping or shown elsewhere in the card.

@@ -12,8 +12,10 @@ import yaml
 from conftest import TEXTS, build_clara
 from processes import in_process, killed_at
 
+from clara_hf.data.schema import parse_example
 from clara_hf.evaluation.evidence import suite
 from clara_hf.evaluation.evidence.claims import Claim, hierarchical_interval, settle
+from clara_hf.evaluation.evidence.conditions import with_candidates
 from clara_hf.evaluation.evidence.suite import EvidenceSettings, Suite
 from clara_hf.program import UsageError, parse, read_json
 
@@ -75,16 +77,41 @@ def config(base, tmp_path_factory) -> dict:
     recipe |= {"learning_rate": 1e-2, "output_dir": "unused"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     stage = {"config": str(folder / "recipe.yaml"), "arguments": {"memory_store": str(folder / "memories")}}
-    joint = {"stage": "joint", **stage, "systems": ["clara", "clara-before-joint", "bm25"]}
+    text = {key: value for key, value in recipe.items() if key != "save_steps"} | {"model_name_or_path": base}
+    text |= {"top_k": 1, "num_lists": 2, "lora_r": 2, "max_steps": 1}
+    (folder / "text.yaml").write_text(json.dumps(text))
+    joint = {"stage": "joint", **stage, "systems": ["clara", "clara-before-joint", "bm25", "shuffled-memory"]}
     claims = {
         "bm25": {"states": "Better than BM25", "metric": "recall@1", "better": "joint", "worse": "joint bm25"},
         "start": {"states": "It trains", "metric": "f1", "better": "joint", "worse": "joint clara-before-joint"},
         "twin": {"states": "One", "metric": "recall@1", "better": "joint", "worse": "sup", "type": "one"},
-        "dro": {"states": "Better than DRO", "not_run": "too slow"},
+        "dro": {"states": "Better than DRO", "metric": "recall@1", "better": "joint", "worse": "dro dro"},
+        "lens": {"states": "L", "metric": "lens_gold", "better": "words lens", "worse": "words lens-before-joint"},
+        "noise": {"states": "Fewer are easier", "metric": "recall@1", "better": "few", "worse": "all"},
+        "form": {"states": "Bits are lost", "metric": "f1", "better": "joint", "worse": "bits", "title": "2 bits"},
+        "order": {"states": "Places count", "metric": "f1", "better": "joint", "worse": "joint shuffled-memory"},
+        "rate": {"states": "Some rate is best", "not_run": "too slow"},
     }
     variants = {"joint": joint, "sup": {"stage": "contrastive", **stage}}
+    variants |= {"few": {"of": "joint", "candidates": 2}, "all": {"of": "joint", "candidates": "all"}}
+    variants |= {"bits": {"of": "joint", "memory_form": "rotated2"}}
+    variants |= {"words": {"of": "joint", "systems": ["lens", "lens-before-joint"]}}
+    variants |= {"dro": {"stage": "dro", "config": str(folder / "text.yaml"), "systems": ["dro"]}}
     settings = {"test_file": str(folder / "rows.jsonl"), "seeds": [0, 1], "variants": variants, "claims": claims}
     return {**settings, "max_new_tokens": 3}
+
+
+def test_other_numbers_of_candidates_hold_the_gold_ones_and_each_other():
+    examples = [parse_example(row, row["id"]) for row in ROWS]
+    found = {count: with_candidates(examples, count) for count in (1, 2, 3, 5, "all")}
+    for count, rows in found.items():
+        for one, own in zip(examples, rows, strict=True):
+            assert own.gold == one.gold and len(set(own.docs)) == len(own.docs)
+            assert len(own.docs) == (4 if count == "all" else min(count, 4))
+    for less, more in itertools.pairwise(found.values()):
+        assert all(set(one.docs) <= set(other.docs) for one, other in zip(less, more, strict=True))
+    assert set(found[3][0].docs) == set(examples[0].docs)
+    assert with_candidates(examples, "all")[0].docs == found["all"][0].docs != found["all"][1].docs
 
 
 def arguments_of(config: dict, out: Path, **changes) -> list[str]:
@@ -98,7 +125,7 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
     arguments = arguments_of(config, tmp_path / "killed")
     chance = random.SystemRandom()
     place = chance.choice(
-        [("transformers.Trainer", "training_step", 12), ("clara_hf.evaluation.cache.Shelf", "add", 6)]
+        [("transformers.Trainer", "training_step", 14), ("clara_hf.evaluation.cache.Shelf", "add", 30)]
     )
     call = chance.randrange(1, place[2] + 1)
     assert in_process(killed_at, tmp_path, *place[:2], call, suite.main, arguments) == -signal.SIGKILL, (place, call)
@@ -111,11 +138,13 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
             call,
         )
     claims = read_json(tmp_path / "whole" / "evidence.json")["claims"]
-    assert [row["verdict"] for row in claims.values()] == ["undecided"] * 3 + ["not run"]
+    assert [row["verdict"] for row in claims.values()] == ["undecided"] * 8 + ["not run"]
     assert claims["twin"]["questions"] == 2 and claims["bm25"]["questions"] == 3
     # Everything is there: nothing trains and nothing is computed again.
     for folder in (tmp_path / "whole" / "runs").iterdir():
-        assert (folder / "config.json").is_file() and len(list(folder.glob("checkpoint-*"))) == 3
+        is_dro = folder.name.startswith("dro")
+        assert (folder / ("dro.json" if is_dro else "config.json")).is_file()
+        assert len(list(folder.glob("checkpoint-*"))) == (1 if is_dro else 3)
 
 
 def test_a_run_is_known_by_its_content(config, tmp_path, monkeypatch):
@@ -143,6 +172,11 @@ def test_mistakes_name_the_variant_before_anything_is_written(config, tmp_path):
         ({**own, "config": "absent.yaml"}, "absent.yaml"),
         ({**own, "arguments": {"train_file": "absent.jsonl"}}, "absent.jsonl"),
         ({**own, "stage": "dance"}, "dance"),
+        ({"of": "later"}, "later"),
+        ({**own, "of": "joint"}, "stage and config"),
+        ({"systems": ["clara"]}, "stage and config"),
+        ({**own, "candidates": "some"}, "some"),
+        ({**own, "memory_form": "fitted1"}, "fitted1"),
     ):
         arguments = arguments_of(config, tmp_path / "out", variants={"joint": variant})
         with pytest.raises(UsageError, match=word):

@@ -21,6 +21,7 @@ class Claim:
         metric (`str`): name of a question's score, such as `recall@1` or `f1`.
         better, worse (`str`): a variant, or a variant and a system of its evaluation, as in `joint clara-before-joint`.
         type (`str`, *optional*): only questions of this type.
+        title (`str`): a few words for the picture; by default the claim's name and metric.
         not_run (`str`): why there are no runs for it; it is then only listed.
     """
 
@@ -29,6 +30,7 @@ class Claim:
     better: str = ""
     worse: str = ""
     type: str | None = None
+    title: str = ""
     not_run: str = field(default="", metadata={"help": "Why there are no runs."})
 
     def __post_init__(self):
@@ -76,7 +78,7 @@ def settle(claim: Claim, scores: dict[tuple[str, str], np.ndarray]) -> dict:
         scores: of the claim's metric, `[seeds, questions]` by variant and system; NaN where there is none.
     """
     row = {"states": claim.states, "metric": claim.metric, "better": claim.better, "worse": claim.worse}
-    row |= {"type": claim.type}
+    row |= {"type": claim.type, "title": claim.title}
     missing = [name for name in claim.sides if name not in scores] if not claim.not_run else []
     if claim.not_run or missing:
         told = ", ".join(" ".join(name) for name in missing)

@@ -93,7 +93,7 @@ def draw(claims: dict[str, dict], folder: Path) -> bool:
             axis.plot([low, high], [place, place], color="black", linewidth=1.2)
             axis.plot(mean, place, "o", color="black")
             axis.plot([100 * value for value in row["by_seed"]], [place] * row["seeds"], "|", color="0.5")
-        labels = [f"{name}: {row['metric']}" for name, row in reversed(shown.items())]
+        labels = [row["title"] or f"{name}: {row['metric']}" for name, row in reversed(shown.items())]
         axis.set_yticks(range(len(shown)), labels)
         axis.axvline(0, color="0.6", linewidth=0.8, linestyle="--")
         axis.set(xlabel="effect, percentage points", ylim=(-0.6, len(shown) - 0.4))

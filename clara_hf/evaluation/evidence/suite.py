@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from transformers.utils import logging
 import modeling_clara
 import trainers
 from clara_hf.data.files import content_digest
-from clara_hf.data.schema import load_examples
+from clara_hf.data.schema import QAExample, load_examples
 from clara_hf.evaluation.cache import digest
 from clara_hf.evaluation.evaluator import Evaluator
 from clara_hf.evaluation.evidence.claims import Claim, settle
+from clara_hf.evaluation.evidence.conditions import ALL, lens_records, store_in_form, with_candidates
 from clara_hf.evaluation.evidence.report import write_report
 from clara_hf.evaluation.systems.loading import model_hash
+from clara_hf.memory_store.encoding import ROTATED
 from clara_hf.program import RunFolder, UsageError, parse, stages
 from clara_hf.program.models import ModelSource
 
@@ -38,7 +41,9 @@ STAGES = {
     "instruct": stages.instruct,
     "joint": stages.joint,
     "contrastive": stages.contrastive,
+    "dro": stages.dro,
 }
+LENSES = ("lens", "lens-before-joint")
 # Where a run lies, and where it reads memories, does not change it.
 PLACES = ("output_dir", "memory_store", "dataset_num_proc")
 FILES = ("train_file", "validation_file", "prompts_file")
@@ -46,28 +51,43 @@ FILES = ("train_file", "validation_file", "prompts_file")
 
 @dataclass(kw_only=True)
 class Variant:
-    """One way to train, by a recipe.
+    """One way to train, by a recipe; or, with `of`, another way to ask what a variant has trained.
 
     Parameters:
-        stage (`str`): scp, instruct, joint or contrastive.
+        stage (`str`): scp, instruct, joint, contrastive or dro.
         config (`str`): the recipe's YAML file.
         arguments (`dict`): what differs from it.
         after (`str`, *optional*): the variant whose run of the same seed it starts from.
-        systems (`list[str]`): what is evaluated with it, see [`~clara_hf.evaluation.plan`]. None: it is only started
-            from.
+        of (`str`, *optional*): the variant whose runs are asked, in place of `stage`, `config` and `arguments`.
+        systems (`list[str]`): what is evaluated with it, see [`~clara_hf.evaluation.plan`]; `dro` for a run of that
+            stage; `lens` and `lens-before-joint`, see [`~clara_hf.evaluation.evidence.conditions.lens_records`].
+            None: it is only started from.
+        candidates (`int` or `"all"`, *optional*): candidates of a question, see
+            [`~clara_hf.evaluation.evidence.conditions.with_candidates`]; those of the file by default.
+        memory_form (`str`, *optional*): the form in which memories are stored, rotated8, rotated4 or rotated2.
     """
 
-    stage: str = field(metadata={"choices": list(STAGES)})
-    config: str
+    stage: str | None = field(default=None, metadata={"choices": list(STAGES)})
+    config: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     after: str | None = None
+    of: str | None = None
     systems: list[str] = field(default_factory=lambda: ["clara"])
+    candidates: int | str | None = None
+    memory_form: str | None = field(default=None, metadata={"choices": list(ROTATED)})
+
+    def __post_init__(self):
+        trains = self.stage is not None and self.config is not None
+        if trains == (self.of is not None) or self.of is not None and (self.arguments or self.after):
+            raise UsageError("a variant has stage and config, or of, the name of another one, and no arguments.")
+        if self.candidates is not None and self.candidates != ALL and not int(self.candidates) > 0:
+            raise UsageError(f"candidates must be a number of at least 1, or {ALL}, but is {self.candidates!r}.")
 
     @property
     def values(self) -> dict[str, Any]:
         """The recipe's values and what overrides them."""
         try:
-            read = yaml.safe_load(Path(self.config).read_text(encoding="utf-8"))
+            read = yaml.safe_load(Path(self.config or "").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise UsageError(f"config {self.config} cannot be read: {' '.join(str(error).split())}.") from error
         return {**read, **self.arguments}
@@ -95,6 +115,8 @@ class EvidenceSettings:
         for name, variant in self.variants.items():
             if variant.after is not None and variant.after not in known:
                 raise UsageError(f"variants.{name}.after is {variant.after!r}: name a variant that stands before it.")
+            if variant.of is not None and (variant.of not in known or self.variants[variant.of].of is not None):
+                raise UsageError(f"variants.{name}.of is {variant.of!r}: name a variant that trains before it.")
             if " " in name:
                 raise UsageError(f"variants: {name!r} has a space, which separates a variant from a system in claims.")
             known.append(name)
@@ -108,9 +130,15 @@ class Suite:
         self.code = {stage: code_digest(stage) for stage in STAGES}
         self.folders: dict[tuple[str, int], Path] = {}
 
+    @cached_property
+    def examples(self) -> list[QAExample]:
+        return load_examples(self.settings.test_file)
+
     def folder(self, name: str, seed: int) -> Path:
         """Where a run is, or will be."""
         variant = self.settings.variants[name]
+        if variant.of is not None:
+            return self.folder(variant.of, seed)
         values = {key: value for key, value in variant.values.items() if key not in PLACES}
         for key in FILES:
             if values.get(key) is not None:
@@ -127,6 +155,8 @@ class Suite:
     def start(self, name: str, seed: int) -> str:
         """The checkpoint that a run starts from."""
         variant = self.settings.variants[name]
+        if variant.of is not None:
+            return self.start(variant.of, seed)
         after = variant.after and str(self.folder(variant.after, seed))
         return after or str(variant.values["model_name_or_path"])
 
@@ -141,12 +171,34 @@ class Suite:
     def evaluate(self, name: str, seed: int) -> dict[str, list[dict]]:
         """Records of every question, by system."""
         variant, settings = self.settings.variants[name], self.settings
+        folder, start = str(self.folder(name, seed)), self.start(name, seed)
+        examples = self.examples if variant.candidates is None else with_candidates(self.examples, variant.candidates)
+        records = {}
+        for lens in filter(LENSES.__contains__, variant.systems):
+            kept = self.out / "lens" / f"{Path(folder).name}-{lens}-{settings.limit}.json"
+            kept.parent.mkdir(exist_ok=True)
+            records[lens] = lens_records(folder if lens == "lens" else start, examples[: settings.limit], kept)
+        systems = [system for system in variant.systems if system not in LENSES]
+        if not systems:
+            return records
         options = {"limit": settings.limit, "batch_size": settings.batch_size}
         options |= {"max_new_tokens": settings.max_new_tokens, "cache_dir": self.out / "cache"}
-        if any("before-joint" in system for system in variant.systems):
-            options["before_joint"] = self.start(name, seed)
-        results = Evaluator(settings.test_file, variant.systems, **options)(str(self.folder(name, seed)))
-        return next(iter(results.records.values()))
+        if any("before-joint" in system for system in systems):
+            options["before_joint"] = start
+        if variant.memory_form is not None:
+            options["memory_store"] = store_in_form(
+                folder, variant.memory_form, self.out / "stores" / variant.memory_form
+            )
+        is_dro = self.trained(name).stage == "dro"
+        labels = {f"dro {folder}" if is_dro and system == "dro" else system: system for system in systems}
+        results = Evaluator(examples, list(labels), **options)(None if is_dro else folder)
+        found = next(iter(results.records.values()))
+        return records | {labels[label]: rows for label, rows in found.items()}
+
+    def trained(self, name: str) -> Variant:
+        """The variant that a name's runs are trained by."""
+        variant = self.settings.variants[name]
+        return variant if variant.of is None else self.settings.variants[variant.of]
 
     def run(self) -> dict:
         """Train, evaluate, settle, report; returns what the report holds. All variants of a seed come before the
@@ -158,7 +210,8 @@ class Suite:
             found = {}
             for seed in self.settings.seeds:
                 for name, variant in self.settings.variants.items():
-                    self.train(name, seed)
+                    if variant.of is None:
+                        self.train(name, seed)
                     found[name, seed] = self.evaluate(name, seed) if variant.systems else {}
             evidence = self.settle(found)
             write_report(evidence, self.out)
@@ -167,7 +220,7 @@ class Suite:
     def settle(self, found: dict[tuple[str, int], dict[str, list[dict]]]) -> dict:
         """Verdicts, and the means of every system, from the records of all evaluations."""
         seeds = self.settings.seeds
-        types = [one.type for one in load_examples(self.settings.test_file)][: self.settings.limit]
+        types = [one.type for one in self.examples][: self.settings.limit]
 
         def scores(metric: str, kind: str | None) -> dict[tuple[str, str], np.ndarray]:
             """`[seeds, questions]` by variant and system, of questions of a type."""
@@ -182,18 +235,17 @@ class Suite:
             return values
 
         claims = {name: settle(claim, scores(claim.metric, claim.type)) for name, claim in self.settings.claims.items()}
+        trained = {name: variant for name, variant in self.settings.variants.items() if variant.of is None}
         means = {metric: scores(metric, None) for metric in ("f1", "recall@1", "recall@5")}
         return {
             "claims": claims,
             "means": means,
-            "runs": [self.folder(name, seed).name for name in self.settings.variants for seed in seeds],
+            "runs": [self.folder(name, seed).name for name in trained for seed in seeds],
             "seeds": seeds,
             "questions": len(types),
             "commit": commit(),
-            "code": {
-                stage: self.code[stage] for stage in dict.fromkeys(v.stage for v in self.settings.variants.values())
-            },
-            "settings": {name: [v.stage, v.config, v.arguments] for name, v in self.settings.variants.items()},
+            "code": {stage: code for stage, code in self.code.items() if stage in {v.stage for v in trained.values()}},
+            "settings": {name: [v.stage, v.config, v.arguments] for name, v in trained.items()},
         }
 
 

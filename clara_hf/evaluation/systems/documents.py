@@ -7,6 +7,7 @@ import numpy as np
 from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample
+from clara_hf.evaluation.plan import SHUFFLED
 from clara_hf.metrics.answer_f1.answer_f1 import normalize_answer
 
 
@@ -33,8 +34,8 @@ def distinct_candidates(examples: list[QAExample], dataset: str) -> tuple[list[Q
 
 
 def fixed_documents(chooser: str, examples: list[QAExample], seed: int) -> list[list[str] | None]:
-    """The documents of `gold`, `no-memory` or `wrong-memory`; `None` for a question that these do not apply to."""
-    if chooser == "gold":
+    """The documents of a system that ranks none (`UNRANKED`); `None` for a question that it does not apply to."""
+    if chooser in ("gold", SHUFFLED):
         return [example.gold or None for example in examples]
     if chooser == "no-memory":
         return [[] for _ in examples]

@@ -119,6 +119,22 @@ class MemoryReader:
         return [torch.stack([found[document] for document in row]).to(device) if row else empty for row in rows]
 
 
+class ShuffledReader(MemoryReader):
+    """A [`MemoryReader`] that puts every vector of a memory in the place of the next one: a control that tells whether
+    places matter beside content.
+
+    Args:
+        reader: whose model and memories it reads.
+    """
+
+    def __init__(self, reader: MemoryReader):
+        super().__init__(reader.model, reader.batch_size, reader.max_new_tokens, reader.store)
+        self.memories = reader.memories
+
+    def _stacks(self, rows: list[list[str]]) -> list[torch.Tensor]:
+        return [memories.roll(1, dims=1) for memories in super()._stacks(rows)]
+
+
 class TextReader:
     """A causal language model that answers from raw text in its prompt.
 
