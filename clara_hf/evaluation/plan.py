@@ -158,7 +158,7 @@ def parse_system(text: str) -> SystemSpec:
     label = " ".join(text.split())
     kind, _, name = core_of(label).partition(" ")
     reads_text = label.startswith(TEXT)
-    if kind not in CHOICES or (reads_text and kind in ("text", "llmlingua2")):
+    if kind not in CHOICES or (reads_text and kind in ("text", "llmlingua2", SHUFFLED)):
         known = ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
         raise ValueError(f"there is no system {text!r}, choose from {known}, or text- before one that ranks or gold")
     if label.startswith(MEMORY) and CHECKPOINTS.get(kind, "model") == "model":
