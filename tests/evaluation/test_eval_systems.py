@@ -10,7 +10,7 @@ from clara_hf.evaluation.systems.bm25 import BM25
 from clara_hf.evaluation.systems.documents import fixed_documents, wrong_documents
 from clara_hf.evaluation.systems.listwise import ListwiseRanker, cut, parse_order
 from clara_hf.evaluation.systems.loading import load_text_model
-from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
+from clara_hf.evaluation.systems.readers import MemoryReader, ShuffledReader, TextReader
 from clara_hf.program.models import ModelSource
 
 
@@ -164,6 +164,21 @@ def test_no_memory_is_a_prompt_without_documents(clara):
     empty = torch.empty(0, clara.config.num_memory_tokens, clara.config.hidden_size)
     direct = clara.generate(questions=QUESTIONS, memories=[empty] * 3, rerank=False, max_new_tokens=6)
     assert texts_of(answers) == direct.texts
+
+
+def test_shuffled_memories_are_the_right_vectors_in_other_slots(clara, examples, monkeypatch):
+    reader = MemoryReader(clara, batch_size=2, max_new_tokens=2)
+    documents = [one.docs[:2] for one in examples]
+    reader.prepare(examples[0].docs)
+    given, generate = [], clara.generate
+    monkeypatch.setattr(clara, "generate", lambda **kwargs: given.append(kwargs["memories"]) or generate(**kwargs))
+    assert len(ShuffledReader(reader).answer(QUESTIONS, documents)) == len(reader.answer(QUESTIONS, documents)) == 3
+    slots = clara.config.num_memory_tokens
+    for shuffled, right in zip(*given, strict=True):
+        for slot in range(slots):
+            assert torch.equal(shuffled[:, slot], right[:, (slot - 1) % slots])
+            assert not torch.equal(shuffled[:, slot], right[:, slot])
+    assert fixed_documents("shuffled-memory", examples, 0) == [one.gold for one in examples]
 
 
 def test_prompt_tokens_count_a_memory_vector_as_one(clara, texts):

@@ -26,6 +26,7 @@ ROWS = [
     {"id": "b", "question": "What is sold?", "answers": ["lanterns"], "docs": TEXTS[1:4], "pos_index": [0]},
     {"id": "c", "question": "Who wrote it?", "answers": ["Oren"], "docs": TEXTS[:4], "pos_index": [3], "type": "one"},
 ]
+CONDITIONS = ["shuffled-memory", "lens", "lens-before-joint"]
 CLAIM = {"states": "It helps", "metric": "f1", "better": "new", "worse": "old bm25"}
 
 
@@ -72,7 +73,7 @@ def config(base, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("evidence")
     build_clara(base, lora_dropout=0.1).save_pretrained(folder / "start")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    recipe = {"model_name_or_path": str(folder / "start"), "train_file": str(folder / "rows.jsonl"), "max_steps": 3}
+    recipe = {"model_name_or_path": str(folder / "start"), "train_file": str(folder / "rows.jsonl"), "max_steps": 2}
     recipe |= {"per_device_train_batch_size": 2, "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
     recipe |= {"learning_rate": 1e-2, "output_dir": "unused"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -80,22 +81,19 @@ def config(base, tmp_path_factory) -> dict:
     text = {key: value for key, value in recipe.items() if key != "save_steps"} | {"model_name_or_path": base}
     text |= {"top_k": 1, "num_lists": 2, "lora_r": 2, "max_steps": 1}
     (folder / "text.yaml").write_text(json.dumps(text))
-    joint = {"stage": "joint", **stage, "systems": ["clara", "clara-before-joint", "bm25", "shuffled-memory"]}
+    joint = {"stage": "joint", **stage, "systems": ["clara", "clara-before-joint", "bm25", *CONDITIONS]}
     claims = {
         "bm25": {"states": "Better than BM25", "metric": "recall@1", "better": "joint", "worse": "joint bm25"},
         "start": {"states": "It trains", "metric": "f1", "better": "joint", "worse": "joint clara-before-joint"},
         "twin": {"states": "One", "metric": "recall@1", "better": "joint", "worse": "sup", "type": "one"},
         "dro": {"states": "Better than DRO", "metric": "recall@1", "better": "joint", "worse": "dro dro"},
-        "lens": {"states": "L", "metric": "lens_gold", "better": "words lens", "worse": "words lens-before-joint"},
-        "noise": {"states": "Fewer are easier", "metric": "recall@1", "better": "few", "worse": "all"},
-        "form": {"states": "Bits are lost", "metric": "f1", "better": "joint", "worse": "bits", "title": "2 bits"},
+        "lens": {"states": "L", "metric": "lens_gold", "better": "joint lens", "worse": "joint lens-before-joint"},
+        "hard": {"states": "It is hard", "metric": "f1", "better": "joint", "worse": "hard", "title": "2 bits, all"},
         "order": {"states": "Places count", "metric": "f1", "better": "joint", "worse": "joint shuffled-memory"},
         "rate": {"states": "Some rate is best", "not_run": "too slow"},
     }
     variants = {"joint": joint, "sup": {"stage": "contrastive", **stage}}
-    variants |= {"few": {"of": "joint", "candidates": 2}, "all": {"of": "joint", "candidates": "all"}}
-    variants |= {"bits": {"of": "joint", "memory_form": "rotated2"}}
-    variants |= {"words": {"of": "joint", "systems": ["lens", "lens-before-joint"]}}
+    variants |= {"hard": {"of": "joint", "candidates": "all", "memory_form": "rotated2"}}
     variants |= {"dro": {"stage": "dro", "config": str(folder / "text.yaml"), "systems": ["dro"]}}
     settings = {"test_file": str(folder / "rows.jsonl"), "seeds": [0, 1], "variants": variants, "claims": claims}
     return {**settings, "max_new_tokens": 3}
@@ -125,7 +123,7 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
     arguments = arguments_of(config, tmp_path / "killed")
     chance = random.SystemRandom()
     place = chance.choice(
-        [("transformers.Trainer", "training_step", 14), ("clara_hf.evaluation.cache.Shelf", "add", 30)]
+        [("transformers.Trainer", "training_step", 10), ("clara_hf.evaluation.cache.Shelf", "add", 20)]
     )
     call = chance.randrange(1, place[2] + 1)
     assert in_process(killed_at, tmp_path, *place[:2], call, suite.main, arguments) == -signal.SIGKILL, (place, call)
@@ -138,13 +136,19 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
             call,
         )
     claims = read_json(tmp_path / "whole" / "evidence.json")["claims"]
-    assert [row["verdict"] for row in claims.values()] == ["undecided"] * 8 + ["not run"]
+    assert [row["verdict"] for row in claims.values()] == ["undecided"] * 7 + ["not run"]
     assert claims["twin"]["questions"] == 2 and claims["bm25"]["questions"] == 3
     # Everything is there: nothing trains and nothing is computed again.
     for folder in (tmp_path / "whole" / "runs").iterdir():
         is_dro = folder.name.startswith("dro")
         assert (folder / ("dro.json" if is_dro else "config.json")).is_file()
-        assert len(list(folder.glob("checkpoint-*"))) == (1 if is_dro else 3)
+        assert len(list(folder.glob("checkpoint-*"))) == (1 if is_dro else 2)
+
+
+def test_a_run_that_is_asked_in_another_way_is_the_same_run(config, tmp_path):
+    settings = parse(EvidenceSettings, ["--config", *arguments_of(config, tmp_path / "out")])
+    asked, trained = (Suite(settings).folder(name, 1) for name in ("hard", "joint"))
+    assert asked == trained and Suite(settings).start("hard", 1) == Suite(settings).start("joint", 1)
 
 
 def test_a_run_is_known_by_its_content(config, tmp_path, monkeypatch):
@@ -187,15 +191,17 @@ def test_mistakes_name_the_variant_before_anything_is_written(config, tmp_path):
 @pytest.mark.parametrize("name", ["evidence.yaml", "evidence_short.yaml"])
 def test_the_suites_that_come_along_know_their_variants(name, tmp_path, monkeypatch):
     data = tmp_path / "runs" / "nano" / "data"
-    data.mkdir(parents=True)
-    for stage, kind in itertools.product(("scp", "instruct", "joint"), ("train", "validation")):
-        (data / f"{stage}_{kind}.jsonl").touch()
+    for folder in (data, data.with_name("data-5")):
+        folder.mkdir(parents=True)
+        for stage, kind in itertools.product(("scp", "instruct", "joint"), ("train", "validation")):
+            (folder / f"{stage}_{kind}.jsonl").touch()
     (data / "test.jsonl").touch()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     settings = parse(EvidenceSettings, ["--config", str(ROOT / "benchmarks" / name)])
+    trained = [name for name, variant in settings.variants.items() if variant.of is None]
     names = {Suite(settings).folder(variant, 0).name for variant in settings.variants}
-    assert len(names) == len(settings.variants)
+    assert len(names) == len(trained)
     for claim in settings.claims.values():
         for variant, system in () if claim.not_run else claim.sides:
             assert system in settings.variants[variant].systems

@@ -94,3 +94,25 @@ def test_mse_weight_counts_where_the_compressor_trains(base, tmp_path):
 def test_options_that_do_not_go_together_are_refused(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         JointConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("estimator", ["soft", "gumbel"])
+def test_other_estimators_count_in_training_only_and_are_kept(estimator, base, tmp_path):
+    trainer = make_trainer("joint", base, tmp_path, max_steps=2, topk_estimator=estimator, temperature=0.5)
+    seen, original = [], trainer.model.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        best = output.scores.argsort(dim=1, descending=True, stable=True)[:, : output.topk_indices.shape[1]]
+        is_hard = bool((output.topk_weights.amax(dim=-1) > 0.999).all())
+        seen.append((trainer.model.training, is_hard, torch.equal(output.topk_indices, best)))
+        return output
+
+    trainer.model.forward = forward
+    trainer.train()
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    trained, evaluated = ([row[1:] for row in seen if row[0] is mode] for mode in (True, False))
+    assert evaluated and all(row == (True, True) for row in evaluated)
+    assert all(is_hard == (estimator == "gumbel") for is_hard, _ in trained) and len(trained) >= 2
+    assert trainer.model.config.topk_estimator == estimator
