@@ -227,8 +227,16 @@ def test_chat_template_marks_turns_and_keeps_answers_tokenised_as_alone(tokenize
     assert tokenizer(full)["input_ids"] == tokenizer(prompt)["input_ids"] + alone + [tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_questions_have_as_many_candidates_as_asked_with_the_gold_ones(count):
+    found = world.more_test_questions(0, 40, candidates=count)
+    assert {len(row["docs"]) for row in found} == {count}
+    assert all(len(set(row["docs"])) == count and max(row["pos_index"]) < count for row in found)
+    assert {len(row["pos_index"]) for row in found} == {1, 2}
+
+
 def test_ensure_reuses_finished_data_repairs_lost_files_and_refuses_other_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "generate", lambda seed, progress: {"test": [{"question": f"seed {seed}"}]})
+    monkeypatch.setattr(world, "generate", lambda seed, progress, count: {"test": [{"question": f"seed {seed}"}]})
     assert world.ensure(tmp_path, seed=0) is True
     assert world.ensure(tmp_path, seed=0) is False
     (tmp_path / "test.jsonl").unlink()
@@ -236,6 +244,8 @@ def test_ensure_reuses_finished_data_repairs_lost_files_and_refuses_other_settin
     assert json.loads((tmp_path / "test.jsonl").read_text()) == {"question": "seed 0"}
     with pytest.raises(ValueError, match="other settings.*seed"):
         world.ensure(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="other settings.*candidates"):
+        world.ensure(tmp_path, seed=0, count=5)
     assert not list(tmp_path.glob("*.partial"))
 
 
