@@ -44,7 +44,7 @@ def with_candidates(examples: Sequence[QAExample], count: int | str, seed: int =
 
 def lens_records(model: str, examples: list[QAExample], kept: Path) -> list[dict]:
     """Per question, the share of its query's strongest words that the gold documents have and the question has not, and
-    the same of as many other candidates: scores `lens_gold` and `lens_other`, see
+    the same of as many other candidates: scores `lens_gold`, `lens_other` and `lens_excess`, their difference; see
     [`~clara_hf.evaluation.analysis.latents.logit_lens`].
 
     Args:
@@ -53,7 +53,8 @@ def lens_records(model: str, examples: list[QAExample], kept: Path) -> list[dict
     """
     if not kept.is_file():
         rows = logit_lens(load_clara(ModelSource(model)), [one for one in examples if one.pos_index], seed=0)
-        write_json(kept, [{"lens_gold": row.gold, "lens_other": row.other} for row in rows])
+        found = [{"lens_gold": row.gold, "lens_other": row.other} for row in rows]
+        write_json(kept, [{**one, "lens_excess": one["lens_gold"] - one["lens_other"]} for one in found])
     scores = iter(read_json(kept))
     return [{"scores": next(scores) if one.pos_index else {}} for one in examples]
 
