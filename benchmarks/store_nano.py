@@ -95,7 +95,10 @@ def scored(store: MemoryStore, examples: list, texts: list[list[str]], keys: lis
     recall, f1 = [], []
     for start in range(0, len(examples), 32):
         part = slice(start, start + 32)
-        questions, memories = [example.question for example in examples[part]], store.get(keys[part])
+        questions, memories = (
+            [example.question for example in examples[part]],
+            store.get([some[: store.model.config.top_k] for some in keys[part]]),
+        )
         answers = store.model.generate(questions, memories=memories, rerank=False, max_new_tokens=32).texts
         for example, answer, found in zip(examples[part], answers, texts[part], strict=True):
             gold = {example.docs[place] for place in example.pos_index}
@@ -105,17 +108,17 @@ def scored(store: MemoryStore, examples: list, texts: list[list[str]], keys: lis
 
 
 def answered(store: MemoryStore, examples: list) -> dict[str, list[float]]:
-    """Recall and F1 of each question, answered from the best five of its own candidates."""
+    """Recall@5 and F1 of each question over its own candidates; as many answer it as the model was trained with."""
     from clara_hf.metrics.answer_f1.answer_f1 import score_answer
 
     recall, f1 = [], []
     for start in range(0, len(examples), 64):
         some = examples[start : start + 64]
         memories = store.get([store.keys(example.docs) for example in some])
-        found = store.model.generate(
-            [example.question for example in some], memories=memories, n_docs=5, max_new_tokens=32
-        )
-        for example, answer, chosen in zip(some, found.texts, found.indices.tolist(), strict=True):
+        questions = [example.question for example in some]
+        best = store.model.retrieve(questions, memories, n_docs=5).indices.tolist()
+        answers = store.model.generate(questions, memories=memories, max_new_tokens=16).texts
+        for example, answer, chosen in zip(some, answers, best, strict=True):
             recall.append(len(set(example.pos_index) & set(chosen)) / len(example.pos_index))
             f1.append(score_answer(answer, example.answers)["f1"])
     return {"recall": recall, "f1": f1}

@@ -53,7 +53,8 @@ class Sketch:
     """Principal dimensions of memories of length 1: `basis` `[width, dims]`, orthonormal columns."""
 
     def __init__(self, basis: torch.Tensor):
-        self.basis = basis.float()
+        # Lying by dimension: a product with one question is then five times as fast.
+        self.basis = basis.float().T.contiguous().T
 
     @classmethod
     def fit(cls, memories: torch.Tensor) -> "Sketch":

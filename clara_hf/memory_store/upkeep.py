@@ -78,7 +78,7 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
     questions = _held_out(store, rng)
     recodes = form != store.form
     before = searcher.search(questions, 5, True, None)[1] if recodes else None
-    digest = table.write_basis("sketch", {"basis": sketch.basis})
+    digest = table.write_basis("sketch", {"basis": sketch.basis.contiguous()})
     with table.changing():
         if table.sketch_column != f"sketch_{digest}":
             table.add_sketches(digest, sketch.dims, lambda stored: _sketches(sketch, table.form, stored))
