@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import unicodedata
@@ -19,6 +20,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 # Errors whose message is written for users. Those of libraries that need not be installed are known by name.
 EXPECTED = (ValueError, OSError, ImportError)
 EXPECTED_NAMES = ("SafetensorError", "OperationalError", "DatabaseError", "DataLoaderWorkerError")
+LANCE_LINE = re.compile(r",? /\S+\.rs:\d+:\d+")  # of its source
 READABLE = {"–": "-", "—": "-", "−": "-", "±": "+/-", "…": "...", "×": "x", "→": "->", "≥": ">=", "≤": "<="}
 READABLE.update({"‘": "'", "’": "'", "“": '"', "”": '"'})
 
@@ -114,6 +116,8 @@ def one_sentence(error: BaseException, again: str = "the same command") -> str:
     text = " ".join(text.split()) or type(error).__name__
     if is_full_disk(error):
         return f"the disk is full ({text}): free some space and run {again} again."
+    if isinstance(error, OSError) and error.errno is None and "Read-only file system" in text:  # Lance's
+        return f"a read-only file system cannot be written to ({LANCE_LINE.sub('', text)}): name another place."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         why = "is on a read-only file system" if error.errno == errno.EROFS else "may not be used by this user"
         return f"{error.filename} {why} ({error.strerror}): change that, or name another place."

@@ -236,6 +236,7 @@ def is_finished(output_dir: str | Path, last: str = CONFIG_NAME) -> bool:
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest `checkpoint-N` that was written to its end and is not damaged; others are passed over, and told.
+    `None` where none was ever written to its end.
 
     Raises:
         UsageError: there are checkpoints, and training cannot go on from any of them.
@@ -259,7 +260,9 @@ def last_complete_checkpoint(folder: Path) -> str | None:
         if damaged is None:
             return str(path)
         logger.warning(f"{damaged} is damaged: its checkpoint is passed over.")
-    if steps:
+    # The state is written last: a folder without it is what a kill left of a first checkpoint, and nothing is lost.
+    states = [path / TRAINER_STATE_NAME for path in steps]
+    if any(state.is_file() and state.stat().st_size for state in states):
         raise UsageError(
             f"no checkpoint in {folder} is whole: pass --overwrite true to begin anew, or choose another output_dir."
         )

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from clara_hf.program.errors import was_interrupted
+from clara_hf.program.errors import one_sentence, was_interrupted
 
 
 PROGRAM = """
@@ -94,3 +94,11 @@ def test_an_error_that_a_library_raises_while_it_is_interrupted_is_an_interrupti
             stop(of_cause)
         assert was_interrupted(caught.value)
     assert not was_interrupted(RuntimeError("worker exited"))
+
+
+def test_a_read_only_place_is_told_without_lance_s_own_line():
+    error = OSError(
+        "LanceError(IO): Read-only file system (os error 30), /home/x/rust/lance-io/src/object_store.rs:1:2"
+    )
+    told = one_sentence(error)
+    assert "read-only" in told and "another place" in told and ".rs" not in told

@@ -208,3 +208,11 @@ def test_damaged_checkpoints_are_passed_over_and_those_of_the_model_alone_refuse
     (three / "optimizer.pt").unlink()
     with pytest.raises(UsageError, match="checkpoint-3 holds the model alone, as with save_only_model"):
         last_complete_checkpoint(tmp_path)
+
+
+def test_what_a_kill_left_of_a_first_checkpoint_keeps_no_run_from_starting(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "adapter_config.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-1" / "trainer_state.json").touch()
+    assert last_complete_checkpoint(tmp_path) is None
