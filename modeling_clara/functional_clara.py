@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .processing_clara import IGNORE_INDEX, index_matrix
 
 
-# Name of the attention of texts that stand one after the other in one row.
-PACKED = "clara_packed"
+# Name of the attention of texts that stand one after the other in one row: its own in each copy of this file, since a
+# process may hold those of several checkpoints, and transformers has one register.
+PACKED = f"packed_by_{__name__}"
 # Share of a row's positions up to which reading only these spares the last layer more than it costs.
 READS_UP_TO = 0.75
 

@@ -1,10 +1,14 @@
 """Scores, positions and cross entropy on tensors, without a model."""
 
+import importlib
 import math
+import sys
+import types
 
 import pytest
 import torch
 
+import modeling_clara
 from modeling_clara.functional_clara import (
     cosine_scores,
     cross_entropy,
@@ -82,3 +86,14 @@ def test_a_bank_joins_the_memories_of_all_questions_and_says_where_each_ones_are
     assert torch.equal(shared, rows[2]) and index.tolist() == [[0, 1, 2], [0, 1, 2]]
     with pytest.raises(ValueError, match=r"memories\[1\] is empty"):
         memory_bank(rows, 3, (3, 4), CPU)
+
+
+def test_another_copy_of_the_code_leaves_this_one_s_attention_as_it_is(clara, monkeypatch):
+    # As `trust_remote_code` imports one for every checkpoint.
+    copy = types.ModuleType("copy_of_clara")
+    copy.__path__ = list(modeling_clara.__path__)
+    monkeypatch.setitem(sys.modules, copy.__name__, copy)
+    texts = ["a", "a b c d e f g"]
+    expected = clara.compress(texts)
+    importlib.import_module(f"{copy.__name__}.functional_clara")
+    assert torch.equal(clara.compress(texts), expected)
