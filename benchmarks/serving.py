@@ -26,7 +26,7 @@ import world
 
 from clara_hf.memory_store import MemoryStore
 from clara_hf.program import parse, run_program
-from clara_hf.serving.serve import load_model
+from clara_hf.program.models import ModelSource, load_trained
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ def run(args: ServingArguments) -> dict:
     """All figures; also written to `args.output`."""
     figures: dict = {"settings": vars(args), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        questions = make_collection(args, load_model(args.model), Path(folder, "store"))
+        questions = make_collection(args, load_trained(ModelSource(args.model)), Path(folder, "store"))
         with (
             service(args, Path(folder, "store"), args.max_batch) as batched,
             service(args, Path(folder, "store"), 1) as single,

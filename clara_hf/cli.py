@@ -1,11 +1,11 @@
 """The command `clara`: every program under one name, each the same code as its door in the repository."""
 
-import argparse
 import importlib
 import os
 import sys
 
 from clara_hf.program import UsageError, run_program
+from clara_hf.program.arguments import choose
 from clara_hf.program.machine import keep_freed_memory
 
 
@@ -45,18 +45,19 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the command's exit code.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="clara", description="Continuous Latent Reasoning for Hugging Face.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, _, does) in COMMANDS.items():
-        commands.add_parser(name, help=does, add_help=False)
-    name = parser.parse_known_args(arguments[:1])[0].command
+    sys.argv[0] = "clara"
+    run_program(lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int | None:
+    """Call one command; a training command through `accelerate launch` where its options are given."""
+    does = {name: sentence for name, (_, _, sentence) in COMMANDS.items()}
+    name = choose("clara", does, arguments, "Continuous Latent Reasoning for Hugging Face.")
     launch, rest = launch_options(arguments[1:])
-    sys.argv[0] = f"clara {name}"
     if launch and name in TRAINING:
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "clara_hf.cli", name, *rest]
         os.execv(sys.executable, command)
-    run_program(lambda: call(name, arguments[1:]))
+    return call(name, arguments[1:])
 
 
 def call(name: str, arguments: list[str]) -> int | None:

@@ -5,14 +5,16 @@ clara export-generator CKPT OUT
 What is written has the vocabulary and tokenizer of the checkpoint, so that prompts keep their ids.
 """
 
-import argparse
 import copy
 import os
+from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from clara_hf.program import UsageError, run_program
+from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program.errors import loading
+from clara_hf.program.models import DTYPES, ModelSource
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR
 
@@ -36,21 +38,21 @@ def merged_generator(model: CLaRaForRetrievalGeneration) -> PreTrainedModel:
     return decoder.requires_grad_(False)
 
 
-def export_generator(checkpoint: str, out: str, **options) -> None:
-    """Write the merged generator of `checkpoint` and its tokenizer to the new folder `out`.
+def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.PathLike, **options) -> None:
+    """Write the merged generator of `model` and its tokenizer to the new folder `out`.
 
     Args:
-        options: of `from_pretrained` (`revision`, `subfolder`, `dtype`, ...).
+        model: a model, or a checkpoint's folder or Hub id.
+        options: of `from_pretrained` (`revision`, `subfolder`, `dtype`, ...), where it is loaded here.
 
     Raises:
         UsageError: `out` exists and holds something, or there is no checkpoint.
     """
     if os.path.isdir(out) and os.listdir(out):
         raise UsageError(f"{out} is not empty: give a new folder.")
-    try:
-        model = CLaRaForRetrievalGeneration.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    if not isinstance(model, CLaRaForRetrievalGeneration):
+        with loading("checkpoint", model):
+            model = CLaRaForRetrievalGeneration.from_pretrained(model, **options)
     beside = f"{os.path.abspath(out)}.partial"
     merged_generator(model).save_pretrained(beside)
     tokenizer = copy.deepcopy(model.processor.tokenizer)
@@ -63,16 +65,24 @@ def export_generator(checkpoint: str, out: str, **options) -> None:
     os.replace(beside, out)
 
 
+@dataclass
+class ExportArguments:
+    """What `clara export-generator` writes, and where."""
+
+    checkpoint: str = field(metadata={"positional": True, "help": "Folder or Hub id of a CLaRa checkpoint."})
+    output_dir: str = field(
+        metadata={"positional": True, "aliases": "--out", "help": "Folder to write; must not exist, or be empty."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the checkpoint."})
+    subfolder: str = field(default="", metadata={"help": "Folder of the checkpoint's repository."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights that are written.", "choices": DTYPES})
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="clara export-generator", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", metavar="CKPT", help="folder or Hub id of a CLaRa checkpoint")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--revision", help="branch, tag or commit of CKPT")
-    parser.add_argument("--subfolder", help="folder of CKPT's repository")
-    parser.add_argument("--dtype", default="auto", help="of the weights that are written; by default the checkpoint's")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    export_generator(given.pop("checkpoint"), given.pop("out"), **given)
+    options = parse(ExportArguments, arguments, description=__doc__)
+    source = ModelSource(options.checkpoint, options.revision, options.subfolder, options.dtype)
+    export_generator(source.model_name_or_path, options.output_dir, **source.options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """A checkpoint on the Hub: what is needed to use it, its card and its results, and nothing else of a run's folder.
 
-clara publish RUN_DIR user/repo [--private] [--revision BRANCH] [--adapter-only | --full] [--subfolder NAME]
+clara publish RUN_DIR user/repo [--private] [--revision BRANCH] [--adapter_only | --full] [--subfolder NAME]
 """
 
-import argparse
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -16,7 +16,7 @@ from transformers.utils import logging
 import modeling_clara
 from clara_hf.hub.benchmarks import write_benchmarks
 from clara_hf.hub.cards import CARD_FILE, OWN_CARD, RESULTS_FILE, make_card
-from clara_hf.program import UsageError, read_json, run_program, write_json
+from clara_hf.program import UsageError, parse, read_json, run_program, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.configuration_clara import check_others_can_load, forget_places, is_hub_id
 from modeling_clara.weights_clara import ADAPTERS, CLARA_WEIGHTS, NOTICES, open_repository, push_folder
@@ -200,30 +200,58 @@ def refusal(repo_id: str, error: Exception) -> UsageError:
     return UsageError(f"the upload to {repo_id} failed ({reason[:300]}): run the same command again.")
 
 
+@dataclass
+class PublishArguments:
+    """What `clara publish` uploads, and where to; see [`publish`]."""
+
+    folder: str = field(metadata={"positional": True, "help": "Folder of a finished checkpoint."})
+    repo_id: str = field(metadata={"positional": True, "help": "user/repo on the Hub; made if it does not exist."})
+    private: bool | None = field(default=None, metadata={"help": "Make the new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to write to; made if it does not exist."})
+    adapter_only: bool = field(
+        default=False, metadata={"help": "Adapters without the base (default for a base named by its Hub id)."}
+    )
+    full: bool = field(default=False, metadata={"help": "Adapters and base (default for any other base)."})
+    subfolder: str | None = field(default=None, metadata={"help": "Folder of the repository, for several models."})
+    results_file: str | None = field(
+        default=None, metadata={"help": "results.json of clara eval; by default the one in the folder."}
+    )
+    base_licence: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the base, by default what its card says.", "aliases": "--base_license"},
+    )
+    benchmark: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "ID:TASK=[DATA/]METRIC: show a figure of the results on the leaderboard of a registered benchmark, "
+            "such as user/qa:default=f1."
+        },
+    )
+
+    def __post_init__(self):
+        if self.adapter_only and self.full:
+            raise UsageError("adapter_only and full are both set: choose one.")
+
+    @property
+    def checkpoint_format(self) -> str | None:
+        return "adapter" if self.adapter_only else "full" if self.full else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="clara publish", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", metavar="RUN_DIR", help="folder of a finished checkpoint")
-    parser.add_argument("repo_id", metavar="user/repo", help="repository on the Hub; made if it does not exist")
-    parser.add_argument("--private", action="store_true", default=None, help="make the new repository private")
-    parser.add_argument("--revision", help="branch to write to; made if it does not exist")
-    formats = parser.add_mutually_exclusive_group()
-    for name, value, told in (
-        ("--adapter-only", "adapter", "adapters without the base (default for a base named by its Hub id)"),
-        ("--full", "full", "adapters and base (default for any other base)"),
-    ):
-        formats.add_argument(name, dest="checkpoint_format", action="store_const", const=value, help=told)
-    parser.add_argument("--subfolder", help="folder of the repository, for several models in one")
-    parser.add_argument("--results-file", help="results.json of clara eval; by default the one in RUN_DIR")
-    parser.add_argument("--base-licence", "--base-license", help="licence of the base, by default what its card says")
-    parser.add_argument(
-        "--benchmark",
-        dest="benchmarks",
-        action="append",
-        metavar="ID:TASK=[DATA/]METRIC",
-        help="show a figure of the results on the leaderboard of a registered benchmark, such as user/qa:default=f1",
+    options = parse(PublishArguments, arguments, description=__doc__)
+    address = publish(
+        options.folder,
+        options.repo_id,
+        options.private,
+        options.revision,
+        options.checkpoint_format,
+        options.subfolder,
+        options.results_file,
+        options.base_licence,
+        options.benchmark,
     )
-    print(publish(**vars(parser.parse_args(arguments))))
+    print(address)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`python -m clara_hf.original`: convert a checkpoint of the release, or back."""
 
-import sys
+from clara_hf.program import run_program
 
 from .convert import main
 
 
-sys.exit(main())
+run_program(main)

@@ -1,24 +1,23 @@
 """Checkpoints of the paper's release to this package's format, and back.
 
-    python -m clara_hf.original.convert SRC OUT [--subfolder NAME] [--base NAME_OR_PATH] [--prompts FILE] [--full]
-    python -m clara_hf.original.convert SRC OUT --to-original
+    python -m clara_hf.original.convert SRC OUT [--subfolder NAME] [--base NAME_OR_PATH] [--prompts_file FILE] [--full]
+    python -m clara_hf.original.convert SRC OUT --to_original
 
 SRC is a folder or a Hub id; OUT must not exist. Base weights are only read with `--full`; otherwise at most the base's
 embedding matrices are, to see which rows differ.
 """
 
-import argparse
 import copy
 import json
 import os
 import shutil
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
+from clara_hf.program import UsageError, parse, run_program
 from modeling_clara.configuration_clara import PROMPT_KINDS, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import CLaRaProcessor
@@ -196,7 +195,7 @@ def _find_prompts(original: OriginalCheckpoint, path: str | None) -> tuple[dict,
     if missing:
         logger.warning(
             f"No prompts of the checkpoint were found for {', '.join(missing)}: this package's own will be used, which "
-            "it was not trained with. Pass --prompts with a JSON file of them."
+            "it was not trained with. Pass --prompts_file with a JSON file of them."
         )
     found = [kind for kind in PROMPT_KINDS if kind in templates]
     sources = [f"{', '.join(found)} from {place}"] if found else []
@@ -338,35 +337,45 @@ def _write_full(folder: str, state: dict, model: CLaRaForRetrievalGeneration, ba
     write_json(path, {**config, "checkpoint_format": "full"})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m clara_hf.original.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="SRC", help="folder or Hub id of a checkpoint")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--subfolder", default="", help="subfolder of SRC, for instance compression-16")
-    parser.add_argument("--base", help="folder or Hub id of the decoder; by default the one that the checkpoint names")
-    parser.add_argument("--prompts", help="JSON file of chat templates; by default those in the checkpoint's own code")
-    parser.add_argument("--full", action="store_true", help="write the base's weights too")
-    parser.add_argument(
-        "--to-original", action="store_true", help="write the published layout from this package's format"
+@dataclass
+class ConvertArguments:
+    """What is converted, and where to; see [`convert`]."""
+
+    source: str = field(metadata={"positional": True, "help": "Folder or Hub id of a checkpoint."})
+    output_dir: str = field(
+        metadata={"positional": True, "aliases": "--out", "help": "Folder to write; must not exist."}
     )
-    options = vars(parser.parse_args(arguments))
-    try:
-        if options.pop("to_original"):
-            if options.pop("prompts") or options.pop("full"):
-                parser.error("--prompts and --full say nothing together with --to-original")
-            report = to_original(**options)
-        else:
-            report = convert(**options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted, nothing was written\n")
-        return 130
-    sys.stdout.write(f"{report}\n")
-    return 0
+    subfolder: str = field(default="", metadata={"help": "Folder of the source, for instance compression-16."})
+    base: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the decoder; by default what the checkpoint names."}
+    )
+    prompts_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of chat templates; by default those in the checkpoint's own code.",
+            "aliases": "--prompts",
+        },
+    )
+    full: bool = field(default=False, metadata={"help": "Write the base's weights too."})
+    to_original: bool = field(
+        default=False, metadata={"help": "Write the published layout from this package's format."}
+    )
+
+    def __post_init__(self):
+        if self.to_original and (self.prompts_file or self.full):
+            raise UsageError("prompts_file and full say nothing together with to_original: leave them out.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        UsageError, ConversionError, OSError: one sentence each for the user.
+    """
+    options = parse(ConvertArguments, arguments, description=__doc__)
+    places = options.source, options.output_dir, options.subfolder, options.base
+    print(to_original(*places) if options.to_original else convert(*places, options.prompts_file, options.full))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

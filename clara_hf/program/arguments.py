@@ -12,6 +12,7 @@ import yaml
 
 from clara_hf.program.errors import UsageError
 from clara_hf.program.values import (
+    SWITCHES,
     Loader,
     Text,
     checked_mapping,
@@ -41,10 +42,11 @@ def parse(
     """Dataclasses filled from `--config FILE.yaml`, if given, and the command line, which overrides it; of
     several files a later one overrides those before, a mapping key by key.
 
-    A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, or by spaces or
-    commas; a comma in the name of an existing file does not split it. A field of a dataclass's type takes a mapping, or
-    a text for its first field. `~/` and `${NAME}` in texts are expanded. A field's `metadata` may hold `help`,
-    `choices` and `aliases`, as for `HfArgumentParser`, and `fields_of`: the dataclass whose fields its mapping holds.
+    A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, by spaces or
+    commas, or by its option more than once; a comma in the name of an existing file does not split it. A field of a
+    dataclass's type takes a mapping, or a text for its first field. `~/` and `${NAME}` in texts are expanded. A field's
+    `metadata` may hold `help`, `choices` and `aliases`, as for `HfArgumentParser`; `fields_of`: the dataclass whose
+    fields its mapping holds; and `positional`: its value may stand without its name, a list's being all that are left.
 
     Args:
         kinds: a dataclass, or several whose fields have different names.
@@ -88,34 +90,88 @@ def parse(
 
 def command_line(known: Mapping[str, Any], arguments: Sequence[str], description: str | None) -> tuple[dict, list[str]]:
     """The words given for each argument, and the names of the YAML files."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": ""}
+    places = [name for name, (field, _) in known.items() if field.metadata.get("positional")]
+    usage = " ".join(["%(prog)s", *map(str.upper, places), "[--NAME VALUE ...]"])
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=Help)
+    many = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": "", "action": "extend"}
     parser.add_argument(
         "--config",
         help="YAML files with any of these; later ones override, mappings key by key, and so does the command line.",
-        **options,
+        **many | {"action": "store"},
     )
-    for name, (field, _) in known.items():
+    switches = set()
+    for name, (field, hint) in known.items():
         flags = [f"--{name}", *aliases(field)]
         flags += [flag for flag in dict.fromkeys("--" + f[2:].replace("_", "-") for f in flags) if flag not in flags]
-        parser.add_argument(*flags, dest=name, help=help_text(field), **options)
+        # With values that stand alone, an option must not take them for its own.
+        own = {} if takes(hint, list) else {"action": "store", "nargs": "?" if places else "*"}
+        parser.add_argument(*flags, dest=name, help=help_text(field), **many | own)
+        if takes(hint, bool) and not takes(hint, str):
+            switches.update(flags)
         if field.default is True:
             no = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
             hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             parser.add_argument(*dict.fromkeys(no), dest=name, action="store_const", const=["false"], **hidden)
     for old, new in RENAMED.items():
         if new in known and old not in known:
-            parser.add_argument(f"--{old}", dest=new, help=argparse.SUPPRESS, **options)
-    found, unknown = parser.parse_known_args(list(arguments))
+            parser.add_argument(f"--{old}", dest=new, **many | {"help": argparse.SUPPRESS, "action": "store"})
+    found, rest = parser.parse_known_args(with_values(arguments, switches) if places else list(arguments))
+    # Names only, since the value may be a key.
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("-") and word != "--"]
     if unknown:
-        # Names only, since the value may be a key.
-        names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or ["a value without a name"]
-        raise UsageError(f"unknown on the command line: {names[0]}{did_you_mean(names[0][2:], known, '--')}")
-    given = vars(found)
+        raise UsageError(f"unknown on the command line: {unknown[0]}{did_you_mean(unknown[0][2:], known, '--')}")
+    given = {name: [] if one is None else [one] if isinstance(one, str) else one for name, one in vars(found).items()}
     config = given.pop("config", None)
     if config == []:
         raise UsageError("--config needs the name of a YAML file after it.")
+    rest = [Text(word) for word in rest if word != "--"]
+    for name in places:
+        if rest and name not in given:
+            end = len(rest) if takes(known[name][1], list) else 1
+            given[name], rest = rest[:end], rest[end:]
+    if rest:
+        raise UsageError(f"unknown on the command line: a value without a name{f', {rest[0]!r}' if places else ''}.")
     return given, config or []
+
+
+def with_values(words: Sequence[str], switches: set[str]) -> list[str]:
+    """`words` with `=true` for each switch that no value follows, so that it takes none of those that stand alone."""
+    is_bare = (
+        word in switches and after.lower() not in SWITCHES for word, after in zip(words, [*words[1:], ""], strict=False)
+    )
+    return [f"{word}=true" if bare else word for word, bare in zip(words, is_bare, strict=True)]
+
+
+def choose(program: str, commands: Mapping[str, str], arguments: Sequence[str], description: str | None) -> str:
+    """The command of `program` that `arguments` begin with, which becomes part of the process's name.
+
+    Args:
+        commands: what each does, for `--help`.
+
+    Raises:
+        UsageError: it is none of them.
+        SystemExit: after `--help`.
+    """
+    parser = Parser(prog=program, usage="%(prog)s COMMAND ...", description=description)
+    listed = parser.add_subparsers(metavar="COMMAND")
+    for name, does in commands.items():
+        listed.add_parser(name, help=does, add_help=False)
+    first = next(iter(arguments), "")
+    if first in ("-h", "--help"):
+        parser.parse_args([first])
+    if first not in commands:
+        told = f"there is no command {first!r}" if first else "a command is needed"
+        close = did_you_mean(first, commands)
+        raise UsageError(f"{told}{close if close != '.' else ': it is one of ' + ', '.join(commands) + '.'}")
+    sys.argv[0] = f"{program} {first}"
+    return first
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Names without a pattern of their values, which their types tell."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,11 +241,12 @@ def read_yaml(path: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def from_words(words: list[str], hint: Any, place: str) -> Any:
-    """A command line's words as a YAML file would hold them: one word, or several as a list."""
+    """A command line's words as a YAML file would hold them: one, or several as a list; each [`Text`] stays whole."""
     if not words:
         if takes(hint, bool):
             return True
         raise UsageError(f"{place} needs a value after it.")
     if len(words) > 1 and not takes(hint, list):
         raise UsageError(f"{place} takes one value, and was given {len(words)}: {' '.join(words)}.")
-    return words if len(words) > 1 else Text(words[0])
+    is_list = len(words) > 1 or isinstance(words[0], Text) and takes(hint, list)
+    return words if is_list else Text(words[0])

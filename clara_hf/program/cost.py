@@ -7,14 +7,14 @@ The model is built on the meta device, which has shapes and no values, so that i
 of texts and the share of a GPU's arithmetic that training reaches are assumptions, named where they stand.
 """
 
-import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
+from clara_hf.program import UsageError, parse
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
@@ -227,11 +227,22 @@ def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, 
     return lines
 
 
+@dataclass
+class CostArguments:
+    """What `clara cost` computes."""
+
+    recipe: str = field(metadata={"positional": True, "help": "YAML file of a stage, with that stage's name."})
+    gpus: int = field(default=GPUS, metadata={"help": "GPUs of the run."})
+    tflops: float = field(default=ACHIEVED_TFLOPS, metadata={"help": "Reached per GPU, in 10^12 FLOP/s."})
+    zero: int = field(default=0, metadata={"help": "ZeRO stage.", "choices": tuple(range(4))})
+
+    def __post_init__(self):
+        if Path(self.recipe).stem not in TRAINED:
+            raise UsageError(f"recipe {self.recipe}: its name tells the stage, which is one of {', '.join(TRAINED)}.")
+        if self.gpus < 1 or self.tflops <= 0:
+            raise UsageError(f"gpus is {self.gpus} and tflops {self.tflops:g}: both must be above 0.")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recipe", help="YAML file of a stage, with that stage's name")
-    parser.add_argument("--gpus", type=int, default=GPUS)
-    parser.add_argument("--tflops", type=float, default=ACHIEVED_TFLOPS, help="reached per GPU, in 10^12 FLOP/s")
-    parser.add_argument("--zero", type=int, default=0, choices=range(4), help="ZeRO stage")
-    options = parser.parse_args(arguments)
+    options = parse(CostArguments, arguments, description=__doc__)
     print("\n".join(report(options.recipe, options.gpus, options.tflops, options.zero)))

@@ -59,13 +59,13 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
     """
     print_what_can_be_printed()
     keep_freed_memory()
-    name = Path(sys.argv[0]).name
     before = signal.signal(signal.SIGINT, stop_quietly_unless(os.getpid()))
     try:
         code = main()
     except SystemExit:
         raise
     except BaseException as error:
+        name = Path(sys.argv[0]).name  # here, since a command may have become part of it
         if was_interrupted(error):
             print(f"{name}: interrupted; run {again} again to resume.", file=sys.stderr)
             code = INTERRUPTED

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from clara_hf.program import UsageError, read_json
+from clara_hf.program.errors import loading
 from clara_hf.program.paths import check_model_name
 from clara_hf.program.values import checked_mapping
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
@@ -160,6 +162,22 @@ def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
     if source.load_in_4bit or source.load_in_8bit:
         quantize_base(model, 4 if source.load_in_4bit else 8)
     return model
+
+
+def load_trained(source: ModelSource, device: str | None = None) -> CLaRaForRetrievalGeneration:
+    """A CLaRa checkpoint to be used: in evaluation mode, and on `device`, by default the accelerator if there is one.
+
+    Raises:
+        UsageError: there is no model, or it is a plain language model.
+    """
+    if not source.is_clara:
+        raise UsageError(f"{source} is no CLaRa checkpoint: train one from it, or name another model.")
+    with loading("model", source):
+        model = load_clara(source).eval()
+    if source.device_map is not None and device is None:
+        return model
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(device or accelerator or "cpu")
 
 
 def load_model(args: CLaRaModelArguments) -> CLaRaForRetrievalGeneration:

@@ -1,35 +1,51 @@
 """`clara ask`: one's own files, asked in the terminal."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, parse
+from clara_hf.program.models import ModelSource, load_trained
+from clara_hf.program.values import Text, convert
 from clara_hf.serving.decoding import TextStream
 from clara_hf.serving.documents import Skipped, SourceFile, Unreadable, find_files, read_file
 from clara_hf.serving.library import CHUNK, FileEntry, Hit, Library
-from clara_hf.serving.serve import load_model
 from modeling_clara import CLaRaForRetrievalGeneration
 
 
 MODEL = "model"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("paths", nargs="+", metavar="FOLDER|FILE", help="Text, Markdown, HTML and PDF files, and folders of them.")
-    add("--model", help="Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known.")
-    add("--store", help="Folder of the collection (default: beside the first path, its name with .clara).")
-    add("--n-docs", type=int, help="Passages that an answer is made from (default: the model's).")
-    add("--max-tokens", type=int, default=64, help="Maximum number of tokens per answer (default: 64).")
-    add("--once", metavar="QUESTION", help="Answer this question and end.")
-    add("--json", action="store_true", help="With --once: one JSON object on stdout.")
+@dataclass
+class AskArguments:
+    """What is asked, and how."""
+
+    paths: list[str] = field(
+        metadata={"positional": True, "help": "Text, Markdown, HTML and PDF files, and folders of them."}
+    )
+    model: ModelSource | None = field(
+        default=None,
+        metadata={"help": "Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known."},
+    )
+    store: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the collection (default: beside the first path, its name with .clara)."},
+    )
+    n_docs: int | None = field(
+        default=None, metadata={"help": "Passages that an answer is made from (default: the model's)."}
+    )
+    max_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens per answer."})
+    once: str | None = field(default=None, metadata={"help": "Answer this question and end."})
+    json: bool = field(default=False, metadata={"help": "With --once: one JSON object on stdout."})
+
+    def __post_init__(self):
+        if self.json and self.once is None:
+            raise UsageError("--json is for --once QUESTION: give both")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,11 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UsageError, OSError, ValueError: a path, model or store is not what it must be.
     """
-    parser = argparse.ArgumentParser(prog="clara ask", description=__doc__)
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    if options.json and options.once is None:
-        raise UsageError("--json is for --once QUESTION: give both")
+    options = parse(AskArguments, arguments, description=__doc__)
     first = Path(options.paths[0])
     store = Path(options.store) if options.store else first.resolve().with_name(first.resolve().name + ".clara")
     files, skipped = find_files(options.paths, leave_out=store)
@@ -60,17 +72,22 @@ def main(arguments: list[str] | None = None) -> None:
         library.close()
 
 
-def open_library(store: Path, name: str | None) -> Library:
+def open_library(store: Path, model: ModelSource | None) -> Library:
     """The collection at `store` with its model, whose name it remembers.
 
     Raises:
         UsageError: no model is named, and none is remembered.
     """
-    name = name or Library.remembered(store, MODEL)
-    if name is None:
-        raise UsageError(f"--model is needed to build {store}: give a checkpoint's folder, or its name on the Hub")
-    library = Library.open(store, load_model(name))
-    library.remember(MODEL, str(Path(name).resolve()) if Path(name).exists() else name)
+    if model is None:
+        name = Library.remembered(store, MODEL)
+        if name is None:
+            raise UsageError(f"--model is needed to build {store}: give a checkpoint's folder, or its name on the Hub")
+        model = convert(Text(name), ModelSource, f"the model of {store}")
+    if Path(model.model_name_or_path).exists():
+        model.model_name_or_path = str(Path(model.model_name_or_path).resolve())
+    library = Library.open(store, load_trained(model))
+    setting = model.setting
+    library.remember(MODEL, setting if isinstance(setting, str) else json.dumps(setting))
     return library
 
 
@@ -133,7 +150,7 @@ class Terminal:
         print(self.text.piece(self.ids, last=True), file=self.out, flush=True)
 
 
-def answer(library: Library, question: str, options: argparse.Namespace, out=None) -> tuple[str, list[Hit]]:
+def answer(library: Library, question: str, options: AskArguments, out=None) -> tuple[str, list[Hit]]:
     """The answer, printed to `out` as it is made, and the passages that it is made from.
 
     Raises:
@@ -150,7 +167,7 @@ def answer(library: Library, question: str, options: argparse.Namespace, out=Non
     return made.texts[0], hits
 
 
-def answer_once(library: Library, options: argparse.Namespace, skipped: list[Skipped]) -> None:
+def answer_once(library: Library, options: AskArguments, skipped: list[Skipped]) -> None:
     text, hits = answer(library, options.once, options, None if options.json else sys.stdout)
     if options.json:
         found = {"question": options.once, "answer": text, "documents": [asdict(hit) for hit in hits]}
@@ -159,7 +176,7 @@ def answer_once(library: Library, options: argparse.Namespace, skipped: list[Ski
         tell_sources(hits)
 
 
-def converse(library: Library, options: argparse.Namespace) -> None:
+def converse(library: Library, options: AskArguments) -> None:
     if sys.stdin.isatty():
         print(f"{len(library.files())} files, {len(library)} passages. Ask a question; an empty line ends.")
     for question in _questions():

@@ -1,13 +1,12 @@
 """`clara serve`: a model and a collection of documents as a service."""
 
-import argparse
 import asyncio
 import logging
 import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, parse
+from clara_hf.program.models import ModelSource, load_trained
 from clara_hf.serving.answers import Service
 from clara_hf.serving.app import build_app
 from clara_hf.serving.engine import Engine, Metrics
@@ -28,39 +28,56 @@ from modeling_clara import CLaRaForRetrievalGeneration
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServeArguments:
     """All that a service is started with; `build` makes it."""
 
-    model: str
-    store: str
-    name: str
-    collection: str = "documents"
-    read_only: bool = False
-    api_key_file: str | None = None
-    vllm: str | None = None
-    vllm_dtype: str = "float32"
-    ui: bool = False
-    feedback: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_queue: int = 128
-    max_batch: int = 32
-    batch_wait_ms: float = 3.0
-    max_body_mb: float = 8.0
-    body_seconds: float = 30.0
-    seconds: float = 120.0
+    model: ModelSource = field(metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
+    store: str = field(metadata={"help": "Folder of the collection; made where there is none, unless --read_only."})
+    name: str | None = field(
+        default=None, metadata={"help": "Name of the model for clients (default: the last part of --model)."}
+    )
+    collection: str = field(default="documents", metadata={"help": "Id of the collection as a vector store."})
+    read_only: bool = field(default=False, metadata={"help": "Serve the collection without ever writing to it."})
+    api_key_file: str | None = field(
+        default=None,
+        metadata={"help": "File with one key per line; without it, everybody who reaches the port may ask."},
+    )
+    engine: list[str] = field(
+        default_factory=lambda: ["local"],
+        metadata={"help": "local, or: vllm URL, a server of the merged generator with --enable-prompt-embeds."},
+    )
+    vllm_dtype: str = field(
+        default="float32",
+        metadata={"help": "The vLLM server's dtype.", "choices": ("float32", "bfloat16", "float16")},
+    )
+    ui: bool = field(default=False, metadata={"help": "Serve the page at /."})
+    feedback: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file that thumbs on the page are appended to, as rows for joint training."},
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to bind, by default loopback."})
+    port: int = field(default=8000, metadata={"help": "Port; 0 takes a free one."})
+    max_queue: int = field(default=128, metadata={"help": "Requests that may wait; more get status 429."})
+    max_batch: int = field(default=32, metadata={"help": "Answers made at once."})
+    batch_wait_ms: float = field(default=3.0, metadata={"help": "Time for which a question waits for others."})
+    max_body_mb: float = field(default=8.0, metadata={"help": "Largest request body."})
+    body_seconds: float = field(default=30.0, metadata={"help": "Time in which a body must arrive."})
+    seconds: float = field(default=120.0, metadata={"help": "Time limit of a request."})
 
+    def __post_init__(self):
+        self.model = ModelSource(self.model) if isinstance(self.model, str) else self.model
+        self.name = self.name or Path(self.model.model_name_or_path).name
+        if self.engine != ["local"] and (len(self.engine) != 2 or self.engine[0] != "vllm"):
+            raise UsageError(f"--engine is {' '.join(self.engine)!r}; it must be 'local', or 'vllm' and a server's URL")
+        for name in ("max_queue", "max_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
-def load_model(name: str) -> CLaRaForRetrievalGeneration:
-    """A model of a folder or the Hub, on the accelerator if there is one.
-
-    Raises:
-        OSError, ValueError: there is none.
-    """
-    model = CLaRaForRetrievalGeneration.from_pretrained(name)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval()
+    @property
+    def vllm(self) -> str | None:
+        """Address of the vLLM server, without `/v1`."""
+        return self.engine[1].rstrip("/").removesuffix("/v1") if len(self.engine) == 2 else None
 
 
 def build(args: ServeArguments, model: CLaRaForRetrievalGeneration | None = None) -> FastAPI:
@@ -71,7 +88,7 @@ def build(args: ServeArguments, model: CLaRaForRetrievalGeneration | None = None
     """
     keys = Keys(args.api_key_file) if args.api_key_file else None
     other = VllmAnswerer.first_model(args.vllm) if args.vllm else None
-    model = load_model(args.model) if model is None else model
+    model = load_trained(args.model) if model is None else model
     library = Library.open(args.store, model, args.read_only)
     metrics = Metrics()
     metrics.passages.set(len(library))
@@ -133,51 +150,12 @@ def run(args: ServeArguments) -> None:
         asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="Checkpoint: a folder, or a name on the Hub.")
-    add("--store", required=True, help="Folder of the collection; made where there is none, unless --read-only.")
-    add("--name", help="Name of the model for clients (default: the last part of --model).")
-    add("--collection", default="documents", help="Id of the collection as a vector store (default: documents).")
-    add("--read-only", action="store_true", help="Serve the collection without ever writing to it.")
-    add("--api-key-file", help="File with one key per line; without it, everybody who reaches the port may ask.")
-    add(
-        "--engine",
-        nargs="+",
-        default=["local"],
-        metavar="ENGINE",
-        help="local, or: vllm URL, a server of the merged generator with --enable-prompt-embeds.",
-    )
-    add("--vllm-dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="The vLLM server's dtype.")
-    add("--ui", action="store_true", help="Serve the page at /.")
-    add("--feedback", help="JSONL file that thumbs on the page are appended to, as rows for joint training.")
-    add("--host", default="127.0.0.1", help="Address to bind (default: loopback).")
-    add("--port", type=int, default=8000, help="Port; 0 takes a free one.")
-    add("--max-queue", type=int, default=128, help="Requests that may wait; more get status 429 (default: 128).")
-    add("--max-batch", type=int, default=32, help="Answers made at once (default: 32).")
-    add("--batch-wait-ms", type=float, default=3.0, help="Time for which a question waits for others (default: 3).")
-    add("--max-body-mb", type=float, default=8.0, help="Largest request body (default: 8).")
-    add("--body-seconds", type=float, default=30.0, help="Time in which a body must arrive (default: 30).")
-    add("--seconds", type=float, default=120.0, help="Time limit of a request (default: 120).")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs `clara serve`.
 
     Raises:
         UsageError, OSError, ValueError: an option is wrong; as [`run`].
     """
-    parser = argparse.ArgumentParser(prog="clara serve", description=__doc__)
-    add_arguments(parser)
-    values = vars(parser.parse_args(arguments))
-    engine = values.pop("engine")
-    if engine != ["local"]:
-        if len(engine) != 2 or engine[0] != "vllm":
-            raise UsageError(f"--engine is {' '.join(engine)!r}; it must be 'local', or 'vllm' and the server's URL")
-        values["vllm"] = engine[1].rstrip("/").removesuffix("/v1")
-    for name in ("max_queue", "max_batch"):
-        if values[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {values[name]}; it must be at least 1")
-    values["name"] = values["name"] or Path(values["model"]).name
+    options = parse(ServeArguments, arguments, description=__doc__)
     logging.basicConfig(level=logging.WARNING)
-    run(ServeArguments(**values))
+    run(options)

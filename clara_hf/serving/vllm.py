@@ -4,49 +4,12 @@ import base64
 import io
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from clara_hf.serving.decoding import TextStream
 from clara_hf.serving.engine import Ask, Done, Engine, Found, Piece, Unavailable
-from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.adapters_clara import GENERATOR
-
-
-@torch.no_grad()
-def save_merged_generator(model: CLaRaForRetrievalGeneration, folder: str | Path) -> None:
-    """Writes the decoder with the generator's adapter merged into it: a plain causal language model, and its tokenizer.
-
-    Args:
-        model: it is not changed.
-        folder: to serve with `vllm serve FOLDER --enable-prompt-embeds`.
-
-    Example:
-
-    ```python
-    save_merged_generator(model, "runs/generator")
-    ```
-    """
-    layers = {name: module for name, module in model.decoder.named_modules() if isinstance(module, BaseTunerLayer)}
-    state = {}
-    for key, value in model.decoder.state_dict().items():
-        if ".lora_" in key:
-            continue
-        layer = layers.get(key.removesuffix(".base_layer.weight"))
-        if layer is not None and GENERATOR in layer.lora_A:
-            value = value + layer.get_delta_weight(GENERATOR).to(value.dtype)
-        state[key.replace(".base_layer.", ".")] = value
-    plain = AutoModelForCausalLM.from_config(model.decoder.config, dtype=model.dtype)
-    plain.load_state_dict(state)
-    ids = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
-    plain.config.update(ids)
-    plain.generation_config = GenerationConfig(**ids)
-    plain.save_pretrained(folder)
-    model.processor.tokenizer.save_pretrained(folder)
 
 
 class VllmAnswerer:

@@ -18,6 +18,7 @@ from original_checkpoint import (
     write_original,
     write_prompts,
 )
+from programs import exit_code
 
 from clara_hf.original.convert import convert, main
 from clara_hf.original.export import to_original
@@ -245,8 +246,8 @@ def test_missing_prompts_are_warned_of(home, tmp_path, caplog):
 def test_subfolders_are_found_and_named(home, tmp_path, capsys):
     shutil.copytree(home / "joint", home / "repo" / "compression-8")
     arguments = [str(home / "repo"), str(tmp_path / "ours")]
-    assert main(arguments) == 1 and "--subfolder, one of compression-8" in capsys.readouterr().err
-    assert main([*arguments, "--subfolder", "compression-8", "--base", str(home / "mistral")]) == 0
+    assert exit_code(main, arguments) == 1 and "--subfolder, one of compression-8" in capsys.readouterr().err
+    assert exit_code(main, [*arguments, "--subfolder", "compression-8", "--base", str(home / "mistral")]) == 0
     assert "8: documents of 32 tokens to 4 memory vectors" in capsys.readouterr().out
 
 
@@ -323,7 +324,7 @@ def test_broken_files_give_one_error_and_no_output(home, tmp_path, capsys, kind)
     folder = home / f"broken {kind}"
     shutil.copytree(home / "joint", folder)
     damage(folder)
-    assert main([str(folder), str(tmp_path / "new" / "ours")]) == 1
+    assert exit_code(main, [str(folder), str(tmp_path / "new" / "ours")]) == 1
     captured = capsys.readouterr()
     error = captured.err.strip().split("\n")[-1]
     assert error.startswith("error: ") and message in error and captured.out == ""
@@ -333,7 +334,7 @@ def test_broken_files_give_one_error_and_no_output(home, tmp_path, capsys, kind)
 def test_existing_output_is_left_alone(home, tmp_path, capsys):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "notes").write_text("mine")
-    assert main([str(home / "joint"), str(tmp_path / "ours")]) == 1
+    assert exit_code(main, [str(home / "joint"), str(tmp_path / "ours")]) == 1
     assert "exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["ours", "notes"]
 
@@ -343,7 +344,7 @@ def test_interrupted_conversion_leaves_nothing(home, tmp_path, capsys, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr("clara_hf.original.convert.write_weights", interrupt)
-    assert main([str(home / "joint"), str(tmp_path / "ours"), "--full"]) == 130
+    assert exit_code(main, [str(home / "joint"), str(tmp_path / "ours"), "--full"]) == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -354,9 +355,9 @@ def test_loading_a_published_folder_says_how_to_convert(home):
 
 
 def test_a_checkpoint_of_this_package_is_no_source(converted, tmp_path, capsys):
-    assert main([str(converted), str(tmp_path / "ours")]) == 1
+    assert exit_code(main, [str(converted), str(tmp_path / "ours")]) == 1
     assert "'clara'" in capsys.readouterr().err
-    assert main([str(converted.parent), str(tmp_path / "theirs"), "--to-original"]) == 1
+    assert exit_code(main, [str(converted.parent), str(tmp_path / "theirs"), "--to-original"]) == 1
     assert "config.json is missing" in capsys.readouterr().err
 
 

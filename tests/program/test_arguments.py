@@ -1,6 +1,7 @@
 """The parser of all programs: YAML and command line, each value as its field's type asks for."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from clara_hf.program import UsageError, parse
+from clara_hf.program.arguments import choose
 from clara_hf.program.models import CLaRaModelArguments
 
 
@@ -178,3 +180,58 @@ def test_help_shows_the_fields(capsys):
         parse(Options, ["--help"], description="What it is for.")
     said = capsys.readouterr().out
     assert stop.value.code == 0 and "What it is for." in said and "--output_dir" in said and "Default: runs" in said
+
+
+@dataclass(kw_only=True)
+class Placed:
+    store: str = field(metadata={"positional": True})
+    model: str = "m"
+    questions: list[str] = field(metadata={"positional": True})
+    exact: bool = False
+    top_k: int = 5
+    columns: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["s", "Who, what?", "b", "--exact", "--columns", "x", "y", "--columns", "z"],
+        ["--exact", "s", "Who, what?", "b", "--columns", "x,y", "--columns=z"],
+        ["s", "--exact", "true", "Who, what?", "--columns", "x", "y", "z", "--top_k", "5", "b"],
+        ["--questions", "Who, what?", "b", "--store", "s", "--exact", "--columns", "x", "y", "z"],
+    ],
+)
+def test_values_without_a_name_go_to_their_places_whole_and_a_list_may_be_given_piece_by_piece(words):
+    found = parse(Placed, words)
+    questions = [piece for one in found.questions for piece in one.split(", ")]
+    assert (found.store, found.exact, found.columns) == ("s", True, ["x", "y", "z"])
+    assert questions == ["Who", "what?", "b"] and (words[0] == "--questions" or len(found.questions) == 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ([], ["--store", "--questions"]),
+        (["s"], ["--questions"]),
+        (["s", "q", "--modle", "m"], ["--modle", "--model"]),
+        (["s", "q", "--model"], ["--model", "value"]),
+        (["--store", "s", "--questions", "q", "--top_k", "3", "more"], ["'more'"]),
+    ],
+)
+def test_what_is_missing_or_too_much_beside_values_without_a_name_is_named(words, facts):
+    with pytest.raises(UsageError) as error:
+        parse(Placed, words)
+    assert all(fact in str(error.value) for fact in facts)
+
+
+def test_a_command_is_chosen_by_its_name(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x"])
+    commands = {"build": "Make it.", "fit": "Fit it."}
+    assert choose("clara store", commands, ["build", "--help"], None) == "build" and sys.argv == ["clara store build"]
+    for words, facts in (([], ["build", "fit"]), (["buidl"], ["'buidl'", "build"]), (["q"], ["'q'", "build", "fit"])):
+        with pytest.raises(UsageError) as error:
+            choose("clara store", commands, words, None)
+        assert all(fact in str(error.value) for fact in facts)
+    with pytest.raises(SystemExit) as stop:
+        choose("clara store", commands, ["--help"], None)
+    assert not stop.value.code and "Fit it." in capsys.readouterr().out

@@ -21,9 +21,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from clara_hf.hub.export import export_generator
+from clara_hf.program.models import ModelSource, load_trained
 from clara_hf.serving.library import FileEntry, Library, PassageRow
-from clara_hf.serving.serve import load_model
-from clara_hf.serving.vllm import save_merged_generator
 
 
 pytest_plugins = ["served"]
@@ -35,7 +35,7 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def merged(served_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged")
-    save_merged_generator(served_model, folder)
+    export_generator(served_model, folder)
     return folder
 
 
@@ -108,7 +108,7 @@ def test_the_merged_generator_continues_a_prompt_as_the_model_does(merged, serve
 
 def test_answers_decoded_elsewhere_equal_those_decoded_here(serve, other_model, store_path, remote, http):
     url, app = remote
-    with serve(other_model, store_path, vllm=url, read_only=True) as here:
+    with serve(other_model, store_path, engine=["vllm", url], read_only=True) as here:
         for question in ("Who keeps bees?", "What is sold?", "Why?"):
             for options in ({}, {"max_tokens": 5}):
                 wanted = http.post(CHAT, json=chat(question, **options)).json()
@@ -132,7 +132,7 @@ def test_a_server_that_fails_or_breaks_off_is_told_and_prompts_that_are_not_fini
     serve, other_model, store_path, remote, monkeypatch
 ):
     url, app = remote
-    with serve(other_model, store_path, vllm=url, read_only=True) as here:
+    with serve(other_model, store_path, engine=["vllm", url], read_only=True) as here:
         made = httpx.post(here + CHAT, json=chat("Why?", max_tokens=13), timeout=60)
         assert made.status_code == 502 and "out of blocks" in made.json()["error"]["message"]
         made = httpx.post(here + CHAT, json=chat("Why?", max_tokens=14), timeout=60)
@@ -152,7 +152,7 @@ def test_no_server_at_the_url_is_told_at_the_start(serve, served_model, store_pa
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(ValueError, match=url):
-            with serve(served_model, store_path, vllm=url):
+            with serve(served_model, store_path, engine=["vllm", url]):
                 pass
 
 
@@ -163,8 +163,8 @@ def test_a_real_vllm_server_gives_the_same_answers(serve, tmp_path):
     command = os.environ.get("CLARA_VLLM") or shutil.which("vllm")
     if not command:
         pytest.skip("needs vLLM")
-    model = load_model(str(JOINT))
-    save_merged_generator(model, tmp_path / "merged")
+    model = load_trained(ModelSource(str(JOINT)))
+    export_generator(model, tmp_path / "merged")
     questions = json.loads((JOINT.parents[1] / "quickstart" / "quickstart.json").read_text())
     documents = questions["documents"]
     library = Library.open(tmp_path / "store", model)
@@ -187,7 +187,7 @@ def test_a_real_vllm_server_gives_the_same_answers(serve, tmp_path):
                     break
             assert program.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
             time.sleep(1)
-        here = stack.enter_context(serve(model, tmp_path / "store", vllm=url, read_only=True))
+        here = stack.enter_context(serve(model, tmp_path / "store", engine=["vllm", url], read_only=True))
         made = [httpx.post(here + CHAT, json=chat(question), timeout=120).json() for question in asked]
     texts = [one["choices"][0]["message"]["content"] for one in made]
     store = Library.open(tmp_path / "store", model, read_only=True)
