@@ -362,7 +362,8 @@ def write_pools(settings: CandidateSettings) -> dict:
         "inputs": inputs,
         "settings": settings.recorded,
     }
-    # The pools come last: where they are, the report is, too.
+    # The pools come last: where they are, the report is, too, and it is theirs.
+    Path(settings.output).unlink(missing_ok=True)
     write_json(f"{settings.output}.report.json", report)
     write_jsonl(settings.output, pools)
     shutil.rmtree(settings.parts, ignore_errors=True)

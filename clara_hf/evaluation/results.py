@@ -22,6 +22,7 @@ from clara_hf.evaluation import report
 from clara_hf.evaluation.plan import UsageError, file_name
 from clara_hf.evaluation.scores import COLUMNS, scores_of
 from clara_hf.evaluation.statistics import intervals, paired_tests
+from clara_hf.program.files import read_json, write_text
 from clara_hf.program.paths import is_plain_name
 
 
@@ -225,7 +226,8 @@ class Results:
         """Writes `predictions/<system>.jsonl`, the tables, `results.json` and, if asked for, `trec/`.
 
         Several data files have a folder each in `predictions`. Earlier results go only when everything new is on the
-        disk, and `results.json` comes last, so that a folder which has it is whole.
+        disk, and `results.json` comes last, so that a folder which has it is whole. What is interrupted in between is
+        finished by the next call.
         """
         folder = Path(folder)
         with _staged(folder) as staged:
@@ -238,25 +240,17 @@ class Results:
             if trec:
                 self.to_trec(staged / TREC)
             self._write_tables(staged)
-            (folder / RESULTS).unlink(missing_ok=True)
-            for name in (PREDICTIONS, TREC):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in (PREDICTIONS, *([TREC] if (staged / TREC).exists() else []), *TABLES, RESULTS):
-                os.replace(staged / name, folder / name)
 
     def save_tables(self, folder: str | Path) -> None:
         """Writes the tables and `results.json` of a finished run again; its predictions stay."""
-        folder = Path(folder)
-        with _staged(folder) as staged:
+        with _staged(Path(folder)) as staged:
             self._write_tables(staged)
-            for name in (*TABLES, RESULTS):
-                os.replace(staged / name, folder / name)
 
     def _write_tables(self, folder: Path) -> None:
         costs = report.format_costs(self.data, "markdown"), report.costs_csv(self.data)
         for name, text in zip(TABLES, (self.to_markdown(), self.to_csv(), *costs), strict=True):
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / RESULTS).write_text(self.to_json(), encoding="utf-8")
+        write_text(folder / RESULTS, self.to_json())  # last and whole: with it, all is there
 
     @classmethod
     def load(cls, folder: str | Path) -> "Results | None":
@@ -331,12 +325,38 @@ def _trec_files(systems: dict[str, list[dict]]) -> Iterator[tuple[str, str]]:
         yield "qrels.txt", "".join(f"{key} 0 {key}:{place} 1\n" for key, places in gold.items() for place in places)
 
 
+def cut_settings(folder: Path) -> dict | None:
+    """The settings of results that were all written, but not all moved to where they belong; `None` without such."""
+    try:
+        settings = read_json(folder / STAGED / RESULTS)["settings"]
+    except (OSError, UsageError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside the results to write to; at the end its content takes their place."""
     staged = folder / STAGED
+    if cut_settings(folder) is not None:
+        _move(staged, folder)
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
         yield staged
-    finally:
+    except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
+        raise
+    _move(staged, folder)
+
+
+def _move(staged: Path, folder: Path) -> None:
+    """Put what is staged in its place; a call that was interrupted can be repeated."""
+    if (staged / PREDICTIONS).exists():  # which go first: nothing was moved before
+        (folder / RESULTS).unlink(missing_ok=True)
+        for name in (PREDICTIONS, TREC):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (PREDICTIONS, TREC, *TABLES, RESULTS):
+        if (staged / name).exists():
+            os.replace(staged / name, folder / name)
+    staged.rmdir()

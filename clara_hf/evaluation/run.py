@@ -27,7 +27,7 @@ from clara_hf.evaluation import report
 from clara_hf.evaluation.evaluator import Evaluator
 from clara_hf.evaluation.plan import Options, file_name, model_source
 from clara_hf.evaluation.reference import published_figures
-from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results
+from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results, cut_settings
 from clara_hf.program import UsageError, parse
 from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.program.models import ModelSource
@@ -194,7 +194,7 @@ def _earlier(folder: Path, record: dict) -> Results | None:
     results = Results.load(folder)
     if results is None and not any((folder / name).exists() for name in (*TABLES, PREDICTIONS)):
         return None
-    earlier = {} if results is None else results.data.get("settings", {})
+    earlier = cut_settings(folder) or {} if results is None else results.data.get("settings", {})
     if earlier != record and not (earlier and _adds(earlier, record)):
         raise UsageError(
             f"{folder} holds another run's results: give another --output_dir, or --overwrite, which replaces the "

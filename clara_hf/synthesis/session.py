@@ -271,7 +271,8 @@ class Session:
         self._open.__exit__(*details)
 
     def _delete_run(self) -> None:
-        for name in (*self.outputs, STORE_FILE, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm"):
+        # The store goes last: a folder that has it is known to hold a run, also after a kill.
+        for name in (*self.outputs, f"{STORE_FILE}-wal", f"{STORE_FILE}-shm", STORE_FILE):
             path = self.folder / name
             is_folder = path.is_dir() and not path.is_symlink()
             shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)

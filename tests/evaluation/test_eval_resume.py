@@ -16,6 +16,7 @@ from processes import in_processes
 from programs import exit_code
 
 from clara_hf.evaluation.cache import Cache, CacheError, Orders
+from clara_hf.evaluation.results import Results
 from clara_hf.evaluation.run import main
 from clara_hf.evaluation.systems.readers import MemoryReader, TextReader
 from modeling_clara import CLaRaForRetrievalGeneration
@@ -119,6 +120,47 @@ def test_an_interrupted_overwrite_leaves_the_earlier_results_and_goes_on(
     done = counts["all"]
     assert exit_code(main, [*arguments, "--output_dir", str(folder), "--overwrite"]) == 0
     assert counts["all"] == done and written(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("replaced", [1, 2, 4, 7])
+def test_results_that_are_cut_while_they_take_their_place_are_gone_on_with(
+    tmp_path, arguments, whole, uninterrupted, monkeypatch, replaced
+):
+    out, left = tmp_path / "out", [replaced]
+    shutil.copytree(whole / "cache", out / "cache")
+
+    def cut(old, new):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        os.rename(old, new)
+
+    for again in (replaced, 3):  # the second call is cut while it finishes what the first one left
+        left[0] = again
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", cut)
+            assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 130
+    assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 0
+    assert written(out) == uninterrupted and not list(out.glob(".eval*"))
+
+
+def test_results_that_are_cut_are_no_other_runs(tmp_path, arguments, whole, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    results = Results.load(out)
+    results.data["settings"]["top_k"] = 1
+
+    def cut(old, new):
+        if str(new).endswith("table.md"):
+            raise KeyboardInterrupt
+        os.rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            results.save(out)
+    assert exit_code(main, [*arguments, "--output_dir", str(out)]) == 2
+    assert "holds another run's results" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_added_to_and_only_what_is_missing_is_made(tmp_path, arguments, uninterrupted, monkeypatch):
