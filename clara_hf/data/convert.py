@@ -5,7 +5,8 @@
     python eval/convert.py --format squad --to scp --input train-v1.1.json --output scp_train.jsonl
 
 Formats and the fields that are read: `clara_hf.data.converters`. Files are of any kind that `clara_hf.data.sources`
-reads. Every malformed row is named; then nothing is written, unless `--skip_malformed`.
+reads. Every malformed row is named; then nothing is written, unless `--skip_malformed`. An output that holds other rows
+is replaced only with `--overwrite`.
 
 `--to scp` makes data for the first stage from questions that people wrote: for each passage, or set of passages that
 one question needs, a row with the list of its questions and the answers that stand in it.
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -30,7 +32,7 @@ from clara_hf.data.converters import (
     two_wiki,
     unfolded,
 )
-from clara_hf.data.files import DataError, check_output, write_jsonl
+from clara_hf.data.files import DataError, check_output, holds_jsonl, write_jsonl
 from clara_hf.data.leak_checks import AnswerFinder
 from clara_hf.data.schema import check_text, check_texts, parse_example, parse_scp
 from clara_hf.data.sources import read_rows, unit_of
@@ -129,14 +131,24 @@ def _stands_in(answer, passages):
     return not finder.needles or any(map(finder.found_in, passages))
 
 
-def convert(conversion: Conversion, output: str, skip_malformed: bool = False, to: str = "questions") -> int:
+def convert(
+    conversion: Conversion, output: str, skip_malformed: bool = False, to: str = "questions", overwrite: bool = True
+) -> int:
     """Writes the converted rows as JSONL, or with `to="scp"` rows of the first stage; returns how many.
+
+    A file that holds these rows already is left as it is.
 
     Raises:
         DataError: the source cannot be read, there is no sound row, or, without `skip_malformed`, a malformed one.
+        UsageError: the output holds something else, and `overwrite` is not set.
     """
     sound = _sound(conversion, skip_malformed)
-    return write_jsonl(output, SCPRows(sound, conversion.left_out) if to == "scp" else sound)
+    rows = SCPRows(sound, conversion.left_out) if to == "scp" else sound
+    if overwrite or not Path(output).exists():
+        return write_jsonl(output, rows)
+    if (number := holds_jsonl(output, rows)) is None:
+        raise UsageError(f"{output} is there already and holds other rows: give another --output, or --overwrite.")
+    return number
 
 
 def _sound(conversion, skip_malformed):
@@ -158,7 +170,7 @@ class ConversionSettings:
     """What is converted, and where it goes.
 
     Raises:
-        UsageError: arguments that exclude each other, or the output is there already and `overwrite` is not set.
+        UsageError: arguments that exclude each other, or an output that cannot be written.
     """
 
     format: str = field(metadata={"help": "What the input is.", "choices": tuple(CONVERTERS)})
@@ -168,7 +180,7 @@ class ConversionSettings:
     aliases: str | None = field(default=None, metadata={"help": "2WikiMultihopQA's id_aliases.json."})
     qrels: str | None = field(default=None, metadata={"help": "BEIR's qrels/SPLIT.tsv."})
     skip_malformed: bool = field(default=False, metadata={"help": "Write the sound rows, naming the others."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that holds other rows."})
 
     def __post_init__(self):
         if self.aliases and self.format != "2wikimultihopqa":
@@ -177,7 +189,7 @@ class ConversionSettings:
             raise UsageError(f"--qrels is for the format beir, which needs it; --format is {self.format}.")
         if self.to == "scp" and self.format in ("beir", "kilt"):
             raise UsageError(f"--to scp needs gold passages, which the format {self.format} names by their ids only.")
-        check_output(self.output, self.overwrite)
+        check_output(self.output, overwrite=True)  # what is there is compared with what is converted
 
     def conversion(self) -> Conversion:
         """What there is to convert, with the files beside the input.
@@ -197,8 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The program, see the top of this file."""
     settings = parse(ConversionSettings, arguments, description=__doc__)
     conversion = settings.conversion()
+    was_there = not settings.overwrite and Path(settings.output).exists()
     try:
-        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to)
+        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to, settings.overwrite)
     finally:
         for message in conversion.errors[:SHOWN_ERRORS]:
             print(message, file=sys.stderr)
@@ -206,4 +219,4 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"... and {len(conversion.errors) - SHOWN_ERRORS} more.", file=sys.stderr)
         for reason, count in conversion.left_out.items():
             print(f"{count} rows left out: {reason}.", file=sys.stderr)
-    print(f"{settings.output}: {rows} rows.")
+    print(f"{settings.output}: {rows} rows{', which it held already' if was_there else ''}.")

@@ -139,10 +139,12 @@ def check_output(path: str, overwrite: bool) -> None:
     """See whether a program may write its JSONL to what `--output` names.
 
     Raises:
-        UsageError: another ending, or the file is there already and is not to be replaced.
+        UsageError: another ending, a folder, or the file is there already and is not to be replaced.
     """
     if not path.endswith((".jsonl", ".jsonl.gz")):
         raise UsageError(f"--output must end in .jsonl or .jsonl.gz, but is {path}.")
+    if Path(path).is_dir():
+        raise UsageError(f"--output {path} is a folder: name a file.")
     if Path(path).exists() and not overwrite:
         raise UsageError(f"{path} is there already: give another --output, or --overwrite.")
 
@@ -159,6 +161,20 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
                 packed.write(_line(row))
                 number += 1
     return number
+
+
+def holds_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int | None:
+    """How many rows a file of [`write_jsonl`] has where they are these; `None` where it holds anything else."""
+    number = 0
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            for row in rows:
+                if file.readline() != _line(row):
+                    return None
+                number += 1
+            return number if not file.read(1) else None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return None
 
 
 def _line(row):

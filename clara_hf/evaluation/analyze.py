@@ -9,29 +9,33 @@ Writes `report.html`, which holds tables and pictures and needs no network, each
 `analysis.json` with the numbers behind them. See `docs/evaluation.md`.
 """
 
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from transformers.utils import logging
 
 from clara_hf.data.schema import QAExample, load_examples
-from clara_hf.data.sources import is_digest_of
+from clara_hf.data.sources import digest_of, is_digest_of
 from clara_hf.evaluation.analysis import plots
 from clara_hf.evaluation.analysis.latents import logit_lens, mean_states, project
 from clara_hf.evaluation.plan import CHECKPOINTS, file_name, model_source
 from clara_hf.evaluation.report import figure_part, html_parts, page
-from clara_hf.evaluation.results import Results
+from clara_hf.evaluation.results import RESULTS, Results
 from clara_hf.evaluation.run import recorded_files
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 from clara_hf.evaluation.systems.loading import load_clara, model_hash
-from clara_hf.program import UsageError, parse, write_json, write_text
+from clara_hf.program import UsageError, parse, read_json, write_json, write_text
 from clara_hf.program.errors import loading
+from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.program.models import ModelSource
 from clara_hf.program.values import split
 
 
+logger = logging.get_logger(__name__)
 PAGE, NUMBERS, STAGED = "report.html", "analysis.json", ".analysis.tmp"
 LENS_ROWS = 20
 
@@ -63,9 +67,25 @@ class AnalysisSettings:
             raise UsageError(f"--seed must be at least 0, but is {self.seed}.")
         if self.projection not in ("pca", "tsne"):
             raise UsageError(f"--projection must be pca or tsne, but is {self.projection!r}.")
-        if (Path(self.output_dir) / NUMBERS).exists() and not self.overwrite:
-            raise UsageError(f"{self.output_dir} holds an analysis: give another --output_dir, or --overwrite.")
         self.results()
+        if not self.overwrite and self.earlier() is None and (Path(self.output_dir) / NUMBERS).exists():
+            raise UsageError(
+                f"{self.output_dir} holds an analysis of other runs or with other options: give another --output_dir, "
+                "or --overwrite."
+            )
+
+    @property
+    def recorded(self) -> dict:
+        """What makes the analysis what it is: settings, and digests of the results."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("output_dir", "overwrite")}
+        return {**settings, "sha256": {run: digest_of(str(Path(run, RESULTS)), "sha256") for run in self.runs}}
+
+    def earlier(self) -> dict | None:
+        """The numbers of an analysis of the same results with the same settings in the output folder."""
+        path = Path(self.output_dir, NUMBERS)
+        numbers = read_json(path) if path.is_file() else None
+        same = isinstance(numbers, dict) and numbers.get("settings") == json.loads(json.dumps(self.recorded))
+        return numbers if same else None
 
     def results(self) -> dict[str, Results]:
         """The results of every run, by its folder."""
@@ -97,7 +117,7 @@ class Analysis:
         self.folder = folder
         self.results = settings.results()
         self.run, self.first = next(iter(self.results.items()))
-        self.numbers: dict = {"settings": asdict(settings), "datasets": {}}
+        self.numbers: dict = {"settings": settings.recorded, "datasets": {}}
         self.parts: list[dict] = []
 
     def make(self) -> None:
@@ -263,20 +283,30 @@ def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def analyze(settings: AnalysisSettings) -> dict:
-    """Makes an analysis and writes it when it is whole; returns the numbers."""
+    """Makes an analysis and writes it when it is whole; returns the numbers, or those of the same one made before.
+
+    Raises:
+        UsageError: another process works in the output folder, or a run is not what it was.
+    """
     folder = Path(settings.output_dir)
+    if not settings.overwrite and (earlier := settings.earlier()) is not None:
+        logger.warning(f"{folder} holds this analysis already: it is reused.")
+        return earlier
+    lock = take_lock(folder)
     staged = folder / STAGED
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
     try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
         analysis = Analysis(settings, staged)
         analysis.make()
         write_text(staged / PAGE, page("CLaRa evaluation", analysis.parts))
         write_json(staged / NUMBERS, analysis.numbers)
+        (folder / NUMBERS).unlink(missing_ok=True)  # which come last: where they are, the pictures are theirs
         for path in sorted(staged.iterdir(), key=lambda path: path.name == NUMBERS):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        release_lock(folder, lock)
     return analysis.numbers
 
 

@@ -460,13 +460,34 @@ def test_sound_rows_without_place_in_an_evaluation_are_counted(tmp_path, capsys)
     assert "1 rows left out: the question is not answerable." in error and "there is no row to write" in error
 
 
-def test_the_command_refuses_to_replace_and_works_from_any_folder(tmp_path):
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_the_command_repeated_is_done_and_another_one_is_refused(tmp_path, capsys, name):
+    write_jsonl(tmp_path / "in.jsonl", [HOTPOT, {**HOTPOT, "_id": "2"}])
+    out = tmp_path / name
+    arguments = ["--format", "hotpotqa", "--input", str(tmp_path / "in.jsonl"), "--output", str(out)]
+    assert exit_code(convert.main, arguments) == 0
+    before, written_at = out.read_bytes(), out.stat().st_mtime_ns
+    assert exit_code(convert.main, arguments) == 0
+    assert "2 rows, which it held already" in capsys.readouterr().out
+    # Fewer rows, more rows, other rows, and a file that is none of ours.
+    for rows in ([HOTPOT], [HOTPOT, {**HOTPOT, "_id": "2"}, {**HOTPOT, "_id": "3"}], [HOTPOT, {**HOTPOT, "_id": "3"}]):
+        write_jsonl(tmp_path / "in.jsonl", rows)
+        assert exit_code(convert.main, arguments) == 2
+        assert "holds other rows: give another --output, or --overwrite" in capsys.readouterr().err
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == (before, written_at)
+    assert exit_code(convert.main, [*arguments, "--overwrite"]) == 0 and out.read_bytes() != before
+    out.write_text("my notes")
+    assert exit_code(convert.main, arguments) == 2 and out.read_text() == "my notes"
+    assert exit_code(convert.main, [*arguments[:-1], str(tmp_path)]) == 2
+    assert ".jsonl" in capsys.readouterr().err
+
+
+def test_the_door_works_from_any_folder(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", [HOTPOT])
     command = [sys.executable, str(ROOT / "eval/convert.py"), "--format", "hotpotqa"]
     command += ["--input", "in.jsonl", "--output", "out.jsonl"]
-    first, second = (subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2))
-    assert first.returncode == 0 and first.stdout == "out.jsonl: 1 rows.\n"
-    assert second.returncode == 2 and "out.jsonl is there already: give another --output" in second.stderr
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "out.jsonl: 1 rows.\n"
 
 
 def changes(value):

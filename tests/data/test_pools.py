@@ -272,6 +272,19 @@ def test_the_command_writes_pools_that_the_loader_reads_and_their_report(tmp_pat
     assert str(output) in capsys.readouterr().err
 
 
+def test_pools_that_were_not_written_are_not_taken_for_those_of_their_report(tmp_path, files, monkeypatch):
+    output = tmp_path / "pools.jsonl"
+    arguments = [*files, "--output", str(output), "--size", "4"]
+    assert exit_code(pools.main, [*arguments, "--seed", "1"]) == 0
+    wanted = output.read_bytes()
+    assert exit_code(pools.main, [*arguments, "--overwrite"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(pools, "write_jsonl", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert exit_code(pools.main, [*arguments, "--seed", "1", "--overwrite"]) == 130
+    assert exit_code(pools.main, [*arguments, "--seed", "1"]) == 0
+    assert output.read_bytes() == wanted
+
+
 def test_an_interrupted_call_goes_on_from_what_is_embedded(tmp_path, capsys, files, bi_encoder, monkeypatch):
     arguments = [*files, "--size", "12", "--retriever", bi_encoder, "--output"]
     monkeypatch.setattr(retrievers, "PART_TEXTS", 20)

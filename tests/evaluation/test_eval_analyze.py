@@ -18,6 +18,7 @@ from clara_hf.evaluation.analysis.latents import logit_lens, mean_states, projec
 from clara_hf.evaluation.analyze import main
 from clara_hf.evaluation.run import main as evaluate
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
+from clara_hf.program.folders import release_lock, take_lock
 
 
 # Scores
@@ -158,15 +159,23 @@ def test_an_analysis_is_one_page_that_holds_everything(tmp_path, runs):
     assert sum(shares.values()) == pytest.approx(1) and len(numbers["datasets"]["data"]["lens"]["rows"]) == 20
 
 
-def test_a_second_analysis_needs_overwrite_and_is_the_same(tmp_path, runs, capsys):
-    arguments = ["--runs", runs[0], "--output_dir", str(tmp_path / "out")]
+def test_an_analysis_repeated_is_reused_another_needs_overwrite_and_none_is_disturbed(tmp_path, runs, capsys):
+    out = tmp_path / "out"
+    arguments = ["--runs", runs[0], "--output_dir", str(out)]
     assert exit_code(main, arguments) == 0
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix in (".svg", ".html")}
+    first = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".svg", ".html")}
     assert "rates-data.svg" not in first
-    assert exit_code(main, arguments) == 2
-    assert "holds an analysis: give another --output_dir, or --overwrite." in capsys.readouterr().err
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert exit_code(main, arguments) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert exit_code(main, [*arguments, "--seed", "1"]) == 2
+    assert "give another --output_dir, or --overwrite" in capsys.readouterr().err
+    lock = take_lock(out)
+    assert exit_code(main, [*arguments, "--overwrite"]) == 2
+    assert f"{out} is in use" in capsys.readouterr().err
+    release_lock(out, lock)
     assert exit_code(main, [*arguments, "--overwrite"]) == 0
-    assert first == {name: (tmp_path / "out" / name).read_bytes() for name in first}
+    assert first == {name: (out / name).read_bytes() for name in first}
 
 
 @pytest.mark.parametrize(
@@ -227,4 +236,4 @@ def test_an_interrupted_analysis_leaves_nothing(tmp_path, runs, monkeypatch, cap
 
     monkeypatch.setattr(latents, "_lens_row", interrupt)
     assert exit_code(main, ["--runs", runs[0], "--output_dir", str(tmp_path / "out")]) == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

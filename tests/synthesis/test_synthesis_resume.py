@@ -231,6 +231,27 @@ def test_other_settings_other_folders_and_other_processes_are_refused(corpus, tm
         assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+def test_a_run_that_was_cut_while_it_was_deleted_is_still_known(corpus, tmp_path, monkeypatch):
+    out, unlink, removed = tmp_path / "scp", Path.unlink, []
+
+    def cut(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        if path.parent == out and path.name.startswith(STORE_FILE):
+            removed.append(path.name)
+            raise KeyboardInterrupt
+
+    with Endpoint() as endpoint:
+        run(corpus, out, endpoint.url, "--limit", "1")
+        for name in (f"{STORE_FILE}-wal", f"{STORE_FILE}-shm"):
+            (out / name).touch()  # as a kill leaves them
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", cut)
+            with pytest.raises(KeyboardInterrupt):
+                run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3")
+        assert removed and (out / STORE_FILE).exists()
+        run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3")
+
+
 def test_another_data_set_on_disk_is_another_run(tmp_path):
     for name, first in (("a", 0), ("b", 50), ("copy/a", 0)):
         texts = [fact_document(first + number, 4) for number in range(3)]
