@@ -205,12 +205,31 @@ def test_the_schema_is_sent_and_extra_fields_are_set_or_left_out():
         [{"type": "text", "text": "good "}, {"type": "text", "text": "reply"}],
         [{"type": "thinking", "thinking": [{"type": "text", "text": "bad"}]}, {"type": "text", "text": "good reply"}],
         [{"type": "reasoning", "text": "bad"}, {"type": "output_text", "text": "good"}, " reply"],
+        [{"type": "text", "text": {"value": "good reply", "annotations": []}}],
+        {"type": "text", "text": "good reply"},
     ],
 )
 def test_content_in_parts_is_one_text_without_reasoning(content):
     with Endpoint(lambda *_: Say(content, "length")) as endpoint:
         (reply,) = ask(endpoint.url, request())
     assert reply.text == "good reply" and reply.cut
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [
+        ("length", True),
+        ("MAX_TOKENS", True),
+        ("content_filter", True),
+        ("abort", True),
+        ("stop", False),
+        ("eos", False),
+    ],
+)
+def test_a_reply_that_the_endpoint_broke_off_is_told_from_a_whole_one(reason, cut):
+    with Endpoint(lambda *_: Say('{"correct": true}', reason)) as endpoint:
+        (reply,) = ask(endpoint.url, request())
+    assert reply.cut == cut
 
 
 EMPTY = {

@@ -252,6 +252,23 @@ def test_a_run_that_was_cut_while_it_was_deleted_is_still_known(corpus, tmp_path
         run(corpus, out, endpoint.url, "--overwrite", "true", "--max_rounds", "3")
 
 
+def test_the_cure_for_a_refused_field_goes_on_in_the_same_folder(corpus, tmp_path):
+    out = tmp_path / "scp"
+    refusal = "Unsupported parameter: 'max_tokens' is not supported with this model."
+
+    def script(messages, body, before):
+        return Status(400, json.dumps({"error": {"message": refusal}})) if "max_tokens" in body else None
+
+    with Endpoint(script) as endpoint:
+        with pytest.raises(UsageError, match="--extra_body") as told:
+            run(corpus, out, endpoint.url)
+        cure = str(told.value).partition("--extra_body '")[2].partition("'")[0]
+        refused = len(endpoint.requests)
+        stats = run(corpus, out, endpoint.url, "--extra_body", cure)
+        assert stats["pairs"] and all(body["max_completion_tokens"] == 2048 for body in endpoint.requests[refused:])
+    assert stats["failed"] == 0
+
+
 def test_another_data_set_on_disk_is_another_run(tmp_path):
     for name, first in (("a", 0), ("b", 50), ("copy/a", 0)):
         texts = [fact_document(first + number, 4) for number in range(3)]

@@ -97,6 +97,13 @@ REASONING = [
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|thinking_start|>", "<|thinking_end|>"),
+    ("<|reasoning_start|>", "<|reasoning_end|>"),
+    ("<\uff5cbegin\u2581of\u2581thinking\uff5c>", "<\uff5cend\u2581of\u2581thinking\uff5c>"),
+    ("< think >", "</ think >"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<inner_monologue>", "</inner_monologue>"),
     ("<|channel>thought\n", "<channel|>"),
     ("<unused94>thought\n", "<unused95>"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
@@ -111,6 +118,24 @@ def test_reasoning_of_any_markup_is_left_out_also_where_it_is_cut_off(begin, end
     for cut in (f"{begin}say {WRONG}", f"{begin}{begin}{WRONG}{end}{WRONG}" if "final" not in end else begin + WRONG):
         with pytest.raises(ReplyError, match="no JSON object"):
             parse_reply(cut, Verdict)
+
+
+@pytest.mark.parametrize(("begin", "end"), [("```thinking\n", "\n```\n"), ("<!-- thought: ", "-->")])
+def test_a_block_that_is_no_answer_is_left_out_as_a_whole(begin, end):
+    assert parse_reply(f"{begin}say {WRONG}{end}```json\n{RIGHT}\n```", Verdict).correct
+    with pytest.raises(ReplyError, match="no JSON object"):
+        parse_reply(f"{begin}say {WRONG}", Verdict)
+    assert parse_reply(f"<think/>\n{RIGHT}", Verdict).correct
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["</think>", "<|thinking_end|>", "</longcat_think>", "<|inner_suffix|>", "<\uff5cend\u2581of\u2581thinking\uff5c>"],
+)
+def test_what_precedes_an_end_without_a_beginning_is_reasoning(end):
+    assert parse_reply(f"say {WRONG}{end}\n{RIGHT}", Verdict).correct
+    with pytest.raises(ReplyError, match="no JSON object"):
+        parse_reply(f"say {WRONG}{end}\nSo", Verdict)
 
 
 def test_what_precedes_the_end_of_reasoning_is_reasoning_and_marks_in_a_value_are_its_text():

@@ -31,8 +31,9 @@ TOLERATED_FAILURES = 3
 UNKNOWN_FORMAT = (404, 500, 501)
 # A reply without content comes again from most endpoints, at the full price of its tokens.
 EMPTY_RETRIES = 2
-# What `finish_reason` says of a reply that ends at its token limit.
-CUT_OFF = ("length", "max_tokens", "model_length")
+# What `finish_reason` says of a reply that ends before its end: at a limit, by a filter, or by a fault of the server.
+CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length", "limit")
+CUT_OFF += ("content_filter", "safety", "recitation", "abort", "error", "error_toxic", "cancelled")
 # Types of the parts of a message that hold its text.
 TEXT_PARTS = ("text", "output_text")
 # Fields of our requests that some endpoints refuse, and how `--extra_body` mends it.
@@ -396,9 +397,12 @@ class ChatClient:
 def content_of(message: dict[str, Any]) -> str:
     """A message's text: a string, or the texts of its parts, without those that hold reasoning or something else."""
     content = message.get("content")
-    if isinstance(content, list):
-        parts = [{"text": part} if isinstance(part, str) else part for part in content]
-        content = "".join(part.get("text") or "" for part in parts if part.get("type", "text") in TEXT_PARTS)
+    parts = [content] if isinstance(content, dict) else content
+    if isinstance(parts, list):
+        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+        texts = [part.get("text") or "" for part in parts if part.get("type", "text") in TEXT_PARTS]
+        # Some wrap the text once more, beside annotations.
+        content = "".join(text.get("value") or "" if isinstance(text, dict) else text for text in texts)
     return content if isinstance(content, str) else ""
 
 

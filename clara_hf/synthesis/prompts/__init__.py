@@ -121,7 +121,10 @@ MAX_FACT_CHARS = 400
 # JSON values of one reply, and characters of one that is mended: a reply is not to be trusted.
 MAX_VALUES, MAX_MENDED_CHARS = 8, 20_000
 
+# What the name of a mark of reasoning holds, in a tag and in a special token, with the bars that some models use.
+STEM = r"(?:think|thought|reason|reflect|analy[sz]|scratch|rationale|deliberat|monologue|cot|plan|draft)"
 THINK = r"(?:think|thought|reason|reflect|analy[sz]|scratch|rationale|deliberat|monologue|cot\b|plan\b|draft)\w*"
+BAR, NAMED, TAGGED = r"[|\uff5c]", r"[\w\u2581]{0,40}", r"[\w:.-]{0,40}"
 # Tags of other names that may stand around an answer; any other tag's content is none.
 NEUTRAL = (
     r"(?:(?:final|answer|output|response|result|reply|json|object|verdict|assistant|html|body|div|span|code|pre|p|br|b|i|"
@@ -129,12 +132,15 @@ NEUTRAL = (
 )
 TOKEN = re.compile(
     rf"(?P<final>(?i:<\|?channel\|?>\s*final\b)|assistantfinal)"
-    rf"|(?P<close>(?i:</(?:\w+:)?{THINK}\s*>|<\|/{THINK}\|>|<\|end_(?:of_)?{THINK}\|>|\[/{THINK}\]|◁/{THINK}▷)"
+    # A comment, or a block of code that says that it is reasoning: as a whole.
+    rf"|(?P<skipped>(?is:<!--.*?(?:-->|\Z)|```+[ ]*{THINK}.*?(?:```|\Z)))"
+    rf"|(?P<close>(?i:<\s*/\s*(?!{NEUTRAL}){TAGGED}{STEM}{TAGGED}\s*>|\[/{THINK}\]|◁/{THINK}▷"
+    rf"|<{BAR}(?:(?:/|end){NAMED}{STEM}{NAMED}|{NAMED}{STEM}{NAMED}(?:end|stop|close)|inner_suffix){BAR}>)"
     rf"|<channel\|>|<unused95>)"
-    rf"|(?P<open>(?i:<(?:\w+:)?{THINK}(?:\s[^<>]*)?>|<\|(?:(?:begin|start)_(?:of_)?)?{THINK}\|>|\[{THINK}\]|◁{THINK}▷)"
-    rf"|<\|channel\|?>\s*\w+|<unused94>|\A\s*(?:analysis|commentary)(?=\W|[A-Z]))"
+    rf"|(?P<open>(?i:<\s*(?:\w+:)?{THINK}(?:\s[^<>]*)?(?<!/)>|<{BAR}(?:{NAMED}{STEM}{NAMED}|inner_prefix){BAR}>"
+    rf"|\[{THINK}\]|◁{THINK}▷)|<\|channel\|?>\s*\w+|<unused94>|\A\s*(?:analysis|commentary)(?=\W|[A-Z]))"
     rf"|(?P<other_close>(?i:</(?!{NEUTRAL})[a-z][\w:.-]*\s*>))"
-    rf"|(?P<other_open>(?i:<(?!{NEUTRAL})[a-z][\w:.-]*(?:\s[^<>]*)?>))"
+    rf"|(?P<other_open>(?i:<(?!{NEUTRAL})[a-z][\w:.-]*(?:\s[^<>]*)?(?<!/)>))"
     # An object anywhere, a list only where the reply begins.
     rf"|(?P<value>\{{(?=\s*[\"'}}{{]|\s*\w+\s*:)|(?:\A|(?<=[>\]▷])|(?<=final))\s*(?:```\w*\s*)?\[(?=\s*[{{\[\"\]]))"
 )
@@ -242,13 +248,13 @@ def parse_reply(text: str, reply_type: type[ReplyType], cut: bool = False) -> Re
     What is written, and checked later, is mended by json-repair where it is malformed; what a check says never is.
 
     Args:
-        cut: the reply ends at its token limit.
+        cut: the reply ends before its end.
 
     Raises:
         ReplyError: it is cut off, holds no JSON outside of reasoning, or several that differ, or breaks the schema.
     """
     if cut:
-        raise ReplyError("it was cut off at the limit of its length")
+        raise ReplyError("it was cut off before its end")
     try:
         found = json_values(text)
     except MalformedJSON as error:
@@ -306,7 +312,7 @@ def json_values(text: str) -> list[Any]:
             found, problem, depth = [], None, 0
         elif kind in ("open", "other_open"):
             depth += 1
-        else:
+        elif kind != "skipped":
             depth = max(depth - 1, 0)
     if problem:
         raise problem
