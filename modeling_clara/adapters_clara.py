@@ -123,7 +123,7 @@ def use_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
     for layer in layers:
         layer._active_adapter = [name]
     try:
-        with _forwards({layer: _forward_fused for layer in layers if can_fuse(layer, name)}, name):
+        with _forwards({layer: _fused(layer, name) for layer in layers if can_fuse(layer, name)}):
             yield
     finally:
         for layer, previous in zip(layers, before, strict=True):
@@ -131,11 +131,11 @@ def use_adapter(decoder: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _forwards(functions: dict[LoraLayer, Callable], name: str) -> Iterator[None]:
-    """Let layers compute by `function(layer, name, x)` for the block."""
+def _forwards(functions: dict[LoraLayer, Callable]) -> Iterator[None]:
+    """Let layers compute by `function(x)` for the block."""
     with ExitStack() as stack:
         for layer, function in functions.items():
-            stack.enter_context(use_forward(layer, partial(function, layer, name)))
+            stack.enter_context(use_forward(layer, function))
         yield
 
 
@@ -165,12 +165,21 @@ def _is_ours(forward: Callable | None) -> bool:
     return forward is None or getattr(forward, "func", None) in (_forward_fused, _forward_merged)
 
 
-def _forward_fused(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor:
-    base, a, b, dropout = (layer.get_base_layer(), *(part[name] for part in _parts(layer)))
-    kept, scale = None, 1.0
+def _fused(layer: LoraLayer, name: str) -> Callable:
+    """A layer's forward under adapter `name`; looked up once, since a decoding step computes less than that takes."""
+    return partial(_forward_fused, layer.get_base_layer(), *(part[name] for part in _parts(layer)), layer.scaling[name])
+
+
+def _forward_fused(
+    base: nn.Linear, a: nn.Linear, b: nn.Linear, dropout: nn.Module, scale: float, x: torch.Tensor
+) -> torch.Tensor:
+    kept = None
     if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
-        kept, scale = dropout_mask(x.shape, dropout.p)
-    return LoraProduct.apply(x, base.weight, base.bias, a.weight, b.weight, layer.scaling[name] * scale, kept)
+        kept, kept_scale = dropout_mask(x.shape, dropout.p)
+        scale *= kept_scale
+    operands = x, base.weight, base.bias, a.weight, b.weight, scale, kept
+    # A Function costs a decoding step a fifth of its time, and without gradients does nothing.
+    return LoraProduct.apply(*operands) if torch.is_grad_enabled() else lora_product(*operands)[0]
 
 
 def dropout_mask(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
@@ -182,6 +191,22 @@ def dropout_mask(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[:count].view(shape) >= cut - 2**15
     return kept, 2**16 / max(2**16 - cut, 1)
+
+
+def lora_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    kept: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`LoraProduct`] computes `[..., out]`, and the product with `A` `[..., r]`."""
+    low = (x if kept is None else x * kept) @ a.T
+    output = nn.functional.linear(x, weight, bias)
+    output.view(-1, len(b)).addmm_(low.view(-1, len(a)), b.T, alpha=scale)
+    return output, low
 
 
 class LoraProduct(torch.autograd.Function):
@@ -196,9 +221,7 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, kept):
-        low = (x if kept is None else x * kept) @ a.T
-        output = nn.functional.linear(x, weight, bias)
-        output.view(-1, len(b)).addmm_(low.view(-1, len(a)), b.T, alpha=scale)
+        output, low = lora_product(x, weight, bias, a, b, scale, kept)
         ctx.save_for_backward(x, weight, a, b, low, kept)
         ctx.scale = scale
         return output
@@ -242,7 +265,7 @@ def merged_adapter(decoder: nn.Module, name: str, tokens: int) -> Iterator[None]
     """
     with use_adapter(decoder, name):
         merged = [layer for layer in lora_layers(decoder) if _can_merge(layer, name)] if tokens >= MERGE_FROM else []
-        with _forwards({layer: _forward_merged for layer in merged}, name):
+        with _forwards({layer: _merged(layer, name) for layer in merged}):
             yield
 
 
@@ -257,12 +280,19 @@ def _can_merge(layer: LoraLayer, name: str) -> bool:
     return plain and not hooked and all(weight.dtype == torch.float32 for weight in weights)
 
 
-def _forward_merged(layer: LoraLayer, name: str, x: torch.Tensor) -> torch.Tensor:
+def _merged(layer: LoraLayer, name: str) -> Callable:
+    """A layer's forward that adds the update of adapter `name` to the weight, and for few tokens is the layer's own."""
+    a, b, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    return partial(_forward_merged, layer.forward, layer.get_base_layer(), a, b, scale)
+
+
+def _forward_merged(
+    own: Callable, base: nn.Linear, a: nn.Linear, b: nn.Linear, scale: float, x: torch.Tensor
+) -> torch.Tensor:
     if x.numel() < MERGE_FROM * x.shape[-1]:
-        return _forward_fused(layer, name, x) if can_fuse(layer, name) else type(layer).forward(layer, x)
-    base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+        return own(x)
     with torch.autocast(x.device.type, enabled=False):
-        weight = torch.addmm(base.weight, b, a, alpha=layer.scaling[name])
+        weight = torch.addmm(base.weight, b.weight, a.weight, alpha=scale)
     return nn.functional.linear(x, weight, base.bias)
 
 

@@ -99,14 +99,16 @@ class CLaRaGeneration:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """No gradients, and evaluation mode (no adapter dropout) for the block; the mode is restored."""
-        was_training = self.training
-        self.eval()
+        """No gradients, and evaluation mode (no adapter dropout) for the block; each module's mode is restored."""
+        in_training = [module for module in self.modules() if module.training]
+        for module in in_training:
+            module.training = False
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.train(was_training)
+            for module in in_training:
+                module.training = True
 
     def _encode_rows(self, adapter: str, rows: list[list[int]], batch_size: int, show_progress: bool) -> torch.Tensor:
         """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""

@@ -322,6 +322,8 @@ def test_a_fused_layer_computes_what_pefts_own_does_gradients_included(bases, ar
             if not fuses:
                 patch.delattr(layer, "forward")
             output = layer(x)
+            with torch.no_grad():
+                assert torch.equal(layer(x), output)
         wanted = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         found.append([output, *torch.autograd.grad((output * wanted).sum(), [x, *weights])])
         assert type(output.grad_fn).__name__.startswith("LoraProduct") is fuses
