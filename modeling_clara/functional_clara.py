@@ -1,4 +1,4 @@
-"""Functions of tensors: banks of memories, scores, positions, texts without padding, the answer's cross entropy."""
+"""Functions of tensors: banks of memories, scores, positions, texts without padding."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -404,38 +404,3 @@ def positions_to_keep(labels: torch.Tensor | None) -> int:
         return 0
     supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()
     return labels.shape[1] - int(supervised[0]) + 1 if len(supervised) else 1
-
-
-def follows_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:
-    """Whether every label stands behind an attended position, and so none is predicted from padding."""
-    return bool(attention_mask[:, :-1][labels[:, 1:] != IGNORE_INDEX].all())
-
-
-def packed_targets(labels: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of prompts `[B, L]` whose attended positions stand in one row: the places `[n]` in it that predict a label, and
-    these labels `[n]`."""
-    place = attention_mask.bool().flatten().cumsum(0).view_as(labels) - 1
-    predicts = labels[:, 1:] != IGNORE_INDEX
-    return place[:, :-1][predicts], labels[:, 1:][predicts]
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Cross entropy of position t predicting label t+1, over the positions that `logits` `[B, T, vocab]` hold."""
-    targets = labels[:, labels.shape[1] - logits.shape[1] :][:, 1:]
-    return target_loss(logits[:, :-1], targets, num_items)
-
-
-def target_loss(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Cross entropy of `logits` `[..., vocab]` and the ids `[...]` that they predict, -100 for none: their sum over
-    `num_items`, else their mean."""
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32)),
-        targets.flatten().long(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
-    if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    elif isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(total.device)
-    return total / num_items

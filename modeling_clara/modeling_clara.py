@@ -26,19 +26,24 @@ from .functional_clara import (
     check_tokens,
     contiguous,
     cosine_scores,
-    cross_entropy,
-    follows_tokens,
     last_places,
     mask_or_ones,
-    packed_targets,
     position_ids,
     positions_to_keep,
     run_packed,
-    target_loss,
     unpacked,
 )
 from .generation_clara import CLaRaGeneration
+from .loss_clara import (
+    chunked_loss,
+    cross_entropy,
+    follows_tokens,
+    packed_targets,
+    target_loss,
+    wants_chunks,
+)
 from .pretrained_clara import CLaRaPreTrainedModel
+from .processing_clara import IGNORE_INDEX
 from .topk_clara import straight_through_topk
 
 
@@ -298,16 +303,25 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         """Logits and cross entropy of prompts `[B, L, H]`, each `None` where `forward` returns none."""
         is_step = self.training and labels is not None and logits_to_keep is None
         with use_adapter(self.decoder, GENERATOR):
+            chunks = is_step and wants_chunks(self.decoder, labels)
             if is_step and can_pack(self.decoder, attention_mask, True) and follows_tokens(labels, attention_mask):
                 places, targets = packed_targets(labels, attention_mask)
-                logits = run_packed(self.decoder, self.decoder, embeddings, attention_mask, places)
-                return None, target_loss(logits, targets, num_items)
+                module = self.decoder.base_model if chunks else self.decoder
+                found = run_packed(self.decoder, module, embeddings, attention_mask, places)
+                if chunks:
+                    return None, chunked_loss(self.decoder, found[0], targets, num_items)
+                return None, target_loss(found, targets, num_items)
+            options = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+            if chunks:
+                hidden = self.decoder.base_model(inputs_embeds=embeddings, use_cache=False, **options).last_hidden_state
+                predicts = labels[:, 1:] != IGNORE_INDEX
+                found, targets = hidden[:, :-1][predicts], labels[:, 1:][predicts]
+                return None, chunked_loss(self.decoder, found, targets, num_items)
             logits = self.decoder(
                 inputs_embeds=embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
                 logits_to_keep=positions_to_keep(labels) if logits_to_keep is None else logits_to_keep,
                 use_cache=False,
+                **options,
             ).logits
         ce_loss = None if labels is None else cross_entropy(logits, labels, num_items)
         return None if is_step else logits, ce_loss

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 import modeling_clara
-from modeling_clara.functional_clara import (
-    cosine_scores,
-    cross_entropy,
-    memory_bank,
-    position_ids,
-    positions_to_keep,
-)
+from modeling_clara.functional_clara import cosine_scores, memory_bank, position_ids, positions_to_keep
+from modeling_clara.loss_clara import cross_entropy
 
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+../../../../modeling_clara/loss_clara.py
