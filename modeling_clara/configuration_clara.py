@@ -13,6 +13,9 @@ from .topk_clara import ESTIMATORS, TAKEN_MASKS
 
 CHECKPOINT_FORMATS = ("full", "adapter", "flat")
 EMBEDDING_ROWS = ("added", "all")
+READOUTS = ("memory_tokens", "mean_pool")
+# Value of `memory_scale` until `from_base` has measured the base.
+EMBEDDING_SCALE = "embeddings"
 SWITCHES = (
     "distinct_memory_tokens",
     "query_reasoner",
@@ -60,6 +63,18 @@ class CLaRaConfig(PreTrainedConfig):
         doc_max_length (`int`): document budget in tokens; longer documents are cut.
         compression_rate (`int`): document budget divided by the number of memory tokens.
         query_max_length (`int`): question budget in tokens.
+        readout (`"memory_tokens"` or `"mean_pool"`): where memories, and the states of questions, are read.
+            `memory_tokens` puts l memory tokens behind a text and takes their states. `mean_pool` takes those of the
+            text itself: with its markers it has T tokens, and memory vector j is the mean of the states from
+            floor(j T / l) up to floor((j + 1) T / l), whose numbers differ by at most one. Of a text with fewer than l
+            tokens, some stand for several vectors. The MSE term then has no use, see `mse_weight`.
+        compressor_layers (`int`, *optional*): so many of the decoder's layers, from the first on, read documents and
+            questions; all by default. With fewer, the state of each position is divided by its root mean square, in
+            place of the final norm, which was made for the last layer's states. 0 takes token embeddings, with
+            `mean_pool`.
+        memory_scale (`float` or `"embeddings"`, *optional*): root mean square that each memory vector, and each vector
+            of a question, is brought to; as they are by default. `"embeddings"` is that of the base's token embeddings,
+            their mean, which `from_base` puts here as a number.
         distinct_memory_tokens (`bool`): `True` for one embedding per memory token, `False` for a single shared one.
         top_k (`int`): documents that are selected for a question.
         temperature (`float`): of the straight-through top-k; the paper uses 0.02.
@@ -68,7 +83,8 @@ class CLaRaConfig(PreTrainedConfig):
             [`straight_through_topk`]; otherwise they hold the best candidates.
         query_reasoner (`bool`): whether the checkpoint has a query-reasoner adapter; without one, questions are read
             by the compressor.
-        mse_weight (`float`): weight of the mean-squared error between document and memory means (λ, 0.1 in the paper).
+        mse_weight (`float`): weight of the mean-squared error between document and memory means (λ, 0.1 in the paper),
+            both before `memory_scale`. With `mean_pool` the two are equal by construction, and there is no such term.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: as in [`peft.LoraConfig`], the same for all adapters.
         keep_end_token (`bool`): whether a cut document keeps its end token. The published model drops it.
         document_start (`str`, *optional*): text of the token before every document or question; the tokenizer's
@@ -105,6 +121,9 @@ class CLaRaConfig(PreTrainedConfig):
     doc_max_length: int = 256
     compression_rate: int = 16
     query_max_length: int = 256
+    readout: str = "memory_tokens"
+    compressor_layers: int | None = None
+    memory_scale: float | str | None = None
     distinct_memory_tokens: bool = True
     top_k: int = 5
     temperature: float = 0.02
@@ -162,6 +181,7 @@ class CLaRaConfig(PreTrainedConfig):
         if isinstance(self.decoder_config, dict):
             place = f"{kwargs['name_or_path']}: " if kwargs.get("name_or_path") else ""
             self.decoder_config = read_decoder_config(self.decoder_config, f"{place}decoder_config")
+        self._check_layers()
         super().__post_init__(**kwargs)
 
     def validate_ranges(self):
@@ -193,6 +213,7 @@ class CLaRaConfig(PreTrainedConfig):
         choices = {
             "topk_taken_mask": TAKEN_MASKS,
             "topk_estimator": ESTIMATORS,
+            "readout": READOUTS,
             "checkpoint_format": CHECKPOINT_FORMATS,
             "saved_embedding_rows": EMBEDDING_ROWS,
         }
@@ -213,6 +234,31 @@ class CLaRaConfig(PreTrainedConfig):
         names = [targets] if isinstance(targets, str) else targets
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"lora_target_modules must be a string or a list of strings, got {targets!r:.80}.")
+        self._check_scale()
+        self._check_layers()
+
+    def _check_scale(self):
+        scale = self.memory_scale
+        if scale is None or scale == EMBEDDING_SCALE:
+            return
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not is_number or not 0 < scale < math.inf:
+            raise ValueError(f"memory_scale must be positive, {EMBEDDING_SCALE!r} or None, got {scale!r:.80}.")
+
+    def _check_layers(self):
+        layers = self.compressor_layers
+        if layers is None:
+            return
+        known = isinstance(self.decoder_config, PreTrainedConfig)
+        most = self.get_text_config().num_hidden_layers if known else math.inf
+        if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers <= most:
+            highest = f" to {most}, the decoder's layers" if known else ""
+            raise ValueError(f"compressor_layers must be a whole number from 0{highest}, or None, got {layers!r:.80}.")
+        if layers == 0 and self.readout == "memory_tokens":
+            raise ValueError(
+                "compressor_layers is 0, where memory tokens know nothing of the text: set readout to 'mean_pool', or "
+                "take at least one layer."
+            )
 
     @staticmethod
     def _complete_prompts(prompts: dict | None) -> dict:
@@ -245,6 +291,17 @@ class CLaRaConfig(PreTrainedConfig):
     def num_memory_tokens(self) -> int:
         """Memory vectors per document (l)."""
         return self.doc_max_length // self.compression_rate
+
+    @property
+    def encoder_memory_tokens(self) -> int:
+        """Memory tokens behind a document or question when it is read: none where the text itself is pooled."""
+        return self.num_memory_tokens if self.readout == "memory_tokens" else 0
+
+    @property
+    def layers_that_read(self) -> int | None:
+        """How many of the decoder's layers read documents and questions; `None` for all, and the final norm."""
+        layers = self.compressor_layers
+        return None if layers is None or layers == self.get_text_config().num_hidden_layers else layers
 
     @property
     def hidden_size(self) -> int:

@@ -18,6 +18,8 @@ from .processing_clara import IGNORE_INDEX, index_matrix
 PACKED = f"packed_by_{__name__}"
 # Share of a row's positions up to which reading only these spares the last layer more than it costs.
 READS_UP_TO = 0.75
+# Keeps the root mean square of zeros, which padding may have, away from 0; squares of states are far larger.
+RMS_EPS = 1e-16
 
 
 def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str) -> None:
@@ -328,9 +330,67 @@ def run_packed(
 
 
 def last_layer(decoder: PreTrainedModel) -> nn.Module | None:
-    """The last layer of a decoder that keeps its layers where most do."""
+    """The last layer that runs, see [`first_layers`], of a decoder that keeps its layers where most do."""
     layers = getattr(decoder.base_model, "layers", None)
-    return layers[decoder.config.num_hidden_layers - 1] if isinstance(layers, nn.ModuleList) else None
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    return layers[min(len(layers), decoder.config.num_hidden_layers) - 1]
+
+
+def check_has_first_layers(decoder: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless [`first_layers`] knows where a decoder keeps its layers and its final norm."""
+    parts = (getattr(decoder.base_model, name, None) for name in ("layers", "norm"))
+    if not all(isinstance(part, nn.Module) for part in parts):
+        raise ValueError(
+            f"compressor_layers is set, but a {decoder.config.model_type} decoder does not keep its layers and final "
+            "norm where most do: leave it out, which takes all layers."
+        )
+
+
+@contextmanager
+def first_layers(decoder: PreTrainedModel, count: int | None) -> Iterator[None]:
+    """Run only the first `count` layers of a decoder in the block, and no final norm; all of it for `None`."""
+    if count is None:
+        yield
+        return
+    base, layers = decoder.base_model, decoder.base_model.layers
+    base.layers = layers[:count]
+    try:
+        with use_forward(base.norm, nn.Identity().forward):
+            yield
+    finally:
+        base.layers = layers
+
+
+def with_rms(vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Vectors `[..., H]` brought to the root mean square `scale`, each by itself; zeros stay zeros."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return (nn.functional.rms_norm(vectors.to(dtype), vectors.shape[-1:], eps=RMS_EPS) * scale).to(vectors.dtype)
+
+
+def segment_means(states: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Means `[rows, count, H]` of the attended states in `[rows, length, H]`, cut into `count` segments of like length.
+
+    Of a row's T attended positions, segment j has those from floor(j T / count) up to floor((j + 1) T / count), and at
+    least one: where T is less than `count`, a position stands for several segments. Sums are taken in float32 at least.
+
+    Example:
+
+    ```python
+    segment_means(torch.tensor([[[1.0], [2.0], [6.0]]]), torch.ones(1, 3), 2)  # [[[1.0], [4.0]]]
+    ```
+    """
+    is_token = attention_mask.bool()
+    lengths = is_token.sum(dim=1).view(-1, 1)
+    bounds = torch.arange(count + 1, device=states.device) * lengths // count
+    begin, end = bounds[:, :-1], torch.maximum(bounds[:, 1:], bounds[:, :-1] + 1)
+    place = (is_token.cumsum(dim=1) - 1).unsqueeze(1)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    inside = (place >= begin.unsqueeze(2)) & (place < end.unsqueeze(2)) & is_token.unsqueeze(1)
+    with torch.autocast(states.device.type, enabled=False):
+        # Some attention kernels give NaN where padding is.
+        sums = inside.to(dtype) @ states.to(dtype).masked_fill(~is_token.unsqueeze(2), 0)
+    return (sums / (end - begin).unsqueeze(2)).to(states.dtype)
 
 
 def _layer_to_read(decoder: PreTrainedModel, share: float) -> nn.Module | None:

@@ -26,12 +26,15 @@ from .functional_clara import (
     check_tokens,
     contiguous,
     cosine_scores,
+    first_layers,
     last_places,
     mask_or_ones,
     position_ids,
     positions_to_keep,
     run_packed,
+    segment_means,
     unpacked,
+    with_rms,
 )
 from .generation_clara import CLaRaGeneration
 from .loss_clara import (
@@ -57,7 +60,7 @@ class CLaRaOutput(ModelOutput):
         loss (`[]`): `ce_loss + mse_weight * mse_loss`, when labels are given.
         ce_loss (`[]`): cross entropy of the supervised tokens.
         mse_loss (`[]`): mean-squared error between document and memory means, over the documents of all rows; only
-            where the compressor trains.
+            where the compressor trains, and memories are states of memory tokens.
         logits (`[B, T, vocab]`): of the last T positions, T as `logits_to_keep` says; in training mode with labels only
             where `logits_to_keep` is given, since the loss needs fewer.
         scores (`[B, N]` float32): cosine of question and candidate, -inf where there is no candidate.
@@ -102,16 +105,22 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
             self.config.query_reasoner = False
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
-        """Parameters of one trainable part: an adapter's, or the memory embeddings.
+        """Parameters of one trainable part: an adapter's, or the memory embeddings; only those that take part. Memory
+        embeddings do not where texts are pooled, nor do compressor and query reasoner in layers behind
+        `compressor_layers`.
 
         Raises:
             ValueError: `part` is unknown, or the model has no query reasoner yet.
         """
         if part == MEMORY_EMBEDDINGS:
-            return list(self.memory_embeddings.parameters())
+            return list(self.memory_embeddings.parameters()) if self.config.encoder_memory_tokens else []
         if part not in self.adapter_names:
             raise ValueError(f"part must be one of {[*self.adapter_names, MEMORY_EMBEDDINGS]}, got {part!r:.80}.")
-        return list(adapter_parameters(self.decoder, part))
+        layers, unused = self.config.layers_that_read, set()
+        if layers is not None and part != GENERATOR:
+            behind = self.decoder.base_model.layers[layers:]
+            unused = {id(parameter) for layer in behind for parameter in layer.parameters()}
+        return [one for one in adapter_parameters(self.decoder, part) if id(one) not in unused]
 
     def train_only(self, *parts: str) -> None:
         """Let gradients reach only the named parts: `compressor`, `query_reasoner`, `generator`, `memory_embeddings`"""
@@ -131,10 +140,21 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
     def _hidden_states(
         self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, last: int = 0
     ) -> torch.Tensor:
-        """Last hidden states `[rows, length, H]` after the final norm, without output head or other layers; with `last`
-        only those of so many last positions, which all are attended."""
+        """States `[rows, length, H]` of the last layer that reads, without output head or other layers: after the final
+        norm, or divided by their root mean square behind an earlier layer. With `last` only those of so many last
+        positions, which all are attended."""
+        layers = self.config.layers_that_read
+        if layers == 0:
+            return with_rms(inputs_embeds)
+        hidden = self._run_layers(adapter, inputs_embeds, attention_mask, last)
+        return hidden if layers is None else with_rms(hidden)
+
+    def _run_layers(
+        self, adapter: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, last: int
+    ) -> torch.Tensor:
         tokens = 0 if torch.is_grad_enabled() else attention_mask.numel()
-        with merged_adapter(self.decoder, adapter, tokens):
+        layers = self.config.layers_that_read
+        with merged_adapter(self.decoder, adapter, tokens), first_layers(self.decoder, layers):
             if can_pack(self.decoder, attention_mask, reads_part=last > 0):
                 places = last_places(attention_mask, last) if last else None
                 hidden = run_packed(self.decoder, self.decoder.base_model, inputs_embeds, attention_mask, places)
@@ -150,16 +170,30 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
     def encode(
         self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run a text and its memory tokens, which are the last l positions, under `adapter`.
+        """Memories of texts, each read with its memory tokens behind it, or alone where `readout` pools, under
+        `adapter`.
 
         Without `attention_mask` all positions are attended.
 
         Returns:
-            memory states `[rows, l, H]` and, unless `with_gap` is `False`, the mean text state minus the mean memory
-            state `[rows, H]`, whose mean square is the MSE loss.
+            memories `[rows, l, H]` and, unless `with_gap` is `False`, the mean text state minus the mean memory state
+            `[rows, H]`, both before `memory_scale`, whose mean square is the MSE loss.
         """
+        memories, gap = self.read_states(adapter, input_ids, attention_mask, with_gap)
+        scale = self.config.memory_scale
+        return memories if scale is None else with_rms(memories, scale), gap
+
+    def read_states(
+        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[`encode`] without `memory_scale`."""
         count = self.config.num_memory_tokens
         attention_mask = mask_or_ones(attention_mask, input_ids)
+        if self.config.readout == "mean_pool":
+            hidden = self._hidden_states(adapter, self.get_input_embeddings()(input_ids), attention_mask)
+            memories = segment_means(hidden, attention_mask, count)
+            gap = segment_means(hidden, attention_mask, 1)[:, 0] - memories.mean(dim=1) if with_gap else None
+            return memories, gap
         text = self.get_input_embeddings()(input_ids[:, :-count])
         own = torch.arange(count, device=input_ids.device) % self.memory_embeddings.num_embeddings
         memory = self.memory_embeddings(own.expand(len(input_ids), -1)).to(text.dtype)
@@ -218,7 +252,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
             document_input_ids, document_attention_mask (`[D, Ld]` int64): the batch's distinct documents.
             memories (`[D, l, H]`): in place of the two above.
             document_index (`[B, N]` int64): row of each question's candidates among the D documents, -1 for none.
-            query_input_ids, query_attention_mask (`[B, Lq]` int64, *optional*): questions with memory tokens.
+            query_input_ids, query_attention_mask (`[B, Lq]` int64, *optional*): questions, as the processor pads them.
             logits_to_keep (`int`, *optional*): last positions to return logits for, 0 for all; by default those that
                 predict a label, all without labels, and none in training mode with labels.
             num_items_in_batch (*optional*): supervised tokens of the global batch; the cross entropy is then their sum
@@ -238,7 +272,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         if memories is not None:
             check_memories(memories, self._memory_shape, "memories")
         rows, vocabulary = len(document_index), self.config.vocab_size
-        memory_tokens = self.config.num_memory_tokens
+        memory_tokens = self.config.encoder_memory_tokens
         check_tokens("document_input_ids", document_input_ids, document_attention_mask, None, vocabulary, memory_tokens)
         check_tokens("query_input_ids", query_input_ids, query_attention_mask, rows, vocabulary, memory_tokens)
         check_tokens("input_ids", input_ids, attention_mask, rows, vocabulary)
@@ -248,9 +282,11 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         if memories is None:
             # A frozen compressor makes the same memories here as `compress` does: no gradient, no dropout.
             trains = self.compressor_trains
+            # Means of pooled memories are those of the document: a term without use.
+            has_gap = trains and memory_tokens > 0
             with nullcontext() if trains else self._inference():
-                memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask, with_gap=trains)
-            if trains:
+                memories, gap = self.encode(COMPRESSOR, document_input_ids, document_attention_mask, with_gap=has_gap)
+            if has_gap:
                 # Once for every row that a document is in: the mean then does not depend on how rows are batched.
                 gap = gap.to(torch.promote_types(gap.dtype, torch.float32))
                 squares = gap[document_index[document_index >= 0]].square().mean(dim=-1)

@@ -21,7 +21,15 @@ from .adapters_clara import (
     copy_adapter,
     lora_layers,
 )
-from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig, check_others_can_load, forget_places, is_hub_id
+from .configuration_clara import (
+    EMBEDDING_SCALE,
+    HUB_ARGUMENTS,
+    CLaRaConfig,
+    check_others_can_load,
+    forget_places,
+    is_hub_id,
+)
+from .functional_clara import check_has_first_layers
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
 from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
@@ -87,6 +95,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if config.pad_token_id is None:
             raise ValueError("this CLaRaConfig has no pad_token_id: set it, to the base's or any other id.")
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config, dtype=torch.get_default_dtype())
+        if config.layers_that_read is not None:
+            check_has_first_layers(self.decoder)
         for name in self.adapter_names:
             add_adapter(self.decoder, name, config)
         self.memory_embeddings = nn.Embedding(number_of_ids, config.hidden_size)
@@ -473,6 +483,11 @@ def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaCo
     config.checkpoint_format = save_format or config.checkpoint_format.replace("flat", "adapter")
     config.validate_ranges()
     config.prompts = config._complete_prompts(config.prompts)
+    if config.memory_scale == EMBEDDING_SCALE:
+        raise ValueError(
+            f"memory_scale={EMBEDDING_SCALE!r} is measured where from_base makes a model: give {name} a number, or "
+            "leave it out."
+        )
     wanted = config.num_memory_tokens if config.distinct_memory_tokens else 1
     found = len(config.memory_token_ids or [])
     if found != wanted:

@@ -255,14 +255,16 @@ class CLaRaProcessor(ProcessorMixin):
         return self._encode(self.check_user_texts(questions, "questions"), self.config.query_max_length)[1]
 
     def pad_encodings(self, rows: list[list[int]], width: int | None = None) -> BatchFeature:
-        """Batch encoded documents or questions: left padding to the longest (or `width`), then the memory tokens.
+        """Batch encoded documents or questions: left padding to the longest (or `width`), then the memory tokens, if
+        the model reads any.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[rows, longest + num_memory_tokens]`.
+            `input_ids` and `attention_mask`, int64 `[rows, longest + encoder_memory_tokens]`.
         """
         longest = width or max(len(row) for row in rows)
-        padded = [[self.config.pad_token_id] * (longest - len(row)) + list(row) + self.memory_ids for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * (len(row) + len(self.memory_ids)) for row in rows]
+        behind = self.memory_ids[: self.config.encoder_memory_tokens]
+        padded = [[self.config.pad_token_id] * (longest - len(row)) + list(row) + behind for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * (len(row) + len(behind)) for row in rows]
         return BatchFeature({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
 
     # Decoder side: prompts and labels

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
-from .configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
+from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig
 from .quantization_clara import refuse_quantized
 from .sharded_clara import gathered, unpartitioned
 
@@ -154,7 +154,8 @@ def fit_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, first_added: int) -> None:
-    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it."""
+    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it; a `memory_scale`
+    that names the embeddings becomes the mean of their root mean squares."""
     generator = torch.Generator().manual_seed(0)
     for key in embedding_keys(base):
         if key is not None:
@@ -163,6 +164,8 @@ def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, fir
     rows = state[f"decoder.{embedding_keys(base)[0]}"]
     known = rows[:first_added].float()
     noise = torch.randn(len(config.memory_token_ids), known.shape[1], generator=generator)
+    if config.memory_scale == EMBEDDING_SCALE:
+        config.memory_scale = float(known.square().mean(dim=1).sqrt().mean())
     memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
     state["memory_embeddings.weight"] = memory.to(rows.dtype)
 
@@ -199,6 +202,9 @@ def fingerprint(decoder: PreTrainedModel, memory_embeddings: torch.Tensor, confi
     """The `compressor_fingerprint` of a model with these parts."""
     geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
     geometry += ("split_control_tokens",) if config.split_control_tokens else ()
+    # What memories of the usual kind do not have leaves their digest as it was.
+    variant = (config.readout, config.layers_that_read, config.memory_scale)
+    geometry += () if variant == ("memory_tokens", None, None) else variant
     digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
     for key, value in decoder.state_dict().items():
         if ".lora_" not in key:

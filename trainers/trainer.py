@@ -60,11 +60,25 @@ def configure(model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments, 
         if getattr(args, name) is not None:
             setattr(model.config, name, getattr(args, name))
     model.config.validate_ranges()
+    if "mse_weight" in names and args.mse_weight and model.config.readout == "mean_pool":
+        raise ValueError(
+            f"mse_weight is {args.mse_weight}, but with readout 'mean_pool' the mean of a document's memories is that "
+            "of its states, and the term always about 0: leave it out, or set it to 0."
+        )
 
 
 def train_parts(model: CLaRaForRetrievalGeneration, args: CLaRaTrainingArguments, *parts: str) -> None:
-    """Let the named parts of `model` train, in float32, and nothing else."""
+    """Let the named parts of `model` train, in float32, and nothing else.
+
+    Raises:
+        ValueError: these parts have no weights that take part.
+    """
     model.train_only(*parts)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"compressor_layers is {model.config.compressor_layers}, so that {' and '.join(parts)} have no weights "
+            "that take part: there is nothing to train."
+        )
     if args.deepspeed_plugin is None:
         # In bfloat16, steps of a learning rate of 1e-5 vanish. DeepSpeed keeps float32 copies of its own.
         for parameter in model.parameters():

@@ -77,6 +77,7 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
     base = base or place_of_base(config.base_model_name_or_path, os.path.dirname(path))
     if config.lora_alpha != 2 * config.lora_r:
         raise ConversionError(f"lora_alpha is {config.lora_alpha}, but the published code always takes twice lora_r")
+    _check_memories(config)
     with torch.device("meta"):
         model = CLaRaForRetrievalGeneration(config)
     try:
@@ -99,6 +100,18 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
     if lost:
         lines.append(f"lost        {', '.join(lost)}: the published code has these fixed")
     return "\n".join(lines)
+
+
+def _check_memories(config: CLaRaConfig) -> None:
+    """Raise a `ConversionError` for memories that the published code does not make: it would read other ones."""
+    usual = {"readout": "memory_tokens", "layers_that_read": None, "memory_scale": None}
+    for name, value in usual.items():
+        if (found := getattr(config, name)) != value:
+            name = name.replace("layers_that_read", "compressor_layers")
+            raise ConversionError(
+                f"{name} is {found!r}, but the published code makes memories from the last layer's states at memory "
+                "tokens, as they are: such a checkpoint has no way back"
+            )
 
 
 def _embedding_matrices(

@@ -146,7 +146,8 @@ def cost(
         zero (`int`): ZeRO stage; from 1 the optimizer's states, from 2 gradients, and in 3 weights too are divided.
     """
     config = model.config
-    text, memory = config.get_text_config(), config.num_memory_tokens
+    text, memory, behind = config.get_text_config(), config.num_memory_tokens, config.encoder_memory_tokens
+    read = 1.0 if config.layers_that_read is None else config.layers_that_read / text.num_hidden_layers
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     frozen = [value for name, value in model.decoder.named_parameters() if ".lora_" not in name]
     linear = count(value for value in frozen if id(value) not in ends)
@@ -159,12 +160,12 @@ def cost(
 
     weights = (2 * (count(frozen) + idle) + 4 * trained) / share(3) + 4 * trained / share(2) + 8 * trained / share(1)
 
-    encoded = COMPRESSED[stage] * (config.doc_max_length + memory)
+    encoded = COMPRESSED[stage] * (config.doc_max_length + behind)
     if stage == "joint":
-        encoded = QUESTION_TOKENS + memory
+        encoded = QUESTION_TOKENS + behind
     slots = {"scp": 1, "instruct": 5, "joint": top_k}[stage]
     prompt = PROMPT_TOKENS + QUESTION_TOKENS + slots * (memory + 1) + TARGET_TOKENS[stage]
-    tokens = encoded + prompt
+    tokens = read * encoded + prompt
     head = 2 * config.hidden_size * config.vocab_size * TARGET_TOKENS[stage]
     # Forward, recomputation, gradient of the inputs; the adapters' weights have gradients of their own.
     row_flops = 3 * 2 * tokens * linear + 4 * 2 * tokens * adapters / len(model.adapter_names) + 2 * head
@@ -174,13 +175,13 @@ def cost(
     layer = 2 * rows * max(encoded, prompt) * (10 * config.hidden_size + 4 * text.intermediate_size)
     # Logits in bfloat16, in float32, and their gradient.
     logits = 10 * rows * TARGET_TOKENS[stage] * config.vocab_size
-    document_flops = 2 * (config.doc_max_length + memory) * linear
+    document_flops = 2 * (config.doc_max_length + behind) * linear * read
     compression, host = 0, 2 * count(frozen)
     if stage == "joint":
         # Nothing is kept for backward: about two vectors of the hidden and four of the inner width per token.
         layer_width = 2 * config.hidden_size + 4 * text.intermediate_size
         compression = host + 2 * idle + 4 * trained
-        compression += 2 * memory_batch * (config.doc_max_length + memory) * layer_width
+        compression += 2 * memory_batch * (config.doc_max_length + behind) * layer_width
     checkpoint = checkpoint_bytes(model, stage)
     return Cost(weights, kept + layer + logits, row_flops, document_flops, checkpoint, compression, host)
 

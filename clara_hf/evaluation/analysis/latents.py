@@ -103,13 +103,13 @@ def _plain(text: str) -> str:
 def mean_states(model, documents: list[str], batch_size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Mean hidden state of each document's tokens, and mean of its memory vectors; `[documents, H]` float32 each.
 
-    These are the two sides of the MSE term of SCP (arXiv 2511.18659, equation 5).
+    These are the two sides of the MSE term of SCP (arXiv 2511.18659, equation 5), before any `memory_scale`.
     """
     rows = model.processor.encode_documents(documents)
     texts, memories = [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="Means", leave=False):
         batch = model.processor.pad_encodings(rows[start : start + batch_size]).to(model.device)
-        states, gap = model.encode(COMPRESSOR, batch["input_ids"], batch["attention_mask"])
+        states, gap = model.read_states(COMPRESSOR, batch["input_ids"], batch["attention_mask"])
         center = states.mean(dim=1)
         memories.append(center.float().cpu().numpy())
         texts.append((center + gap).float().cpu().numpy())
