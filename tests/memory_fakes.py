@@ -72,6 +72,25 @@ class SpectrumModel(FakeModel):
         return (hidden @ self.mixing + self.offset).unflatten(0, (2, 16))
 
 
+class OrderedModel(SpectrumModel):
+    """Its memories depend on their batch; before one it does what a file says, once: dies, or fails."""
+
+    def __init__(self, orders=None):
+        super().__init__()
+        self.orders = orders
+
+    def compress(self, documents, batch_size=32):
+        if self.orders is not None and self.orders.exists():
+            order = self.orders.read_text()
+            if order in documents[0] or order == "die":
+                self.orders.unlink()
+            if order == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if order in documents[0]:
+                raise ValueError(f"no memory for {documents[0]}")
+        return super().compress(documents, batch_size) + 1e-3 * self.memory("\n".join(documents))
+
+
 class FailingModel(FakeModel):
     """Fails at the compression of one document."""
 

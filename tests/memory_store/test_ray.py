@@ -1,4 +1,7 @@
-"""Builds on a real Ray cluster of this machine: its rows are those of the local build, through kills."""
+"""Builds on a real Ray cluster of this machine: its rows are those of the local build, through kills.
+
+A worker's start takes seconds of imports: all tests share two actors, and one is started twice more, after kills.
+"""
 
 import json
 import os
@@ -9,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from memory_fakes import DOCUMENTS, SpectrumModel
+from memory_fakes import DOCUMENTS, OrderedModel
 from processes import in_process, killed_at
 from test_other_places import bucket  # noqa: F401, a fixture
 
@@ -22,29 +25,11 @@ from clara_hf.program.errors import UsageError
 pytestmark = pytest.mark.filterwarnings("ignore:lance is not fork-safe")
 
 ray = pytest.importorskip("ray", reason="builds on Ray need the extra `ray`")
+from clara_hf.memory_store import actors as actors_module  # noqa: E402
 from clara_hf.memory_store.actors import RayActors  # noqa: E402
 
 
 MANY = [f"document number {index}" for index in range(1100)]
-
-
-class OrderedModel(SpectrumModel):
-    """Its memories depend on their batch; before one it does what a file says, once: dies, or fails."""
-
-    def __init__(self, orders=None):
-        super().__init__()
-        self.orders = orders
-
-    def compress(self, documents, batch_size=32):
-        if self.orders is not None and self.orders.exists():
-            order = self.orders.read_text()
-            if order in documents[0] or order == "die":
-                self.orders.unlink()
-            if order == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if order in documents[0]:
-                raise ValueError(f"no memory for {documents[0]}")
-        return super().compress(documents, batch_size) + 1e-3 * self.memory("\n".join(documents))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +38,7 @@ def address(bucket):  # noqa: F811
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         size = 80 * 2**20
-        context = ray.init(num_cpus=4, object_store_memory=size, include_dashboard=False, log_to_driver=False)
+        context = ray.init(num_cpus=3, object_store_memory=size, include_dashboard=False, log_to_driver=False)
         yield context.address_info["address"]
         ray.shutdown()
 
@@ -155,27 +140,49 @@ def test_a_folder_that_actors_do_not_see_is_refused(actors, tmp_path, monkeypatc
         RayActors(OrderedModel, count=0)
 
 
-def build_until_killed(address, arguments):
-    os.environ["RAY_ADDRESS"] = address
-    # In its second chunk of documents.
-    killed_at("clara_hf.memory_store.actors:tqdm", "update", 5, main, ["build", *arguments])
+def add_until_killed(address, path):
+    ray.init(address=address, log_to_driver=False)
+    own = RayActors(OrderedModel, count=1)
+    # After its third portion.
+    killed_at("clara_hf.memory_store.actors:tqdm", "update", 3, lambda documents: add(path, documents, own), DOCUMENTS)
 
 
-def test_a_driver_that_is_killed_is_resumed_by_the_next_call(address, clara, tmp_path):
+def test_a_driver_that_is_killed_is_resumed_by_the_next_call(address, actors, tmp_path):
+    path = tmp_path / "ray"
+    assert in_process(add_until_killed, tmp_path, address, path) == -signal.SIGKILL
+    waiting = list((path / "_parts").glob("*.part.json"))
+    assert len(waiting) >= 3 and len(MemoryStore.open(path)) == 0
+    files = set(path.rglob("*.lance"))
+    resumed = add(path, actors=actors)
+    assert rows(resumed) == rows(add(tmp_path / "local"))
+    assert len(set(path.rglob("*.lance")) - files) < 10  # compresses the rest alone
+    assert resumed.verify(show_progress=False).is_sound and not list((path / "_parts").glob("*.*"))
+
+
+class Here:
+    """In the place of actors: what one does, in this process, with a loader that was sent to it."""
+
+    def __init__(self, load, count):
+        self.actor = actors_module._Compressor(ray.cloudpickle.loads(ray.cloudpickle.dumps(load)))
+        self.count = count
+
+    def write(self, store, portion, description):
+        with store._table.parts.token() as token:
+            task = (store.path, store._table.version, token, store.write_bytes, store.write_seconds)
+            return self.actor.write(*task, portion)[:2]
+
+
+def test_the_command_line_gives_actors_the_checkpoint(clara, monkeypatch, tmp_path):
+    monkeypatch.setattr(actors_module, "RayActors", Here)
     clara.save_pretrained(tmp_path / "model")
     data = tmp_path / "documents.jsonl"
     data.write_text("".join(json.dumps({"text": text, "title": text[-3:]}) + "\n" for text in DOCUMENTS))
     settings = ["--model", str(tmp_path / "model"), "--documents", str(data), "--columns", "title"]
     settings += ["--batch_size", "4", "--chunk_size", "16"]
-    on_ray = [str(tmp_path / "ray"), *settings, "--engine", "ray", "--actors", "1"]
-    assert in_process(build_until_killed, tmp_path, address, on_ray) == -signal.SIGKILL
-    built, parts = MemoryStore.open(tmp_path / "ray"), list((tmp_path / "ray" / "_parts").glob("*.part.json"))
-    assert len(built) == 16 and parts
-    for name in ("ray", "local"):
-        assert main(["build", str(tmp_path / name), *settings]) == 0
-    resumed, local = (MemoryStore.open(tmp_path / name) for name in ("ray", "local"))
-    assert len(resumed) == 40 and rows(resumed) == rows(local)
-    assert resumed.verify(show_progress=False).is_sound and not list((tmp_path / "ray" / "_parts").glob("*.*"))
+    assert main(["build", str(tmp_path / "ray"), *settings, "--engine", "ray", "--actors", "1"]) == 0
+    assert main(["build", str(tmp_path / "local"), *settings]) == 0
+    built, local = (MemoryStore.open(tmp_path / name) for name in ("ray", "local"))
+    assert len(built) == 40 and rows(built) == rows(local)
     for wrong in (["--actors", "2"], ["--engine", "ray", "--actors", "0"], ["--chunk_size", "0"]):
         with pytest.raises(UsageError, match=f"{wrong[-2]} {wrong[-1]}"):
             main(["build", str(tmp_path / "local"), *settings, *wrong])
