@@ -5,11 +5,12 @@ import lance
 import pyarrow.parquet
 import pytest
 import torch
-from memory_fakes import SpectrumModel, data_files, replace_bytes
+from memory_fakes import SpectrumModel, data_files, raise_, replace_bytes
 
 from clara_hf.memory_store import search as search_module
 from clara_hf.memory_store.encoding import FITTED
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
+from clara_hf.memory_store.table.journal import Parts
 
 
 # pytest drops the filter that modeling_clara sets for it at import.
@@ -248,3 +249,18 @@ def test_a_reader_goes_on_while_the_store_is_recoded_and_compacted(copied):
     assert torch.equal(reader.get(keys[:5]), before)  # of the version that it has open
     copied.compact()
     assert torch.allclose(reader.get(keys[:5]), before, rtol=0.05, atol=0.1) and len(data_files(copied.path)) == 1
+
+
+def test_compacting_removes_what_a_killed_writer_left_and_keeps_what_is_announced(copied, monkeypatch):
+    before, table = set(data_files(copied.path)), copied._table
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "announce", lambda *given: raise_(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            copied.add(["left"], {"number": [-1]}, show_progress=False)
+    (left,) = set(data_files(copied.path)) - before
+    arrays, made = table.arrays({"number": [-2]}), table.form.encode(memories_of(["waits"]).flatten(1)).numpy()
+    table.write_part(copied.keys(["waits"]), ["waits"], [made], arrays, [])
+    copied.compact()
+    assert not left.exists()
+    assert copied.columns(copied.keys(["waits"])) == {"text": ["waits"], "number": [-2]} and len(copied) == 1201
+    assert copied.verify(show_progress=False).is_sound

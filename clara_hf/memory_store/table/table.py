@@ -282,12 +282,16 @@ class MemoryTable(Rows):
             self.texts.make()
 
     def compact(self, keep: timedelta) -> None:
-        """Joins small files, and removes what versions older than `keep` alone have."""
+        """Joins small files, and removes what versions older than `keep` alone have, and what killed writers left."""
         row = self.form.size * self.form.numpy_type.itemsize + 512
         self.texts.bring_up()  # Lance joins no files of which an index has some
         dataset = lance.dataset(str(self.path))
         dataset.optimize.compact_files(target_rows_per_fragment=max(1024, FILE_BYTES // row))
-        lance.dataset(str(self.path)).cleanup_old_versions(older_than=keep)
+        # Who writes a part holds the lock, shared, until it is announced, and those that were are in the table: what no
+        # version has belongs to nobody. The lock of object storage can be taken from the living: there, Lance waits a
+        # week.
+        is_sure = self.remote is None
+        lance.dataset(str(self.path)).cleanup_old_versions(older_than=keep, delete_unverified=is_sure)
         self.refresh()
         self.texts.note()
 
