@@ -31,7 +31,8 @@ import torch
 from common import _resident
 
 from clara_hf.memory_store import MemoryStore
-from clara_hf.memory_store.encoding import FORMS, documents_needed, hadamard
+from clara_hf.memory_store.encoding import FORMS, hadamard
+from clara_hf.memory_store.fitting import documents_needed
 
 
 LATENT = 192

@@ -2,7 +2,7 @@
 
 A form turns a memory's values into a *code space* by an orthonormal map and stores one of a few levels for each value
 there, with one least-squares scale per memory. A question turned into the same space has the same products with codes
-as with decoded memories, so that `turn` and `values` give exact scores of what is stored:
+as with decoded memories, so that `turn` and `cosines` give exact scores of what is stored:
 `q · (basis · levels) = (q · basis) · levels`.
 
 | form | bits per value | needs | how |
@@ -30,10 +30,9 @@ FORMS = ("none", *ROTATED, *FITTED)
 # A value takes one of these numbers of bits, so that values do not straddle bytes; or none, and is then its mean.
 WIDTHS = (1, 2, 4, 8)
 SCALE_BYTES = 4  # a float32 before the codes
-PIECE_ROWS = 128  # of a basis
+PIECE_BYTES = 2**20  # of levels, which then stay in a processor's cache
 CELLS, REACH = 128, 8  # for each unit, and so many units on both sides: levels of 8 bits are at least .017 apart
-FEWEST_DOCUMENTS = 1000
-DOCUMENTS_PER_DIMENSION = 4
+TINY = torch.finfo(torch.float32).tiny
 
 
 @cache
@@ -105,7 +104,22 @@ def unpack(stored: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return levels.flatten(1)[:, :count]
 
 
-class Plain:
+class _Form:
+    """What forms have in common."""
+
+    size: int
+
+    def values(self, stored: torch.Tensor) -> torch.Tensor:
+        """Memories in code space, float32 `[n, any]`, whose products with turned questions are exact."""
+        raise NotImplementedError
+
+    def cosines(self, turned: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Cosine similarities `[B, n]` of turned questions of length 1 with stored memories; 0 with one of zeros."""
+        values = self.values(stored)
+        return turned @ values.T / values.norm(dim=1).clamp(min=TINY)
+
+
+class Plain(_Form):
     """Memories as they are, in a dtype: form `none`."""
 
     name = "none"
@@ -130,18 +144,17 @@ class Plain:
         return queries.float()
 
     def values(self, stored: torch.Tensor) -> torch.Tensor:
-        """Memories in code space, float32 `[n, any]`, whose products with turned questions are exact."""
         return stored.view(self.dtype).float()
 
 
-class _Coded:
+class _Coded(_Form):
     """What codes have in common: a scale, and bytes of levels."""
 
     numpy_type = np.dtype(np.uint8)
 
     def _store(self, turned: torch.Tensor, levels: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
         """A scale before the codes: the one with which `levels` are nearest to `turned`."""
-        length = (levels * levels).sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        length = (levels * levels).sum(1, keepdim=True).clamp(min=TINY)
         scale = (turned * levels).sum(1, keepdim=True) / length
         return torch.cat([scale.float().contiguous().view(torch.uint8), *packed], dim=1)
 
@@ -182,7 +195,7 @@ class Rotated(_Coded):
 
     def encode(self, memories: torch.Tensor) -> torch.Tensor:
         turned = self.turn(memories)
-        spread = turned.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        spread = turned.square().mean(1, keepdim=True).sqrt().clamp(min=TINY)
         packed = pack(quantize(turned / spread, self.bits), self.bits)
         return self._store(turned, unpack(packed, self.bits, self.width), packed)
 
@@ -198,7 +211,7 @@ class Fitted(_Coded):
 
     Args:
         name: of the form.
-        tensors: what [`fit`] gives.
+        tensors: what `fitting.fit` gives.
     """
 
     def __init__(self, name: str, tensors: dict[str, torch.Tensor]):
@@ -206,41 +219,35 @@ class Fitted(_Coded):
         slots, hidden = (int(number) for number in tensors["shape"])
         self._shape = (slots, hidden)
         self.width = slots * hidden
-        self._tensors = tensors
         slot = tensors["slot"].long()
         # Bases lie slot by slot; codes lie by their number of bits.
-        self._order = torch.sort(tensors["bits"].long(), stable=True, descending=True).indices
-        self._back = torch.argsort(self._order)
+        order = torch.sort(tensors["bits"].long(), stable=True, descending=True).indices
         self._counts = torch.bincount(slot, minlength=slots).tolist()
-        bits = tensors["bits"].long()[self._order]
+        bits = tensors["bits"].long()[order]
         self._groups = [(number, int((bits == number).sum())) for number in reversed(WIDTHS)]
         self.size = SCALE_BYTES + sum(packed_size(count, number) for number, count in self._groups)
+        self._tensors = {
+            "basis": tensors["basis"].float(),  # in float16, its conversion is the work of a single question
+            "order": order,
+            "back": torch.argsort(order),
+            "mean": tensors["mean"][order],
+            "deviation": tensors["deviation"][order],
+        }
 
     def _on(self, device: torch.device) -> dict[str, torch.Tensor]:
         if self._tensors["basis"].device != device:
             self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
-            self._order, self._back = self._order.to(device), self._back.to(device)
         return self._tensors
 
     def turn(self, queries: torch.Tensor) -> torch.Tensor:
-        queries = queries.float().unflatten(1, self._shape)
-        parts = [queries[:, slot] @ rows.T for slot, rows in self._bases(queries.device)]
-        return torch.cat(parts, dim=1)[:, self._order]
-
-    def _bases(self, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """The basis in float32, piece by piece, each with its memory token.
-
-        On a CPU in pieces that stay in its cache: for a single question, the conversion is the work.
-        """
-        for slot, rows in enumerate(self._on(device)["basis"].split(self._counts)):
-            for piece in rows.split(PIECE_ROWS if device.type == "cpu" else max(1, len(rows))):
-                yield slot, piece.float()
+        tensors, queries = self._on(queries.device), queries.float().unflatten(1, self._shape)
+        bases = tensors["basis"].split(self._counts)
+        return torch.cat([queries[:, slot] @ basis.T for slot, basis in enumerate(bases)], dim=1)[:, tensors["order"]]
 
     def encode(self, memories: torch.Tensor) -> torch.Tensor:
         turned = self.turn(memories)
         tensors = self._on(memories.device)
-        mean, spread = tensors["mean"][self._order], tensors["deviation"][self._order]
-        normal = (turned - mean) / spread
+        normal = (turned - tensors["mean"]) / tensors["deviation"]
         packed, start = [], 0
         for bits, count in self._groups:
             packed.append(pack(quantize(normal[:, start : start + count], bits), bits))
@@ -249,98 +256,49 @@ class Fitted(_Coded):
 
     def _levels(self, packed: torch.Tensor) -> torch.Tensor:
         tensors = self._on(packed.device)
-        parts, start = [], 0
+        levels = torch.cat([levels for _, _, levels in self._unpacked(packed)], dim=1)
+        return levels * tensors["deviation"] + tensors["mean"]
+
+    def _unpacked(self, packed: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Levels of standard normal values, group by group, with their number of bits and their places."""
+        start = first = 0
         for bits, count in self._groups:
             size = packed_size(count, bits)
-            parts.append(unpack(packed[:, start : start + size], bits, count))
-            start += size
-        levels = torch.cat(parts, dim=1)
-        return levels * tensors["deviation"][self._order] + tensors["mean"][self._order]
+            yield bits, slice(start, start + count), unpack(packed[:, first : first + size], bits, count)
+            start, first = start + count, first + size
 
     def values(self, stored: torch.Tensor) -> torch.Tensor:
         return self._levels(stored[:, SCALE_BYTES:]) * self._scale(stored)
 
+    def cosines(self, turned: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        # With q · (mean + deviation ∘ levels) = q · mean + (q ∘ deviation) · levels, and the length alike, levels are
+        # used as they are unpacked: the other passes over them take most of the time of `values`.
+        tensors = self._on(stored.device)
+        mean, deviation = tensors["mean"], tensors["deviation"]
+        weights, power = torch.cat([turned, 2 * mean.unsqueeze(0)]) * deviation, deviation.square()
+        rows = max(1, PIECE_BYTES // (4 * len(mean)))
+        found = []
+        for some in stored.split(rows):
+            products, squares = weights.new_zeros(len(weights), len(some)), mean @ mean
+            for bits, part, levels in self._unpacked(some[:, SCALE_BYTES:]):
+                products += weights[:, part] @ levels.T
+                if bits == 1:  # both levels have one square
+                    squares = squares + levels_of(1)[1].square().float() * power[part].sum()
+                else:
+                    squares = squares + levels.square_() @ power[part]
+            lengths = (products[-1] + squares).clamp(min=TINY).sqrt()
+            # The scale has no say in a cosine but for its sign.
+            found.append((products[:-1] + (turned @ mean).unsqueeze(1)) / lengths * self._scale(some).sign().T)
+        return torch.cat(found, dim=1)
+
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        values = self.values(stored)[:, self._back]
-        memories, start = values.new_zeros(len(values), *self._shape), 0
-        for slot, rows in self._bases(stored.device):
-            memories[:, slot] += values[:, start : start + len(rows)] @ rows
-            start += len(rows)
-        return memories.flatten(1)
+        tensors = self._on(stored.device)
+        values = self.values(stored)[:, tensors["back"]].split(self._counts, dim=1)
+        bases = tensors["basis"].split(self._counts)
+        return torch.cat([part @ basis for part, basis in zip(values, bases, strict=True)], dim=1)
 
 
 Form = Plain | Rotated | Fitted
-
-
-class Moments:
-    """Sums of memories and of their products, from which [`fit`] makes a basis."""
-
-    def __init__(self, slots: int, hidden: int, device: torch.device | str = "cpu"):
-        dtype = torch.float64 if hidden <= 1024 else torch.float32
-        self.count = 0
-        self.first = torch.zeros(slots, hidden, dtype=dtype, device=device)
-        self.second = torch.zeros(slots, hidden, hidden, dtype=dtype, device=device)
-
-    def add(self, memories: torch.Tensor) -> None:
-        """Adds memories `[n, slots, hidden]`."""
-        memories = memories.to(self.second).transpose(0, 1)
-        self.count += memories.shape[1]
-        self.first += memories.sum(1)
-        self.second += memories.transpose(1, 2) @ memories
-
-
-def documents_needed(hidden: int) -> int:
-    """How many memories a fitted form must have seen: from too few, the smaller half of a basis is noise."""
-    return max(FEWEST_DOCUMENTS, DOCUMENTS_PER_DIMENSION * hidden)
-
-
-def fit(moments: Moments, bits: float) -> dict[str, torch.Tensor]:
-    """The tensors of a [`Fitted`] form with `bits` per value on average.
-
-    Uncentred PCA of each memory token's dimensions; bits go, one upgrade after the other, to where they take away the
-    most error, as Lloyd–Max levels of a normal value do.
-
-    Raises:
-        ValueError: `moments` are of too few memories.
-    """
-    slots, hidden = moments.first.shape
-    needed = documents_needed(hidden)
-    if moments.count < needed:
-        raise ValueError(
-            f"a fitted form needs at least {needed} documents at hidden size {hidden}, and there are {moments.count}: "
-            "add more, or use a rotated form, which needs none"
-        )
-    # Slot by slot: of a large model, one is a decomposition of minutes and of a hundred megabytes.
-    bases = torch.stack([torch.linalg.eigh(second / moments.count)[1].T.flip(0) for second in moments.second])
-    mean = torch.einsum("skh,sh->sk", bases, moments.first / moments.count)
-    power = torch.einsum("skh,shg,skg->sk", bases, moments.second / moments.count, bases)
-    variance = (power - mean**2).clamp(min=1e-12 * power.max()).flatten()
-    allotted = _allot(variance, bits)
-    kept = allotted > 0
-    slot = torch.arange(slots, device=kept.device).repeat_interleave(hidden)
-    tensors = {
-        "shape": torch.tensor([slots, hidden]),
-        "basis": bases.flatten(0, 1)[kept].to(torch.float16),
-        "slot": slot[kept].to(torch.int32),
-        "bits": allotted[kept].to(torch.uint8),
-        "mean": mean.flatten()[kept].float(),
-        "deviation": variance[kept].sqrt().float(),
-    }
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _allot(variance: torch.Tensor, bits: float) -> torch.Tensor:
-    """Bits of each value, of [`WIDTHS`] or 0, that average at most `bits`."""
-    errors = torch.tensor([1.0, *map(error_of, WIDTHS)], dtype=torch.float64)
-    costs = torch.tensor([0, *WIDTHS]).diff()
-    # Each further bit takes away less, so that the best upgrades are a prefix of each value's own.
-    gains = variance.double().cpu().unsqueeze(1) * (-errors.diff() / costs)
-    order = torch.argsort(gains.flatten(), descending=True, stable=True)
-    spent = costs.repeat(len(variance))[order].cumsum(0)
-    taken = order[spent <= int(bits * len(variance))]
-    allotted = torch.zeros(gains.numel(), dtype=torch.int64)
-    allotted[taken] = costs.repeat(len(variance))[taken]
-    return allotted.view(gains.shape).sum(1).to(variance.device)
 
 
 def hadamard(values: torch.Tensor) -> torch.Tensor:

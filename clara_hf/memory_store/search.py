@@ -166,9 +166,8 @@ class Searcher:
         Raises:
             CorruptMemoryError: a memory is not what was written.
         """
-        form, table = self._table.form, self._table
-        values = form.values(torch.from_numpy(table.verified(keys, offsets, table.memory_column)))
-        return turned @ values.T / values.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        table = self._table
+        return table.form.cosines(turned, torch.from_numpy(table.verified(keys, offsets, table.memory_column)))
 
     def _best(self, turned: torch.Tensor, candidates: np.ndarray, top_k: int) -> tuple[torch.Tensor, list[str]]:
         keys, offsets = unpacked(candidates), self._table.find_packed(candidates)

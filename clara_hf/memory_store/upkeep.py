@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .build import compress_batch
-from .encoding import FITTED, Form, Moments, documents_needed, fit
+from .encoding import FITTED, Form
+from .fitting import Moments, documents_needed, fit
 from .search import FEWEST_DOCUMENTS, SAMPLE_BYTES, SKETCH_SAMPLE, Sketch
 from .table.layout import SIDE_FOLDER, CorruptMemoryError, code_column, form_in
 from .table.rows import Rows

@@ -11,18 +11,16 @@ from clara_hf.memory_store.encoding import (
     ROTATED,
     WIDTHS,
     Fitted,
-    Moments,
     Plain,
     Rotated,
-    _allot,
     _signs,
     error_of,
-    fit,
     levels_of,
     pack,
     quantize,
     unpack,
 )
+from clara_hf.memory_store.fitting import Moments, _allot, fit
 
 
 SLOTS, HIDDEN = 3, 16
@@ -171,6 +169,22 @@ def test_fitted_codes_are_small_and_near_and_give_the_products_of_what_they_deco
     assert torch.allclose((form.turn(questions) @ form.values(stored).T).double(), exact, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("form", [*ROTATED, *FITTED, "none"])
+def test_cosines_are_those_of_values_piece_by_piece_too(form, monkeypatch):
+    monkeypatch.setattr("clara_hf.memory_store.encoding.PIECE_BYTES", 4 * 7 * SLOTS * HIDDEN)
+    if form in FITTED:
+        form = Fitted(form, fit(moments(), FITTED[form]))
+    else:
+        form = Rotated(form, SLOTS * HIDDEN) if form in ROTATED else Plain(SLOTS * HIDDEN, torch.float32)
+    rows = memories(40, seed=1).flatten(1)
+    rows[3] *= -1
+    stored = form.encode(rows)
+    questions = torch.nn.functional.normalize(torch.randn(9, SLOTS * HIDDEN), dim=1)
+    turned, values = form.turn(questions), form.values(stored).double()
+    exact = turned.double() @ torch.nn.functional.normalize(values, dim=1).T
+    assert torch.allclose(form.cosines(turned, stored).double(), exact, atol=1e-6)
+
+
 def test_fitted_codes_are_those_of_the_obvious_version():
     tensors = fit(moments(), 2.0)
     form, rows = Fitted("fitted2", tensors), memories(20, seed=1).double()
@@ -208,3 +222,4 @@ def test_plain_memories_come_back_bit_for_bit(dtype):
 def test_a_memory_of_zeros_stays_one(form):
     rows = torch.zeros(2, 48)
     assert torch.equal(form.decode(form.encode(rows)).float(), rows)
+    assert torch.equal(form.cosines(form.turn(rows + 1), form.encode(rows)), torch.zeros(2, 2))
