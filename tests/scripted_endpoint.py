@@ -8,7 +8,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
-from benchmarks.scripted_teacher import FactTeacher, part_of
+from benchmarks.synthesis.scripted_teacher import FactTeacher, part_of
 
 
 class Say(NamedTuple):

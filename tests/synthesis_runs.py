@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scripted_endpoint import Cut, Hang, Say, Status
 
-from benchmarks.scripted_teacher import REPAIR, asked_in, fact_document, part_of
+from benchmarks.synthesis.scripted_teacher import REPAIR, asked_in, fact_document, part_of
 from clara_hf.synthesis import synthesize
 from clara_hf.synthesis.outputs import OUTPUTS
 

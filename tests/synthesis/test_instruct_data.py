@@ -5,7 +5,7 @@ import json
 import pytest
 from scripted_endpoint import Endpoint, Say
 
-from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, sentence
+from benchmarks.synthesis.scripted_teacher import FACT, FactTeacher, fact_document, part_of, sentence
 from clara_hf.data.schema import load_examples
 from clara_hf.program import UsageError
 from clara_hf.synthesis import instruct_data

@@ -5,7 +5,7 @@ import json
 import pytest
 from scripted_endpoint import Endpoint
 
-from benchmarks.scripted_teacher import fact_document
+from benchmarks.synthesis.scripted_teacher import fact_document
 from clara_hf.data.schema import load_examples
 from clara_hf.program import UsageError
 from clara_hf.synthesis import joint_data, synthesize

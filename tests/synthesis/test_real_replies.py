@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from synthesis_runs import rows, run
 
-from benchmarks.scripted_teacher import REPAIR, part_of, passage_of
+from benchmarks.synthesis.scripted_teacher import REPAIR, part_of, passage_of
 from clara_hf.program import UsageError
 from clara_hf.synthesis import session
 from clara_hf.synthesis.backends.client import ChatReply

@@ -14,7 +14,7 @@ from datasets import load_dataset
 from huggingface_hub import HfApi
 from scripted_endpoint import Endpoint
 
-from benchmarks.scripted_teacher import fact_document
+from benchmarks.synthesis.scripted_teacher import fact_document
 from clara_hf.program import UsageError
 from clara_hf.synthesis import outputs
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
-from benchmarks.scripted_teacher import REPAIR, FactTeacher, fact_document, part_of, passage_of
+from benchmarks.synthesis.scripted_teacher import REPAIR, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.program import UsageError
 from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.synthesis import synthesize

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.scripted_teacher import FACT, REPAIR, FactTeacher, fact_document, part_of
+from benchmarks.synthesis.scripted_teacher import FACT, REPAIR, FactTeacher, fact_document, part_of
 from clara_hf.synthesis.backends.client import ChatReply, RequestFailed
 from clara_hf.synthesis.checks import PassageChecks
 from clara_hf.synthesis.leaks import LeakIndex

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from scripted_endpoint import Endpoint, Say, Status
 from synthesis_runs import faulty, files, rows, run, write_corpus
 
-from benchmarks.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
+from benchmarks.synthesis.scripted_teacher import FACT, FactTeacher, fact_document, part_of, passage_of
 from clara_hf.data.schema import DataError, load_scp
 from clara_hf.program import UsageError
 from clara_hf.synthesis import joint_data, synthesize

@@ -1,7 +1,7 @@
 """The evidence suite: variants × seeds are trained and evaluated, and claims about them settled.
 
     clara evidence benchmarks/evidence.yaml
-    python benchmarks/evidence.py benchmarks/evidence.yaml --seeds 0 1
+    clara evidence benchmarks/evidence.yaml --seeds 0 1
 
 Every run has a folder that is named by its content: settings, data, starting checkpoint and code. A finished one is
 reused, an interrupted one resumed; evaluations resume from their cache. The report follows from these alone.

@@ -1,7 +1,7 @@
 """Whether SCP data made by synthesis train a compressor as well as the nano world's own generator does.
 
-    PYTHONPATH=recipes/nano python benchmarks/synthesis_nano.py --steps 150
-    PYTHONPATH=recipes/nano python benchmarks/synthesis_nano.py --steps 0        # makes the data only
+    PYTHONPATH=recipes/nano python benchmarks/synthesis/nano.py --steps 150
+    PYTHONPATH=recipes/nano python benchmarks/synthesis/nano.py --steps 0        # makes the data only
 
 The nano world's training documents go through the whole of `recipes/synthesize.py`; the language model is a perfect
 teacher, which knows every fact of every entity. Two models are then trained alike (`scp_full.yaml` of the nano world,
@@ -38,7 +38,7 @@ from trainers.arguments import cpu_computes_bfloat16
 from trainers.scp import SCPConfig, SCPTrainer
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "recipes/nano/pretrained/scp_full.yaml"
 
 

@@ -1,7 +1,7 @@
 """The nano model over stored memories: what each stored form, and each way to search, costs in F1 and recall.
 
-    python benchmarks/store_nano.py CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
-    python benchmarks/store_nano.py CHECKPOINT --data test.jsonl --searches --out searches.json
+    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
+    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --searches --out searches.json
 
 All are compared with memories as they are, in bfloat16, on the same questions. The first searches all documents, or,
 with `--candidates`, each question's own; the second compares exact search, the index, BM25 and both of them.

@@ -1,7 +1,7 @@
 """Throughput and memory of SCP synthesis where the language model costs nothing.
 
-    python benchmarks/synthesis.py --passages 10000
-    python benchmarks/synthesis.py --passages 1000 --http true
+    python benchmarks/synthesis/throughput.py --passages 10000
+    python benchmarks/synthesis/throughput.py --passages 1000 --http true
 
 A scripted teacher replies at once: in the process, or with --http behind a server on loopback (another process, which
 shares the processors). Everything else is what `recipes/synthesize.py` does: cutting, checks, log, files. Memory is

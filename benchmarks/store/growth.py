@@ -1,8 +1,8 @@
 """A memory store from ten thousand to a million documents: what fitting, adding, searching and compacting cost.
 
-    python benchmarks/store.py --documents 1000000 --form fitted1 --folder FOLDER --out store.json
-    python benchmarks/store.py --search FOLDER/store --documents 1000000 --out search.json
-    python benchmarks/store.py --reads --documents 6000 --form none --out reads.json
+    python benchmarks/store/growth.py --documents 1000000 --form fitted1 --folder FOLDER --out store.json
+    python benchmarks/store/growth.py --search FOLDER/store --documents 1000000 --out search.json
+    python benchmarks/store/growth.py --reads --documents 6000 --form none --out reads.json
 
 They make synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
 normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
