@@ -1,12 +1,11 @@
 """Memory, time and size of converting a published checkpoint of Mistral-7B's shape, with random weights.
 
-    python benchmarks/convert_7b.py --folder FOLDER [--full] [--layers 32]
+    python benchmarks/convert_7b.py --folder FOLDER [--full true] [--layers 32]
 
 Writes a base and a checkpoint to FOLDER file by file (1 GB; with `--full`, the base's 14.5 GB and as much output),
 converts it there and back in processes of their own, and prints what they took. Removes what it wrote.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -14,12 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
+
+from clara_hf.program import parse, run_program
 
 
 HIDDEN, MIDDLE, KEYS, VOCABULARY, RANK = 4096, 14336, 1024, 32000, 16
@@ -40,6 +42,13 @@ MEASURED = (
     "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
     "sys.stderr.write(f'\\n{peak}'); sys.exit(code)"
 )
+
+
+@dataclass
+class ConversionArguments:
+    folder: str | None = field(default=None, metadata={"help": "Where to write; a temporary folder by default."})
+    layers: int = field(default=32, metadata={"help": "Layers of the base."})
+    full: bool = field(default=False, metadata={"help": "Measure --full as well; needs 32 GB of disk."})
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -144,12 +153,8 @@ def same_tensors(one: Path, other: Path) -> bool:
     return True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", default=None, help="where to write; a temporary folder by default")
-    parser.add_argument("--layers", type=int, default=32, help="layers of the base")
-    parser.add_argument("--full", action="store_true", help="measure --full as well; needs 32 GB of disk")
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(ConversionArguments, arguments, description=__doc__)
     home = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         (home / "base").mkdir()
@@ -157,7 +162,7 @@ def main() -> None:
         write_checkpoint(home / "checkpoint", options.layers, embeddings)
         del embeddings
         measure("adapter-only", home / "checkpoint", home / "ours")
-        measure("--to-original", home / "ours", home / "back", "--to-original")
+        measure("--to_original", home / "ours", home / "back", "--to_original")
         same = same_tensors(home / "back", home / "checkpoint")
         print(f"tensors after the way back are {'the same' if same else 'OTHERS'}")
         hidden = home / "base" / "model-embeddings.safetensors"
@@ -171,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -6,14 +6,21 @@ FILE has one document per line. Positions of attended tokens differ by a constan
 embeddings do not see but for rounding.
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from clara_hf.program import parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR
 from modeling_clara.processing_clara import ENCODER_MARKERS
+
+
+@dataclass
+class PaddingArguments:
+    checkpoint: str = field(metadata={"positional": True, "help": "Folder or Hub id."})
+    documents: str = field(metadata={"help": "File with one document per line."})
 
 
 def memories_of(model: CLaRaForRetrievalGeneration, documents: list[str], width: int | None) -> torch.Tensor:
@@ -25,11 +32,8 @@ def memories_of(model: CLaRaForRetrievalGeneration, documents: list[str], width:
     return torch.cat(rows).float()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("--documents", required=True, help="file with one document per line")
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(PaddingArguments, arguments, description=__doc__)
     documents = [line for line in Path(options.documents).read_text(encoding="utf-8").splitlines() if line.strip()]
     print("| type | largest difference | of the largest value | lowest cosine | full, to float32 | none, to float32 |")
     print("|---|---|---|---|---|---|")
@@ -49,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

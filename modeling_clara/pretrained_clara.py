@@ -21,14 +21,7 @@ from .adapters_clara import (
     copy_adapter,
     lora_layers,
 )
-from .configuration_clara import (
-    EMBEDDING_SCALE,
-    HUB_ARGUMENTS,
-    CLaRaConfig,
-    check_others_can_load,
-    forget_places,
-    is_hub_id,
-)
+from .configuration_clara import EMBEDDING_SCALE, HUB_ARGUMENTS, CLaRaConfig, check_others_can_load, is_hub_id
 from .functional_clara import check_has_first_layers
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
@@ -382,7 +375,6 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         repo_id = open_repository(repo_id, private, token, revision)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            forget_places(folder)
             if not HfApi(token=token).file_exists(repo_id, "README.md", revision=revision):
                 with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
                     file.write(_short_card(repo_id, self.config, tags))

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from glob import glob
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
-from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig
+from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig, forget_places
 from .quantization_clara import refuse_quantized
 from .sharded_clara import gathered, unpartitioned
 
@@ -414,12 +415,14 @@ def open_repository(repo_id: str, private=None, token=None, revision: str | None
 
 
 def push_folder(folder: str, repo_id: str, inside: str = "", token=None, **options) -> CommitInfo:
-    """Upload `folder` in one commit, which removes weights that an earlier upload has left.
+    """Upload `folder` in one commit, without places of this machine, and remove weights that an earlier one has left.
 
     Args:
         inside: the model's folder in `folder` and in the repository.
         options: of `HfApi.upload_folder`.
     """
+    for path in glob(os.path.join(folder, "**", "config.json"), recursive=True):
+        forget_places(os.path.dirname(path))
     stale = [f"{inside}/{pattern}".lstrip("/") for pattern in _STALE]
     upload = HfApi(token=token).upload_folder
     return upload(repo_id=repo_id, folder_path=str(folder), delete_patterns=stale, **options)

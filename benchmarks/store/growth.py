@@ -1,8 +1,8 @@
 """A memory store from ten thousand to a million documents: what fitting, adding, searching and compacting cost.
 
-    python benchmarks/store/growth.py --documents 1000000 --form fitted1 --folder FOLDER --out store.json
-    python benchmarks/store/growth.py --search FOLDER/store --documents 1000000 --out search.json
-    python benchmarks/store/growth.py --reads --documents 6000 --form none --out reads.json
+    python benchmarks/store/growth.py --documents 1000000 --form fitted1 --folder FOLDER --output_file store.json
+    python benchmarks/store/growth.py --search FOLDER/store --documents 1000000 --output_file search.json
+    python benchmarks/store/growth.py --reads --documents 6000 --form none --output_file reads.json
 
 They make synthetic memories of `--slots` vectors of `--hidden` values: a document is a latent vector of 192
 normal values with variances that fall as 1/rank, mapped linearly to all slots, beside noise of a tenth of its power
@@ -10,11 +10,9 @@ whose variances fall likewise in each slot: the sum of two of 512 drawn noises, 
 document's memory with noise in the latent vector. The first adds documents as a user does until it can fit, and fits;
 the rest it codes from the latent vector and the noises, turned once into code space, which is linear: the same codes
 without the 4 ms that turning each document takes at Mistral's width. Searches are measured in a process of their own
-that only opens the store, as the second does. The last compares the stored forms of a trained model on its test
-questions, paired; with `--searches`, exact search, the index, BM25 and both of them over all documents.
+that only opens the store, as the second does.
 """
 
-import argparse
 import copy
 import json
 import statistics
@@ -23,20 +21,43 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import torch
-from common import _resident
 
 from clara_hf.memory_store import MemoryStore
 from clara_hf.memory_store.encoding import FORMS, hadamard
 from clara_hf.memory_store.fitting import documents_needed
+from clara_hf.program import parse, run_program, write_json
 
 
 LATENT = 192
 NOISES = 512
+
+
+@dataclass
+class GrowthArguments:
+    """What is measured."""
+
+    output_file: str = field(metadata={"help": "JSON file for the figures.", "aliases": "--out"})
+    documents: int = 1_000_000
+    slots: int = 16
+    hidden: int = 4096
+    form: str = field(default="fitted1", metadata={"choices": FORMS})
+    questions: int = 200
+    scanned: int = field(default=50, metadata={"help": "Questions that are searched exactly too."})
+    reads: bool = field(default=False, metadata={"help": "Measure reads of a store, not its growth."})
+    search: str | None = field(default=None, metadata={"help": "Only search this store, made before."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Where stores are made, and kept; a temporary folder by default."}
+    )
+    plot: str | None = field(
+        default=None, metadata={"help": "PNG of what queries, additions and documents cost at each size."}
+    )
 
 
 class SyntheticModel:
@@ -145,7 +166,7 @@ class Parts(tuple):
     device = torch.device("cpu")
 
 
-def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
+def grow(args: GrowthArguments, folder: Path) -> list[dict]:
     """Adds documents up to each size, and measures there; searches in a process of their own."""
     model = SyntheticModel(args.slots, args.hidden)
     store = MemoryStore.open(folder / "store", model, form=args.form)
@@ -183,7 +204,7 @@ def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
         command = [sys.executable, __file__, "--search", str(folder / "store"), "--documents", str(size)]
         settings = ["--slots", str(args.slots), "--hidden", str(args.hidden), "--questions", str(args.questions)]
         out = folder / f"search-{size}.json"
-        subprocess.run([*command, *settings, "--out", str(out)], check=True)
+        subprocess.run([*command, *settings, "--output_file", str(out)], check=True)
         rows.append(row | json.loads(out.read_text()))
         kept.write_text(json.dumps(rows[-1]))
         print(json.dumps(rows[-1]), flush=True)
@@ -191,7 +212,7 @@ def grow(args: argparse.Namespace, folder: Path) -> list[dict]:
     return rows
 
 
-def read_costs(args: argparse.Namespace, folder: Path) -> dict:
+def read_costs(args: GrowthArguments, folder: Path) -> dict:
     """Seconds of reading a batch's memories, 32 questions with 20 candidates each, and of adding what is stored."""
     store = MemoryStore.open(folder / "store", SyntheticModel(args.slots, args.hidden), form=args.form)
     texts = [f"document {number}" for number in range(args.documents)]
@@ -214,12 +235,12 @@ def read_costs(args: argparse.Namespace, folder: Path) -> dict:
     return figures
 
 
-def search_costs(args: argparse.Namespace) -> dict:
+def search_costs(args: GrowthArguments) -> dict:
     """Times, recall and resident memory of a process that opens a store and searches it."""
     model = SyntheticModel(args.slots, args.hidden)
     numbers = np.random.default_rng(1).integers(0, args.documents, args.questions)
     queries = torch.cat([model.encode_questions([f"question {number}"], batch_size=1) for number in numbers])
-    before = _resident("VmRSS")
+    before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     store = MemoryStore.open(args.search, model)
     store.search(queries[:1])  # loads the index
@@ -229,7 +250,7 @@ def search_costs(args: argparse.Namespace) -> dict:
         start = time.perf_counter()
         found += store.search(query.unsqueeze(0), top_k=5).keys
         seconds.append(time.perf_counter() - start)
-    resident = _resident("VmRSS") - before
+    resident = psutil.Process().memory_info().rss - before
     some = queries[: args.scanned]
     start = time.perf_counter()
     exact = store.search(some, top_k=5, exact=True).keys if args.scanned else []
@@ -252,7 +273,7 @@ def search_costs(args: argparse.Namespace) -> dict:
     }
 
 
-def plot_growth(rows: list[dict], path: Path) -> None:
+def plot_growth(rows: list[dict], path: str) -> None:
     """Draws what a query, an added document and a stored one cost at each size."""
     from matplotlib.figure import Figure
 
@@ -277,32 +298,20 @@ def plot_growth(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=1_000_000)
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--form", choices=FORMS, default="fitted1")
-    parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--scanned", type=int, default=50, help="Questions that are searched exactly too.")
-    parser.add_argument("--reads", action="store_true", help="Measure reads of a store, not its growth.")
-    parser.add_argument("--search", metavar="STORE", help="Only search a store that was made before.")
-    parser.add_argument("--folder", type=Path, help="Where stores are made, and kept; a temporary folder by default.")
-    parser.add_argument("--plot", type=Path, help="PNG of what queries, additions and documents cost at each size.")
-    parser.add_argument("--out", required=True, help="JSON file with the figures.")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(GrowthArguments, arguments, description=__doc__)
     measure = read_costs if args.reads else grow
     if args.search:
         figures = search_costs(args)
     elif args.folder:
-        figures = measure(args, args.folder)
+        figures = measure(args, Path(args.folder))
     else:
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(args, Path(folder))
     if args.plot and measure is grow:
         plot_growth(figures, args.plot)
-    Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(args.output_file, figures)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

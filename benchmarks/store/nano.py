@@ -1,17 +1,17 @@
 """The nano model over stored memories: what each stored form, and each way to search, costs in F1 and recall.
 
-    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --others joint_train.jsonl --out forms.json
-    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --searches --out searches.json
+    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --others joint_train.jsonl --output_file forms.json
+    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --searches --output_file searches.json
 
 All are compared with memories as they are, in bfloat16, on the same questions. The first searches all documents, or,
 with `--candidates`, each question's own; the second compares exact search, the index, BM25 and both of them.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,9 +20,27 @@ import numpy as np
 from clara_hf.evaluation.statistics import bootstrap_interval
 from clara_hf.memory_store import MemoryStore
 from clara_hf.memory_store.encoding import FORMS
+from clara_hf.program import parse, run_program, write_json
 
 
-def compare_forms(args: argparse.Namespace, folder: Path) -> dict:
+@dataclass
+class NanoArguments:
+    """What is compared."""
+
+    checkpoint: str = field(metadata={"positional": True, "help": "A joint checkpoint."})
+    data: list[str] = field(metadata={"help": "Test questions, of one file or several."})
+    output_file: str = field(metadata={"help": "JSON file for the figures.", "aliases": "--out"})
+    others: str | None = field(
+        default=None, metadata={"help": "Questions whose documents are in the store too, to be fitted to."}
+    )
+    other_documents: int = 3000
+    questions: int | None = field(default=None, metadata={"help": "Only the first so many."})
+    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "The first is `none`."})
+    candidates: bool = field(default=False, metadata={"help": "Search each question's own candidates."})
+    searches: bool = field(default=False, metadata={"help": "Compare searches, not forms."})
+
+
+def compare_forms(args: NanoArguments, folder: Path) -> dict:
     """F1 and Recall@5 of a trained model by the form that memories are stored in."""
     plain, examples, corpus = nano_store(args, folder / "none")
     scores, figures = {}, {}
@@ -45,7 +63,7 @@ def compare_forms(args: argparse.Namespace, folder: Path) -> dict:
     return figures
 
 
-def compare_searches(args: argparse.Namespace, folder: Path) -> dict:
+def compare_searches(args: NanoArguments, folder: Path) -> dict:
     """F1 and Recall@5 of a trained model over the whole corpus, searched exactly, by the index, and by BM25."""
     from clara_hf.data.retrievers import BM25Retriever
 
@@ -73,7 +91,7 @@ def compare_searches(args: argparse.Namespace, folder: Path) -> dict:
     return {"documents": len(corpus), "questions": len(examples), "share_of_exact_top_5": share, "searches": rows}
 
 
-def nano_store(args: argparse.Namespace, folder: Path) -> tuple[MemoryStore, list, list[str]]:
+def nano_store(args: NanoArguments, folder: Path) -> tuple[MemoryStore, list, list[str]]:
     """A store of the test questions' documents and others, the questions that are asked, and its texts."""
     from clara_hf.data.schema import iter_examples, load_examples
     from modeling_clara import CLaRaForRetrievalGeneration
@@ -143,22 +161,12 @@ def summary(scores: dict, base: str) -> dict:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="A joint checkpoint.")
-    parser.add_argument("--data", nargs="+", required=True, help="Test questions, of one file or several.")
-    parser.add_argument("--others", help="Questions whose documents are in the store too, to be fitted to.")
-    parser.add_argument("--other_documents", type=int, default=3000)
-    parser.add_argument("--questions", type=int, help="Only the first so many.")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="The first is `none`.")
-    parser.add_argument("--candidates", action="store_true", help="Search each question's own candidates.")
-    parser.add_argument("--searches", action="store_true", help="Compare searches, not forms.")
-    parser.add_argument("--out", required=True, help="JSON file with the figures.")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(NanoArguments, arguments, description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         figures = (compare_searches if args.searches else compare_forms)(args, Path(folder))
-    Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
+    write_json(args.output_file, figures)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,7 +18,7 @@ from clara_hf.hub.benchmarks import write_benchmarks
 from clara_hf.hub.cards import CARD_FILE, OWN_CARD, RESULTS_FILE, make_card
 from clara_hf.program import UsageError, parse, read_json, run_program, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
-from modeling_clara.configuration_clara import check_others_can_load, forget_places, is_hub_id
+from modeling_clara.configuration_clara import check_others_can_load, is_hub_id
 from modeling_clara.weights_clara import ADAPTERS, CLARA_WEIGHTS, NOTICES, open_repository, push_folder
 
 
@@ -92,7 +92,6 @@ def publish(
             if benchmarks:
                 config, results = CLaRaConfig.from_pretrained(place), read_json(place / RESULTS_FILE)
                 write_benchmarks(benchmarks, results, place, f"compression rate {config.compression_rate}")
-            forget_places(place)
             return push(Path(staged), card, repo_id, private=private, revision=revision, inside=subfolder)
     except UsageError:
         raise

@@ -14,7 +14,7 @@ from transformers.utils.hub import PushInProgress
 from clara_hf.hub.cards import make_card
 from clara_hf.hub.publish import declared_licence, link, push, stage
 from modeling_clara import CLaRaForRetrievalGeneration
-from modeling_clara.configuration_clara import check_others_can_load, forget_places, is_hub_id
+from modeling_clara.configuration_clara import check_others_can_load, is_hub_id
 from modeling_clara.weights_clara import open_repository
 
 
@@ -103,10 +103,8 @@ class PublishingTrainer(Trainer):
             stage(folder, staged, form)
             known = {"license": declared_licence(self.model.config, options.get("token") or self.args.hub_token)}
             made = self._card(staged, **{**known, **(card or {})})
-            forget_places(staged)
         if place is not None:
             link(folder, staged / place, ("**/*",))
-            forget_places(staged / place)
         options = {**options, "token": options.get("token") or self.args.hub_token}
         options["revision"] = options.get("revision") or self.args.hub_revision
 

@@ -6,14 +6,12 @@ writes scp_{train,validation}, instruct_{train,validation}, joint_{train,validat
 of it follows from the seed. The splits share no word of any name; a reference to another entity stays in its split.
 """
 
-import argparse
 import gc
 import hashlib
 import itertools
 import json
 import os
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,8 @@ from lexicon import (  # noqa: E402
     PRONOUNS,
     SUBJECTS,
 )
+
+from clara_hf.program import UsageError, parse, run_program
 
 
 SPLITS = ("train", "validation", "test")
@@ -495,26 +495,32 @@ def ensure(
     return True
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the nano world's data files.")
-    parser.add_argument("--out", default="runs/nano/data", help="folder for the JSONL files")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--more_test", type=int, help="Also write so many more test questions, to test_more.jsonl.")
-    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of a question, 2 or more")
-    arguments = parser.parse_args()
-    if arguments.candidates < 2:
-        parser.error(f"--candidates must be at least 2, got {arguments.candidates}")
-    try:
-        wrote = ensure(arguments.out, arguments.seed, count=arguments.candidates)
-        if arguments.more_test:
-            rows = more_test_questions(arguments.seed, arguments.more_test, arguments.candidates)
-            _write(Path(arguments.out) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{'wrote' if wrote else 'kept'} {arguments.out}")
-    return 0
+@dataclass
+class WorldArguments:
+    """What is written, and where."""
+
+    output_dir: str = field(
+        default="runs/nano/data", metadata={"help": "Folder for the JSONL files.", "aliases": "--out"}
+    )
+    seed: int = 0
+    more_test: int | None = field(
+        default=None, metadata={"help": "Also write so many more test questions, to test_more.jsonl."}
+    )
+    candidates: int = field(default=CANDIDATES, metadata={"help": "Of a question, 2 or more."})
+
+    def __post_init__(self):
+        if self.candidates < 2:
+            raise UsageError(f"--candidates is {self.candidates}; it must be at least 2.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(WorldArguments, arguments, description="Write the nano world's data files.")
+    wrote = ensure(options.output_dir, options.seed, count=options.candidates)
+    if options.more_test:
+        rows = more_test_questions(options.seed, options.more_test, options.candidates)
+        _write(Path(options.output_dir) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{'wrote' if wrote else 'kept'} {options.output_dir}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
