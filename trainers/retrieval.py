@@ -115,8 +115,8 @@ class RetrievalTrainer(CLaRaTrainer):
     retrieves = True
     store: MemoryStore | None
 
-    def prepare(self, rows: Dataset) -> Dataset:
-        examples = super().prepare(rows)
+    def prepare_rows(self, rows: Dataset) -> Dataset:
+        examples = super().prepare_rows(rows)
         if self.store is not None and examples is not rows:
             fill_memories(self.store, rows, self.args)
         return examples

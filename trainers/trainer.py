@@ -150,13 +150,13 @@ class CLaRaTrainer(CheckpointTrainer):
         if self.eval_dataset is not None:
             self._check_best_metric()
         if self.train_dataset is not None:
-            self.train_dataset = self.prepare(self.train_dataset)
+            self.train_dataset = self.prepare_rows(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self.prepare(rows) for name, rows in self.eval_dataset.items()}
+            self.eval_dataset = {name: self.prepare_rows(rows) for name, rows in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
-            self.eval_dataset = self.prepare(self.eval_dataset)
+            self.eval_dataset = self.prepare_rows(self.eval_dataset)
 
-    def prepare(self, rows: Dataset) -> Dataset:
+    def prepare_rows(self, rows: Dataset) -> Dataset:
         """Examples of `rows`, see [`~trainers.batches.encode_rows`]."""
         return encode_rows(rows, self.encode, self.args, self.args.dataset_num_proc)
 
@@ -167,7 +167,7 @@ class CLaRaTrainer(CheckpointTrainer):
         return self.get_test_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self.prepare(test_dataset))
+        return super().get_test_dataloader(self.prepare_rows(test_dataset))
 
     def _get_dataloader(self, *arguments, **options) -> DataLoader:
         loader = super()._get_dataloader(*arguments, **options)

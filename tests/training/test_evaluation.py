@@ -39,7 +39,7 @@ def test_another_set_is_evaluated_raw_or_prepared_and_alike(stage, base, tmp_pat
     expected = quality(at_construction.evaluate())
     assert len(expected) >= 2 and expected != quality(trainer.evaluate())
     assert quality(trainer.evaluate(other)) == pytest.approx(expected, abs=1e-6)
-    assert quality(trainer.evaluate(trainer.prepare(other))) == pytest.approx(expected, abs=1e-6)
+    assert quality(trainer.evaluate(trainer.prepare_rows(other))) == pytest.approx(expected, abs=1e-6)
     assert quality(trainer.predict(other).metrics, "test") == pytest.approx(expected, abs=1e-6)
     assert quality(trainer.evaluate({"far": other}), "eval_far") == pytest.approx(expected, abs=1e-6)
     # And again what was given at construction.
@@ -60,7 +60,7 @@ def test_chosen_examples_are_scored_against_their_own_answers(base, tmp_path):
         found = trainer.predict(trainer.eval_dataset.select([number]))
         assert found.label_ids.tolist() == [number]
         assert quality(found.metrics, "test") == pytest.approx(quality(answers[number], "test"), abs=1e-6)
-    twice = concatenate_datasets([trainer.eval_dataset, trainer.prepare(QUESTIONS)])
+    twice = concatenate_datasets([trainer.eval_dataset, trainer.prepare_rows(QUESTIONS)])
     with pytest.raises(ValueError, match="several others"):
         trainer.evaluate(twice)
 
