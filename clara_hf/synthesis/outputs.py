@@ -105,10 +105,13 @@ class Writing:
 
     Attributes:
         keep_uncovered: use the pairs of passages that are not covered in the end; the paper leaves them out.
+        reconstruct: write also, for every passage, a row whose target is the passage itself. By these rows a
+            compressor learns to keep the words (ICAE's autoencoding task, arXiv 2307.06945); they need no model.
         validation_share: share of the documents whose rows are for validation.
     """
 
     keep_uncovered: bool = False
+    reconstruct: bool = False
     validation_share: float = 0.0
 
 
@@ -141,7 +144,7 @@ def write_outputs(
             made = as_written(made, writing.keep_uncovered)
             aside = made["aside"] = rejected_rows(item, made)
             split = split_of(item["document"], writing.validation_share, settings["seed"])
-            rows = scp_rows(item, made)
+            rows = scp_rows(item, made, writing.reconstruct)
             files[split].writelines(map(json_line, rows))
             statistics.counts[f"{split}_rows"] += len(rows)
             rejected.writelines(map(json_line, aside))
@@ -183,8 +186,9 @@ def as_written(made: dict[str, Any], keep_uncovered: bool) -> dict[str, Any]:
     return {**made, "pairs": [], "rejected": [*made["rejected"], *aside], "left_out": len(aside)}
 
 
-def scp_rows(passage: dict[str, Any], made: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the release's schema: simple pairs, complex pairs, the paraphrase; each where there is one."""
+def scp_rows(passage: dict[str, Any], made: dict[str, Any], reconstruct: bool = False) -> list[dict[str, Any]]:
+    """Rows of the release's schema: simple pairs, complex pairs, the paraphrase; each where there is one. With
+    `reconstruct` another one, in the form of a paraphrase, whose target is the passage."""
     rows = []
     pairs = made.get("pairs", [])
     for simple in (True, False):
@@ -192,8 +196,8 @@ def scp_rows(passage: dict[str, Any], made: dict[str, Any]) -> list[dict[str, An
         if chosen:
             questions, answers = [pair["question"] for pair in chosen], [pair["answer"] for pair in chosen]
             rows.append({"data_type": "qa", "question": questions, "answers": answers})
-    if made.get("paraphrase"):
-        rows.append({"data_type": "paraphrase", "question": [], "answers": [made["paraphrase"]]})
+    restated = [made.get("paraphrase"), passage["text"] if reconstruct else None]
+    rows += [{"data_type": "paraphrase", "question": [], "answers": [text]} for text in restated if text]
     return [{**row, "docs": [passage["text"]], "passage_id": passage["id"]} for row in rows]
 
 

@@ -23,7 +23,7 @@ from clara_hf.synthesis.teacher import Progress, Teacher, Work, work_through
 
 
 # What is written of the finished items, which an earlier version recorded as part of the run.
-WRITING = ("keep_uncovered", "validation_share")
+WRITING = ("keep_uncovered", "reconstruct", "validation_share")
 # Arguments that may change between a call and the next one, which goes on with the run.
 FREE = (
     *WRITING,

@@ -57,6 +57,9 @@ class SynthesisArguments(TeacherArguments):
     keep_uncovered: bool = field(
         default=False, metadata={"help": "Write also the verified pairs of passages that are not covered in the end."}
     )
+    reconstruct: bool = field(
+        default=False, metadata={"help": "Write also, for every passage, a row whose target is the passage itself."}
+    )
     validation_share: float = field(
         default=0.02, metadata={"help": "Share of the documents that are written to scp_validation.jsonl."}
     )
@@ -174,7 +177,7 @@ def passage_work(args: SynthesisArguments, leaks: LeakIndex) -> Work:
 def main(arguments: list[str] | None = None) -> None:
     args: SynthesisArguments = parse(SynthesisArguments, arguments, description=__doc__)
     leaks = LeakIndex(args.exclude, args.exclude_ngram)
-    write = partial(write_outputs, writing=Writing(args.keep_uncovered, args.validation_share))
+    write = partial(write_outputs, writing=Writing(args.keep_uncovered, args.reconstruct, args.validation_share))
     with Session(args, args.inputs(), OUTPUTS) as session:
         session.prepare()
         with session.partial_files(write):
@@ -190,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{stats['pairs_left_out']} verified pairs are not among them, since their {stats['passages_left_out']} "
             "passages hold facts that no pair covers: the same command with --keep_uncovered true writes them, too."
         )
-    if not stats["pairs"] and not stats["paraphrases"]:
+    if not stats["train_rows"] and not stats["validation_rows"]:
         raise UsageError(f"no pair and no paraphrase passed: see {args.output_dir}/rejected.jsonl for the reasons.")
     if args.push_to_hub:
         print(push(session.folder, args.push_to_hub, OUTPUTS, stats, private=not args.public))

@@ -149,6 +149,21 @@ def test_what_a_backend_does_not_take_is_refused(options, words, tmp_path):
         synthesize.main(["--corpus", "x", "--output_dir", str(tmp_path / "out"), *options])
 
 
+def test_passages_are_written_as_their_own_targets_of_finished_runs_too(tmp_path):
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    texts = [TEXT, "nothing that a rule would ask for stands in these words, and there are enough of them to be kept"]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    before = run(str(corpus), out)
+    stats = run(str(corpus), out, "--reconstruct", "true")
+    written = load_scp(str(out / "scp.jsonl"))
+    own = [row for row in written if row["data_type"] == "paraphrase"]
+    assert [row["answers"] for row in own] == [row["docs"] for row in own] == [[text] for text in texts]
+    assert stats["train_rows"] == before["train_rows"] + 2 and stats["settings"]["reconstruct"] is True
+    # Rows that were written for this only are data enough.
+    corpus.write_text(json.dumps({"text": texts[1]}) + "\n", encoding="utf-8")
+    assert run(str(corpus), tmp_path / "other", "--reconstruct", "true")["train_rows"] == 1
+
+
 def test_rules_answer_no_questions(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "Who?", "docs": ["x"]}\n', encoding="utf-8")
     arguments = ["--questions", str(tmp_path / "q.jsonl"), "--output_dir", str(tmp_path / "out"), "--backend", "cloze"]
