@@ -18,6 +18,7 @@ READOUTS = ("memory_tokens", "mean_pool")
 EMBEDDING_SCALE = "embeddings"
 SWITCHES = (
     "distinct_memory_tokens",
+    "memory_projection",
     "query_reasoner",
     "keep_end_token",
     "separated_slots",
@@ -72,6 +73,9 @@ class CLaRaConfig(PreTrainedConfig):
             questions; all by default. With fewer, the state of each position is divided by its root mean square, in
             place of the final norm, which was made for the last layer's states. 0 takes token embeddings, with
             `mean_pool`.
+        memory_projection (`bool`): whether states become memories through a linear map `[H, H]`, the same for documents
+            and questions. The first stage fits it to give back token embeddings, see `fit_memory_projection`, since a
+            frozen language model reads these and not the states of its layers; it does not train.
         memory_scale (`float` or `"embeddings"`, *optional*): root mean square that each memory vector, and each vector
             of a question, is brought to; as they are by default. `"embeddings"` is that of the base's token embeddings,
             their mean, which `from_base` puts here as a number.
@@ -123,6 +127,7 @@ class CLaRaConfig(PreTrainedConfig):
     query_max_length: int = 256
     readout: str = "memory_tokens"
     compressor_layers: int | None = None
+    memory_projection: bool = False
     memory_scale: float | str | None = None
     distinct_memory_tokens: bool = True
     top_k: int = 5

@@ -93,6 +93,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         for name in self.adapter_names:
             add_adapter(self.decoder, name, config)
         self.memory_embeddings = nn.Embedding(number_of_ids, config.hidden_size)
+        if config.memory_projection:
+            self.memory_projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self._processor = None
         self._hub_arguments = {}
         self._base_sample = None
@@ -429,16 +431,19 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             copy_whole(given[key], value)
 
     def compressor_fingerprint(self) -> str:
-        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings, samples of the base.
+        """Digest (hex) of what shapes a memory: geometry, compressor, memory embeddings and projection, samples of the
+        base.
 
-        Any change of the first three changes it. Of every frozen tensor only some 64 values are looked at, evenly
+        Any change but of the base changes it. Of every frozen tensor only some 64 values are looked at, evenly
         spread: another base is told, but not one in which a few other values were changed.
 
         Raises:
             ValueError: weights are offloaded (`device_map`).
         """
         self._check_all_at_hand()
-        return fingerprint(self.decoder, self.memory_embeddings.weight, self.config)
+        own = [self.memory_embeddings.weight]
+        own += [self.memory_projection.weight] if self.config.memory_projection else []
+        return fingerprint(self.decoder, own, self.config)
 
 
 def _short_card(repo_id: str, config: CLaRaConfig, tags: str | list[str] | None) -> str:

@@ -26,12 +26,12 @@ logger = logging.get_logger(__name__)
 GGUF_SOURCE = "gguf.json"
 # What transformers' quantizers call the list of modules that they leave as they are.
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-OWN_MODULES = (r".*\.lora_[AB]", "memory_embeddings")
+OWN_MODULES = (r".*\.lora_[AB]", "memory_embeddings", "memory_projection")
 
 
 def base_only(quantization, config: CLaRaConfig):
     """A copy of a quantization configuration of transformers that leaves alone what is not the base's layers: LoRA
-    matrices, memory embeddings, token embeddings and output head.
+    matrices, memory embeddings and projection, token embeddings and output head.
 
     Args:
         quantization (`QuantizationConfigMixin` or `dict`): as in `from_pretrained(quantization_config=...)`.
@@ -161,7 +161,7 @@ def _write_dequantized(folder: str, gguf_file: str, dtype: torch.dtype, place: s
 
 
 def _is_own(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name or name.startswith("memory_embeddings")
+    return ".lora_A." in name or ".lora_B." in name or name.startswith(("memory_embeddings", "memory_projection"))
 
 
 def _is_plain(module: nn.Module) -> bool:

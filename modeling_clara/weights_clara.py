@@ -155,8 +155,9 @@ def fit_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, first_added: int) -> None:
-    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it; a `memory_scale`
-    that names the embeddings becomes the mean of their root mean squares."""
+    """Start added tokens at the mean of the tokenizer's rows, and memory embeddings spread around it; a
+    `memory_scale` that names the embeddings becomes the mean of their root mean squares, and a projection keeps states
+    as they are."""
     generator = torch.Generator().manual_seed(0)
     for key in embedding_keys(base):
         if key is not None:
@@ -169,6 +170,8 @@ def fill_added_rows(state: dict, base: PreTrainedModel, config: CLaRaConfig, fir
         config.memory_scale = float(known.square().mean(dim=1).sqrt().mean())
     memory = known.mean(dim=0) + MEMORY_EMBEDDING_SPREAD * known.std(dim=0) * noise
     state["memory_embeddings.weight"] = memory.to(rows.dtype)
+    if config.memory_projection:
+        state["memory_projection.weight"] = torch.eye(memory.shape[1], dtype=rows.dtype)
 
 
 def sample_base(weights: dict, config: CLaRaConfig) -> torch.Tensor | None:
@@ -199,8 +202,8 @@ def is_packed(value: torch.Tensor) -> bool:
     return type(value.data) not in (torch.Tensor, torch.nn.Parameter) and "quant" in type(value.data).__module__
 
 
-def fingerprint(decoder: PreTrainedModel, memory_embeddings: torch.Tensor, config: CLaRaConfig) -> str:
-    """The `compressor_fingerprint` of a model with these parts."""
+def fingerprint(decoder: PreTrainedModel, own: list[torch.Tensor], config: CLaRaConfig) -> str:
+    """The `compressor_fingerprint` of a model with this decoder and these weights beside it."""
     geometry = (config.doc_max_length, config.num_memory_tokens, config.keep_end_token, config.document_start)
     geometry += ("split_control_tokens",) if config.split_control_tokens else ()
     # What memories of the usual kind do not have leaves their digest as it was.
@@ -212,7 +215,7 @@ def fingerprint(decoder: PreTrainedModel, memory_embeddings: torch.Tensor, confi
             flat = (value.dequantize() if is_packed(value) else value).detach().flatten()
             digest.update(key.encode() + repr(list(value.shape)).encode())
             digest.update(_bytes_of(flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLE)]))
-    for parameter in [*adapter_parameters(decoder, COMPRESSOR), memory_embeddings]:
+    for parameter in [*adapter_parameters(decoder, COMPRESSOR), *own]:
         digest.update(_bytes_of(parameter.detach()))
     return digest.hexdigest()
 
@@ -259,8 +262,8 @@ def saved_rows(config: CLaRaConfig) -> list[int]:
 
 
 def is_own_weight(key: str) -> bool:
-    """Whether a weight of the model is an adapter's or a memory embedding, and so no part of the base."""
-    return ".lora_" in key or key.startswith("memory_embeddings.")
+    """Whether a weight of the model is an adapter's or stands beside the decoder, and so no part of the base."""
+    return ".lora_" in key or key.startswith(("memory_embeddings.", "memory_projection."))
 
 
 def load_base(name: str | None, dtype, **options) -> PreTrainedModel:

@@ -56,7 +56,7 @@ class InstructionTrainer(CLaRaTrainer):
         **kwargs,
     ):
         # What trains.
-        model = compressor_to_train(model, args)
+        model = compressor_to_train(model, args, train_dataset)
         # How rows become examples, and how these are batched: documents are compressed in the step.
         encode = InstructionRows(model.processor, args.max_length)
         collator = CompressionCollator(model.processor)

@@ -17,6 +17,7 @@ from clara_hf.data.schema import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
+from modeling_clara.sharded_clara import gathered, whole_copy
 
 from .arguments import CLaRaTrainingArguments
 from .batches import EXAMPLE_INDEX, CompressionCollator, MixSampler, check_weights, encoded_documents
@@ -25,6 +26,8 @@ from .trainer import CLaRaTrainer, configure, load_model, train_parts
 
 
 logger = logging.get_logger(__name__)
+
+FITTED_ROWS = 500
 
 
 @dataclass
@@ -112,9 +115,11 @@ class SCPRows:
 
 
 def compressor_to_train(
-    model: CLaRaForRetrievalGeneration | str, args: CompressionTrainingArguments
+    model: CLaRaForRetrievalGeneration | str, args: CompressionTrainingArguments, train_dataset: Dataset | None
 ) -> CLaRaForRetrievalGeneration:
     """`model`, see [`~trainers.trainer.load_model`], whose compressor, generator and memory embeddings train.
+
+    A `memory_projection` that is as `from_base` leaves it is fitted to documents of the training set.
 
     A query reasoner that the model brings is taken off: it belongs to the memories of the compressor as it was. Until
     joint training starts a new one, the compressor reads questions.
@@ -125,7 +130,19 @@ def compressor_to_train(
         model.remove_query_reasoner()
     configure(model, args, "mse_weight")
     train_parts(model, args, COMPRESSOR, GENERATOR, MEMORY_EMBEDDINGS)
+    if model.config.memory_projection and train_dataset is not None:
+        with gathered([model.memory_projection.weight]):
+            matrix = whole_copy(model.memory_projection.weight)
+        if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
+            cosine = model.fit_memory_projection(documents_to_fit(train_dataset))
+            logger.info("Memory projection fitted: cosine of mapped states and token embeddings %.3f.", cosine)
     return model
+
+
+def documents_to_fit(train_dataset: Dataset) -> list[str]:
+    """Documents of up to [`FITTED_ROWS`] rows, evenly spread over the training set; every process takes the same."""
+    rows = range(0, len(train_dataset), max(1, len(train_dataset) // FITTED_ROWS))
+    return list(dict.fromkeys(text for row in rows for text in train_dataset[row]["docs"]))
 
 
 def other_documents(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +177,7 @@ class SCPTrainer(CLaRaTrainer):
         **kwargs,
     ):
         # What trains.
-        model = compressor_to_train(model, args)
+        model = compressor_to_train(model, args, train_dataset)
         # Which rows are drawn.
         self.mix_sampler = None
         if args.data_mix is not None and train_dataset is not None:

@@ -62,6 +62,6 @@ def state_of(model) -> tuple:
     small = [
         value.detach()
         for name, value in parameters
-        if (".lora_" in name or "memory_embeddings" in name) and not isinstance(value, DTensor) and not value.is_meta
+        if (".lora_" in name or name.startswith("memory_")) and not isinstance(value, DTensor) and not value.is_meta
     ]
     return (*geometry, versions, float(sum(value.double().sum().cpu() for value in small)))

@@ -104,7 +104,7 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
 
 def _check_memories(config: CLaRaConfig) -> None:
     """Raise a `ConversionError` for memories that the published code does not make: it would read other ones."""
-    usual = {"readout": "memory_tokens", "layers_that_read": None, "memory_scale": None}
+    usual = {"readout": "memory_tokens", "layers_that_read": None, "memory_projection": False, "memory_scale": None}
     for name, value in usual.items():
         if (found := getattr(config, name)) != value:
             name = name.replace("layers_that_read", "compressor_layers")

@@ -123,6 +123,7 @@ def checkpoint_bytes(
     trained = sum(count(model.part_parameters(part)) for part in TRAINED[stage])
     own = count(value for name, value in model.named_parameters() if ".lora_" in name)
     own += count(model.memory_embeddings.parameters())
+    own += model.config.hidden_size**2 if model.config.memory_projection else 0
     matrices = 1 if model.config.get_text_config().tie_word_embeddings else 2
     rows = matrices * len(saved_rows(model.config)) * model.config.hidden_size
     base = [value for name, value in model.decoder.named_parameters() if ".lora_" not in name]
