@@ -146,9 +146,11 @@ def _build(store: MemoryStore, options: BuildArguments) -> None:
     rows = _documents(options)
     while part := list(islice(rows, options.chunk_size)):
         columns = {name: [row.get(name) for row in part] for name in options.columns}
-        for name, values in columns.items():
-            if all(value is None for value in values):
-                raise UsageError(f"--columns {name}: no document from {count} on has it; they have {sorted(part[0])}.")
+        for name in columns if not count else ():
+            if not any(name in row for row in part):
+                raise UsageError(
+                    f"--columns {name}: none of the first {len(part)} documents has it; they have {sorted(part[0])}."
+                )
         try:
             store.add([row[options.text] for row in part], columns, options.batch_size, actors=actors)
         except ValueError as error:

@@ -76,6 +76,23 @@ def test_a_value_that_would_come_back_changed_is_refused_before_anything_is_writ
     assert store.columns([key], ["value"])["value"] == [before]
 
 
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [([], ["a"]), ([[]], [["a"]]), ({"a": None}, {"a": "b"}), ({"a": []}, {"a": ["b"]}), ([None], ["a"])],
+)
+def test_empty_lists_and_missing_values_do_not_bar_what_comes_later(store, first, later):
+    keys = store.add(["one"], {"value": [first]}, show_progress=False)
+    keys += store.add(["two"], {"value": [later]}, show_progress=False)
+    assert store.columns(keys, ["value"])["value"] == [first, later]
+
+
+@pytest.mark.parametrize("value", [{}, {"a": {}}, [{}]])
+def test_an_empty_dictionary_is_refused_before_anything_is_written(store, value):
+    with pytest.raises(ValueError, match="column 'value'.*dictionary without keys"):
+        store.add(["one"], {"value": [value]}, show_progress=False)
+    assert len(store) == 0
+
+
 def test_mixed_time_zones_are_refused_in_a_first_call_too(store):
     with pytest.raises(ValueError, match="column 'when'"):
         store.add(["one", "two"], {"when": [NOON.replace(tzinfo=UTC), NOON.replace(tzinfo=BERLIN)]})

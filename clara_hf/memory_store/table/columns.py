@@ -47,6 +47,8 @@ def to_arrow(name: str, values: Sequence, known: pa.DataType | None) -> pa.Array
     values = list(values)
     try:
         array = pa.array(values, type=known)
+        if known is None and not pa.types.is_null(array.type):
+            array = pa.array(values, type=_settled(array.type))
         found = array.to_pylist()
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         wanted = "values of one type" if known is None else f"values of type {known}, as stored"
@@ -61,6 +63,23 @@ def to_arrow(name: str, values: Sequence, known: pa.DataType | None) -> pa.Array
                 "values of that type, or another column name"
             )
     return array
+
+
+def _settled(kind: pa.DataType) -> pa.DataType:
+    """`kind` with strings where nothing but None and empty lists says what is in it: later values need a type.
+
+    Raises:
+        ValueError: a dictionary is always empty, which cannot be stored.
+    """
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_settled(kind.value_type))
+    if pa.types.is_struct(kind):
+        if not kind.num_fields:
+            raise ValueError("a dictionary without keys cannot be stored: give None, or leave it out")
+        return pa.struct([field.with_type(_settled(field.type)) for field in kind])
+    return kind
 
 
 def _same(given, kept) -> bool:
