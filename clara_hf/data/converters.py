@@ -181,12 +181,13 @@ def flashrag(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("id") is not None:
         example["id"] = row["id"]
     rest = row.get("metadata") or {}
-    if not isinstance(rest, dict) or not rest.get("context") or not rest.get("supporting_facts"):
+    filled = {"_id": "", "id": "", "answer": "-", "question": example["question"]}
+    if isinstance(rest, dict) and rest.get("paragraphs"):
+        found = musique({**rest, **filled})
+    elif isinstance(rest, dict) and rest.get("context") and rest.get("supporting_facts"):
+        found = hotpotqa({**rest, **filled})
+    else:
         return example
-    context = rest["context"]
-    if isinstance(context, dict) and "content" in context:
-        context = {**context, "sentences": context["content"]}
-    found = hotpotqa({**rest, "_id": "", "answer": "", "question": example["question"], "context": context})
     return {**example, **{name: found[name] for name in ("docs", "pos_index", "type", "level") if name in found}}
 
 
@@ -393,6 +394,8 @@ def _pairs(row, name, columns):
         except (RecursionError, ValueError) as error:
             raise ValueError(f"{name!r} is no list, nor JSON text of one, but {shown(value)}.") from error
     if isinstance(value, dict):
+        if "content" in value:  # FlashRAG's name
+            value = {"sentences": value["content"], **value}
         lists = [_listed(f"{name}.{column}", value.get(column), object) for column in columns]
         if len(set(map(len, lists))) > 1:
             raise ValueError(f"the lists {' and '.join(columns)} in {name!r} differ in length.")

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -129,6 +130,26 @@ def _title(results: dict, dataset: str | None, *more: str | None) -> str:
     return ", ".join(filter(None, [dataset if len(datasets_of(results)) > 1 else None, *more]))
 
 
+def shown_systems(systems: Iterable[str]) -> dict[str, str]:
+    """Systems as tables show them: of a model's path the end, as much of it as tells it from the others.
+
+    Names on the Hub, and what is as short, stay whole.
+    """
+    found, length = list(systems), 1
+    while True:
+        shown = {name: _shortened(name, length) for name in found}
+        if len(set(shown.values())) == len(shown) or length > max(name.count("/") for name in found):
+            return shown
+        length += 1
+
+
+def _shortened(system: str, length: int) -> str:
+    kind, _, name = system.partition(" ")
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    is_short = name.count("/") < 2 and not name.startswith((".", "/", "~"))
+    return system if is_short else f"{kind} {'/'.join(parts[-length:])}"
+
+
 def score_tables(results: dict, names: tuple[str, ...]) -> list[tuple[str, list[list[str]]]]:
     """Titles and tables of scores."""
     return [
@@ -141,8 +162,14 @@ def judge_tables(results: dict) -> list[tuple[str, list[list[str]]]]:
     """Titles and tables of how far the judge agrees with F1."""
     tables = []
     for dataset, found in datasets_of(results).items():
+        shown = shown_systems(found.get("judge", ()))
         rows = [
-            [name, str(one["n"]), f"{100 * one['share']:.1f}", NONE if one["kappa"] is None else f"{one['kappa']:.2f}"]
+            [
+                shown[name],
+                str(one["n"]),
+                f"{100 * one['share']:.1f}",
+                NONE if one["kappa"] is None else f"{one['kappa']:.2f}",
+            ]
             for name, one in found.get("judge", {}).items()
         ]
         if rows:
@@ -162,23 +189,23 @@ def score_rows(systems: dict, tests: dict, names: tuple[str, ...]) -> list[list[
     present = {COLUMNS[name]: name for name in names if any(name in row for row in systems.values())}
     shared = marks(systems, tests)
     widths = {name: max(map(len, found.values())) for name, found in shared.items()}
-    rows = [["system", *present, "n"]]
+    rows, shown = [["system", *present, "n"]], shown_systems(systems)
     for system, summary in systems.items():
         answered, ranked = (summary[name]["n"] if name in summary else NONE for name in ("f1", "mrr"))
         cells = []
         for name in present.values():
             letters = shared.get(name, {}).get(system, "").ljust(widths.get(name, 0))
             cells.append(f"{_cell(summary.get(name))} {letters}" if name in shared else _cell(summary.get(name)))
-        rows.append([system, *cells, f"{answered} / {ranked}"])
+        rows.append([shown[system], *cells, f"{answered} / {ranked}"])
     return rows
 
 
 def cost_rows(costs: dict[str, dict]) -> list[list[str]]:
     """Heading and rows of the costs of one data file."""
-    rows = [["system", *COST_COLUMNS.values()]]
+    rows, shown = [["system", *COST_COLUMNS.values()]], shown_systems(costs)
     for system, values in costs.items():
         cells = [NONE if values[name] is None else f"{values[name]:,.1f}" for name in COST_COLUMNS]
-        rows.append([system, *cells])
+        rows.append([shown[system], *cells])
     return rows
 
 

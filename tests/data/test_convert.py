@@ -289,6 +289,15 @@ def test_flashrag_gives_questions_and_with_the_originals_paragraphs_candidates(t
     assert converted(tmp_path, "flashrag", row, "--overwrite") == {**plain, **pool}
 
 
+def test_flashrags_rows_of_musique_keep_their_paragraphs(tmp_path):
+    rest = {name: MUSIQUE[name] for name in ("paragraphs", "answerable")}
+    row = {"id": "f", "question": "Where?", "golden_answers": ["Stanley", "Stan"], "metadata": rest}
+    found = converted(tmp_path, "flashrag", row)
+    expected = converted(tmp_path, "musique", MUSIQUE, "--overwrite")
+    assert (found["docs"], found["pos_index"]) == (expected["docs"], expected["pos_index"])
+    assert found["answers"] == ["Stanley", "Stan"] and found["id"] == "f" and "target" not in found
+
+
 def test_beirs_queries_go_with_their_qrels_to_the_pools(tmp_path):
     qrels = "query-id\tcorpus-id\tscore\nq1\t3\t1\nq1\t4\t0\nq1\t5\t2\nq2\t7\t0\n"
     (tmp_path / "test.tsv").write_text(qrels)

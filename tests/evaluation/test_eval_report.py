@@ -193,3 +193,30 @@ def test_a_page_escapes_what_names_and_texts_hold():
     found = " ".join(report.page("a & b", [{"lens": lens}]).split())
     assert "<title>a &amp; b</title>" in found and "Who &lt;i&gt;?" in found
     assert "<u>&lt;u</u>" in found and "<b>owl</b>" in found and "· x" in found
+
+
+@pytest.mark.parametrize(
+    ("systems", "shown"),
+    [
+        (["bm25", "bi-encoder BAAI/bge-m3", "dro runs/dro"], ["bm25", "bi-encoder BAAI/bge-m3", "dro runs/dro"]),
+        (["bi-encoder /home/me/models/bge/"], ["bi-encoder bge"]),
+        (["bi-encoder ./bge", "text-bi-encoder ../x/bge"], ["bi-encoder bge", "text-bi-encoder bge"]),
+        (["bi-encoder /a/one/bge", "bi-encoder /a/two/bge"], ["bi-encoder one/bge", "bi-encoder two/bge"]),
+        (["bi-encoder /a/bge", "bi-encoder bge"], ["bi-encoder a/bge", "bi-encoder bge"]),
+        ([], []),
+    ],
+)
+def test_a_models_path_is_shown_by_what_tells_it_apart(systems, shown):
+    assert list(report.shown_systems(systems).values()) == shown
+
+
+def test_tables_show_no_path_and_their_csv_the_whole_name():
+    name = "bi-encoder /home/me/models/bge"
+    found = {"systems": {name: RESULTS["systems"]["clara"]}, "costs": {name: dict.fromkeys(report.COST_COLUMNS, 1.0)}}
+    results = {"datasets": {"nano": {**found, "judge": {name: {"n": 1, "share": 1.0, "kappa": None}}}}}
+    for table in (
+        *(report.format_tables(results, form) for form in ("text", "markdown", "latex")),
+        report.format_costs(results),
+    ):
+        assert "bi-encoder bge" in table and "/home" not in table
+    assert name in report.scores_csv(results) and name in report.costs_csv(results)
