@@ -62,7 +62,12 @@ class CLaRaConfig(PreTrainedConfig):
         base_model_name_or_path (`str`, *optional*): where the decoder's frozen weights come from. An `adapter`
             checkpoint needs it to load.
         doc_max_length (`int`): document budget in tokens; longer documents are cut.
-        compression_rate (`int`): document budget divided by the number of memory tokens.
+        compression_rate (`int` or `list[int]`): document budget divided by the number of memory tokens. A list, from
+            the smallest on, makes one checkpoint for several rates: training draws one for each step, and at a rate
+            with l memory tokens the first l are read. With `mean_pool` the rates must be multiples of the first; each
+            vector is then the mean of those of the first rate in its place.
+        rate (`int`, *optional*): the one of several rates that is in use, and trained alone if it is set; otherwise the
+            first, and all are trained. See [`~CLaRaForRetrievalGeneration.at_rate`].
         query_max_length (`int`): question budget in tokens.
         readout (`"memory_tokens"` or `"mean_pool"`): where memories, and the states of questions, are read.
             `memory_tokens` puts l memory tokens behind a text and takes their states. `mean_pool` takes those of the
@@ -123,7 +128,8 @@ class CLaRaConfig(PreTrainedConfig):
     decoder_config: dict | PreTrainedConfig | None = None
     base_model_name_or_path: str | None = None
     doc_max_length: int = 256
-    compression_rate: int = 16
+    compression_rate: int | list[int] = 16
+    rate: int | None = None
     query_max_length: int = 256
     readout: str = "memory_tokens"
     compressor_layers: int | None = None
@@ -191,14 +197,11 @@ class CLaRaConfig(PreTrainedConfig):
 
     def validate_ranges(self):
         """Raise a `ValueError` that names the field whose value is out of range or of another type."""
-        for name in ("doc_max_length", "compression_rate", "query_max_length", "top_k", "lora_r"):
+        for name in ("doc_max_length", "query_max_length", "top_k", "lora_r"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.80}.")
-        if self.doc_max_length % self.compression_rate:
-            raise ValueError(
-                f"compression_rate must divide doc_max_length, got {self.compression_rate} and {self.doc_max_length}."
-            )
+        self._check_rates()
         for name, is_allowed, wanted in (
             ("temperature", lambda value: value > 0, "positive"),
             ("lora_alpha", lambda value: value > 0, "positive"),
@@ -241,6 +244,23 @@ class CLaRaConfig(PreTrainedConfig):
             raise ValueError(f"lora_target_modules must be a string or a list of strings, got {targets!r:.80}.")
         self._check_scale()
         self._check_layers()
+
+    def _check_rates(self):
+        given, rates = self.compression_rate, self.compression_rates
+        for rate in rates:
+            if not isinstance(rate, int) or isinstance(rate, bool) or rate < 1:
+                raise ValueError(f"compression_rate must be a whole number of at least 1, got {given!r:.80}.")
+            if self.doc_max_length % rate:
+                raise ValueError(f"compression_rate must divide doc_max_length, got {rate} and {self.doc_max_length}.")
+        if not rates or sorted(set(rates)) != rates:
+            raise ValueError(f"compression_rate must list different rates, the smallest first, got {given!r:.80}.")
+        if self.readout == "mean_pool" and (other := [rate for rate in rates if rate % rates[0]]):
+            raise ValueError(
+                f"compression_rate lists {other[0]}, but with readout 'mean_pool' rates must be multiples of the "
+                f"first, {rates[0]}."
+            )
+        if self.rate is not None and (isinstance(self.rate, bool) or self.rate not in rates):
+            raise ValueError(f"rate must be one of the compression rates {rates}, or None, got {self.rate!r:.80}.")
 
     def _check_scale(self):
         scale = self.memory_scale
@@ -293,9 +313,25 @@ class CLaRaConfig(PreTrainedConfig):
         return prompts
 
     @property
+    def compression_rates(self) -> list[int]:
+        """All compression rates, the smallest first."""
+        given = self.compression_rate
+        return list(given) if isinstance(given, (list, tuple)) else [given]
+
+    @property
+    def rate_in_use(self) -> int:
+        """The compression rate of memories that are made now."""
+        return self.compression_rates[0] if self.rate is None else self.rate
+
+    @property
     def num_memory_tokens(self) -> int:
-        """Memory vectors per document (l)."""
-        return self.doc_max_length // self.compression_rate
+        """Memory vectors per document (l), at the rate in use."""
+        return self.doc_max_length // self.rate_in_use
+
+    @property
+    def most_memory_tokens(self) -> int:
+        """Memory vectors per document at the smallest of the compression rates."""
+        return self.doc_max_length // self.compression_rates[0]
 
     @property
     def encoder_memory_tokens(self) -> int:

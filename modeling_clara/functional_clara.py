@@ -10,6 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .configuration_clara import CLaRaConfig
 from .processing_clara import IGNORE_INDEX, index_matrix
 
 
@@ -34,7 +35,7 @@ def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str
     if memories.dim() != 3 or tuple(memories.shape[1:]) != shape:
         raise ValueError(
             f"{argument} has the shape {list(memories.shape)}, but this model makes [N, {shape[0]}, {shape[1]}]: "
-            "compress the documents with this model."
+            "compress the documents with this model, at the same rate."
         )
 
 
@@ -203,6 +204,22 @@ def cosine_scores(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor
     # Autocast would multiply in half precision, whose steps near 1 are a fifth of the temperature.
     with torch.autocast(queries.device.type, enabled=False):
         return queries @ memories.T
+
+
+def coarser_memories(memories: torch.Tensor, config: CLaRaConfig, rate: int) -> torch.Tensor:
+    """Memories `[N, l, H]` as they are at a higher compression rate, from those at the first.
+
+    Of memory tokens they are the first ones: states do not depend on what stands behind. Pooled ones are the means of
+    neighbours, brought to `memory_scale` again.
+    """
+    count = config.doc_max_length // rate
+    if count == memories.shape[1]:
+        return memories
+    if config.readout == "memory_tokens":
+        return memories[:, :count]
+    dtype = torch.promote_types(memories.dtype, torch.float32)
+    means = memories.unflatten(1, (count, -1)).to(dtype).mean(dim=2).to(memories.dtype)
+    return means if config.memory_scale is None else with_rms(means, config.memory_scale)
 
 
 def mask_or_ones(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:

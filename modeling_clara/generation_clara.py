@@ -84,6 +84,31 @@ class CLaRaGenerationOutput(ModelOutput):
 class CLaRaGeneration:
     """The verbs, for a model with `decoder`, `encode`, `processor` and the embeddings of prompts."""
 
+    def at_rate(self, rate: int | None):
+        """This model at another of its compression rates: the same weights, with a configuration of its own.
+
+        Args:
+            rate (`int`, *optional*): one of `compression_rate`; `None` for the one in use.
+
+        Raises:
+            ValueError: the model was not made for this rate.
+
+        Example:
+
+        ```python
+        model.at_rate(64).compress(documents)  # as model.compress(documents, rate=64)
+        ```
+        """
+        if rate is None:
+            return self
+        config = copy.copy(self.config)
+        config.rate = rate
+        config.validate_ranges()
+        view = copy.copy(self)
+        view.config = config
+        view.processor = type(self.processor)(self.processor.tokenizer, config)
+        return view
+
     def _wanted(self, n_docs: int | None) -> int:
         wanted = self.config.top_k if n_docs is None else n_docs
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
@@ -129,7 +154,9 @@ class CLaRaGeneration:
                 memories[chosen] = found
         return memories
 
-    def compress(self, documents: list[str], batch_size: int = 32, show_progress: bool = False) -> torch.Tensor:
+    def compress(
+        self, documents: list[str], batch_size: int = 32, show_progress: bool = False, rate: int | None = None
+    ) -> torch.Tensor:
         """Compress documents into memory vectors.
 
         Args:
@@ -137,6 +164,7 @@ class CLaRaGeneration:
                 `doc_max_length` tokens are cut, which is reported.
             batch_size (`int`): documents per forward pass; they are sorted by length first.
             show_progress (`bool`): whether to show a progress bar.
+            rate (`int`, *optional*): which of several compression rates; the one in use by default, see `at_rate`.
 
         Returns:
             `[N, l, H]` in the model's dtype, on its device, in the order of `documents`.
@@ -145,7 +173,8 @@ class CLaRaGeneration:
             TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token; a memory with
                 values that are not finite.
         """
-        return self.compress_encoded(self.processor.encode_documents(documents), batch_size, show_progress)
+        rows = self.processor.encode_documents(documents)
+        return self.at_rate(rate).compress_encoded(rows, batch_size, show_progress)
 
     def compress_encoded(
         self, rows: list[list[int]], batch_size: int = 32, show_progress: bool = False
@@ -153,10 +182,12 @@ class CLaRaGeneration:
         """[`compress`] of documents that `processor.encode_documents` or `encode_and_cut` made token ids of."""
         return self._encode_rows(COMPRESSOR, rows, batch_size, show_progress)
 
-    def encode_questions(self, questions: list[str], batch_size: int = 32) -> torch.Tensor:
-        """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`."""
+    def encode_questions(self, questions: list[str], batch_size: int = 32, rate: int | None = None) -> torch.Tensor:
+        """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`, at the
+        compression `rate` of the memories that they are compared with."""
         adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
-        return self._encode_rows(adapter, self.processor.encode_questions(questions), batch_size, show_progress=False)
+        rows = self.processor.encode_questions(questions)
+        return self.at_rate(rate)._encode_rows(adapter, rows, batch_size, show_progress=False)
 
     @property
     def _memory_shape(self) -> tuple[int, int]:
@@ -178,7 +209,13 @@ class CLaRaGeneration:
         return CLaRaRetrievalOutput(scores=best.values[:, :count], indices=found)
 
     def retrieve(
-        self, questions: list[str], memories, n_docs: int | None = None, *, top_k: int | None = None
+        self,
+        questions: list[str],
+        memories,
+        n_docs: int | None = None,
+        *,
+        top_k: int | None = None,
+        rate: int | None = None,
     ) -> CLaRaRetrievalOutput:
         """Rank memories for questions by cosine similarity.
 
@@ -189,11 +226,14 @@ class CLaRaGeneration:
                 `clara_hf.memory_store.MemoryStore`; what its search gives is returned.
             n_docs (`int`, *optional*): how many to return; the configuration's `top_k` by default, at most N.
             top_k (`int`, *optional*): the former name of `n_docs`.
+            rate (`int`, *optional*): which of several compression rates the memories have, see `at_rate`.
 
         Raises:
             TypeError, ValueError: questions that are empty or no strings, memories of another width or rate, or with
                 values that are not finite.
         """
+        if rate is not None:
+            return self.at_rate(rate).retrieve(questions, memories, n_docs, top_k=top_k)
         questions = self.processor.check_user_texts(questions, "questions")
         n_docs = _documents_wanted(n_docs, top_k)
         if hasattr(memories, "search"):
@@ -211,6 +251,7 @@ class CLaRaGeneration:
         store=None,
         expand: int = 0,
         expand_max_length: int | None = None,
+        rate: int | None = None,
         **generate_kwargs,
     ) -> CLaRaGenerationOutput:
         """Answer questions from the best of their candidate documents; one call of the decoder's `generate` for all.
@@ -227,6 +268,8 @@ class CLaRaGeneration:
             expand (`int`): so many documents of the prompt, from the first on, stand there also as raw text, behind the
                 memories, for what compression lost. Needs `documents`, or a store whose search gives `texts`.
             expand_max_length (`int`, *optional*): tokens kept of each raw text; `doc_max_length` by default.
+            rate (`int`, *optional*): which of several compression rates documents are compressed at, or the memories
+                have, see `at_rate`.
             generate_kwargs: any option of transformers' `generate`, a streamer and `generation_config` included. By
                 default decoding is greedy with at most 64 new tokens, and the base's own generation defaults are not
                 used. `max_length` counts the prompt too: `max_new_tokens` does not. `top_k` is sampling's; without
@@ -243,6 +286,10 @@ class CLaRaGeneration:
         output = model.generate(["Who keeps a goat?"], store=store, n_docs=3, expand=1, max_new_tokens=8)
         ```
         """
+        if rate is not None:
+            own = {"n_docs": n_docs, "rerank": rerank, "store": store, "expand": expand}
+            own["expand_max_length"] = expand_max_length
+            return self.at_rate(rate).generate(questions, documents, memories, **own, **generate_kwargs)
         if sum(given is not None for given in (documents, memories, store)) != 1:
             raise ValueError("give one of documents, memories and store.")
         if "top_k" in generate_kwargs and n_docs is None and not _samples(generate_kwargs):
@@ -315,6 +362,7 @@ class CLaRaGeneration:
         attention_mask: torch.Tensor,
         memories: torch.Tensor,
         document_index: torch.Tensor,
+        rate: int | None = None,
         **generate_kwargs,
     ) -> CLaRaGenerationOutput:
         """Answer prompts, as [`CLaRaProcessor.encode_prompts`] makes them, from memories at hand.
@@ -323,6 +371,7 @@ class CLaRaGeneration:
             input_ids, attention_mask (`[B, L]` int64): prompts up to where the answer begins, padded on the left.
             memories (`[D, l, H]`): made earlier.
             document_index (`[B, k]` int64): rows of `memories` in the order of the prompt's slots, -1 in unused ones.
+            rate (`int`, *optional*): which of several compression rates prompts and memories have, see `at_rate`.
             generate_kwargs: see `generate`.
 
         Returns:
@@ -331,6 +380,8 @@ class CLaRaGeneration:
         Raises:
             ValueError: memories of another shape or number than the prompts have slots for; an option as in `generate`.
         """
+        if rate is not None:
+            return self.at_rate(rate).answer(input_ids, attention_mask, memories, document_index, **generate_kwargs)
         check_generation_options(generate_kwargs)
         check_memories(memories, self._memory_shape, "memories")
         check_document_index(document_index, len(memories))

@@ -25,6 +25,7 @@ from .functional_clara import (
     check_labels,
     check_memories,
     check_tokens,
+    coarser_memories,
     contiguous,
     cosine_scores,
     first_layers,
@@ -253,18 +254,19 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
             `[rows, H]`, both before `memory_scale`, whose mean square is the MSE loss.
         """
         memories, gap = self.read_states(adapter, input_ids, attention_mask, with_gap)
-        scale = self.config.memory_scale
-        return memories if scale is None else with_rms(memories, scale), gap
+        if (scale := self.config.memory_scale) is not None:
+            memories = with_rms(memories, scale)
+        return coarser_memories(memories, self.config, self.config.rate_in_use), gap
 
     def read_states(
         self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[`encode`] without `memory_scale`."""
+        """[`encode`] without `memory_scale`, and of pooled texts at the first compression rate."""
         count = self.config.num_memory_tokens
         attention_mask = mask_or_ones(attention_mask, input_ids)
         if self.config.readout == "mean_pool":
             hidden = self._hidden_states(adapter, self.get_input_embeddings()(input_ids), attention_mask)
-            memories = segment_means(hidden, attention_mask, count)
+            memories = segment_means(hidden, attention_mask, self.config.most_memory_tokens)
             gap = segment_means(hidden, attention_mask, 1)[:, 0] - memories.mean(dim=1) if with_gap else None
             return memories, gap
         text = self.get_input_embeddings()(input_ids[:, :-count])

@@ -221,7 +221,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
         geometry = CLaRaConfig(**fields)
-        ids = CLaRaProcessor.add_tokens(tokenizer, geometry.num_memory_tokens, geometry.distinct_memory_tokens)
+        ids = CLaRaProcessor.add_tokens(tokenizer, geometry.most_memory_tokens, geometry.distinct_memory_tokens)
         decoder_config = copy.deepcopy(base.config)
         text_config = decoder_config.get_text_config()
         # The ids of a tokenizer may have gaps, so that its length is not what it needs.
@@ -485,7 +485,7 @@ def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaCo
             f"memory_scale={EMBEDDING_SCALE!r} is measured where from_base makes a model: give {name} a number, or "
             "leave it out."
         )
-    wanted = config.num_memory_tokens if config.distinct_memory_tokens else 1
+    wanted = config.most_memory_tokens if config.distinct_memory_tokens else 1
     found = len(config.memory_token_ids or [])
     if found != wanted:
         geometry = ("distinct_memory_tokens", "doc_max_length", "compression_rate")

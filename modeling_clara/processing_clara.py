@@ -89,13 +89,23 @@ class CLaRaProcessor(ProcessorMixin):
         self.config = config
         vocabulary = tokenizer.convert_ids_to_tokens(config.added_token_ids)
         self.reserved_texts = [str(token) for token in vocabulary]
-        repeats = 1 if config.distinct_memory_tokens else config.num_memory_tokens
-        self.memory_ids = list(config.memory_token_ids) * repeats
-        self.slot_text = "".join(tokenizer.convert_ids_to_tokens(self.memory_ids)) + SEP_TOKEN
+        repeats = 1 if config.distinct_memory_tokens else config.most_memory_tokens
+        self._memory_ids = list(config.memory_token_ids) * repeats
+        self._memory_texts = tokenizer.convert_ids_to_tokens(self._memory_ids)
         start = config.document_start if config.document_start is not None else tokenizer.bos_token or ""
         self._before = ENC_TOKEN + start
         self._after = tokenizer.eos_token or ""
         self._control = ControlTokens(tokenizer)
+
+    @property
+    def memory_ids(self) -> list[int]:
+        """Ids of a document's memory tokens, at the compression rate in use."""
+        return self._memory_ids[: self.config.num_memory_tokens]
+
+    @property
+    def slot_text(self) -> str:
+        """What a document occupies in a prompt."""
+        return "".join(self._memory_texts[: self.config.num_memory_tokens]) + SEP_TOKEN
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokenizer={type(self.tokenizer).__name__}, config={self.config!r})"

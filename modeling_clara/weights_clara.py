@@ -209,6 +209,7 @@ def fingerprint(decoder: PreTrainedModel, own: list[torch.Tensor], config: CLaRa
     # What memories of the usual kind do not have leaves their digest as it was.
     variant = (config.readout, config.layers_that_read, config.memory_scale)
     geometry += () if variant == ("memory_tokens", None, None) else variant
+    geometry += () if config.compression_rates == [config.rate_in_use] else (*config.compression_rates,)
     digest = hashlib.sha256(repr((*geometry, float(config.lora_alpha))).encode())
     for key, value in decoder.state_dict().items():
         if ".lora_" not in key:

@@ -4,6 +4,7 @@ The order comes from seed and epoch alone: processes draw alike, and so does a r
 """
 
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
-from modeling_clara import CLaRaProcessor
+from modeling_clara import CLaRaConfig, CLaRaProcessor
+from modeling_clara.functional_clara import coarser_memories
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 
 
@@ -154,6 +156,44 @@ def read_memories(store: MemoryStore, keys: list[str]) -> torch.Tensor:
             f"a memory in {store.path} is damaged on disk: the same command with --resume true --verify_memories all "
             "makes it, and any other that is damaged, anew."
         ) from error
+
+
+def drawn_rate(config: CLaRaConfig, seed: int, step: int) -> int | None:
+    """The compression rate of a training step: one of several, drawn by `seed` and `step` alone, so that processes draw
+    alike, and so does a resumed run; `None` where there is nothing to draw."""
+    rates = config.compression_rates
+    return None if config.rate is not None or len(rates) == 1 else random.Random(f"{seed}-{step}").choice(rates)
+
+
+def batch_at_rate(batch: dict[str, torch.Tensor], config: CLaRaConfig, rate: int) -> dict[str, torch.Tensor]:
+    """A batch that was made at the first of a model's compression rates, as it is at another: fewer memory tokens
+    behind texts and in each slot of a prompt, and fewer vectors in each memory."""
+    most, count = config.most_memory_tokens, config.doc_max_length // rate
+    if count == most:
+        return batch
+    batch = dict(batch)
+    for name in ("document_input_ids", "document_attention_mask", "query_input_ids", "query_attention_mask"):
+        if name in batch and config.readout == "memory_tokens":
+            batch[name] = batch[name][:, : count - most]
+    if "memories" in batch:
+        batch["memories"] = coarser_memories(batch["memories"], config, rate)
+    if "input_ids" in batch:
+        ids = batch["input_ids"]
+        is_memory = torch.isin(ids, torch.tensor(config.memory_token_ids, device=ids.device))
+        place = (is_memory.cumsum(dim=1) - 1) % most
+        kept = batch["attention_mask"].bool() & ~(is_memory & (place >= count))
+        for name, padding in (("input_ids", config.pad_token_id), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
+            batch[name] = _left_packed(batch[name], kept, padding)
+    return batch
+
+
+def _left_packed(values: torch.Tensor, kept: torch.Tensor, padding: int) -> torch.Tensor:
+    """The `kept` values of each row of `[rows, length]`, with padding on the left."""
+    counts = kept.sum(dim=1)
+    width = int(counts.max())
+    packed = values.new_full((len(values), width), padding)
+    packed[torch.arange(width, device=kept.device) >= width - counts.unsqueeze(1)] = values[kept]
+    return packed
 
 
 def positive_mask(golds: list[list[int]], document_index: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,16 @@ from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaOutput
 from modeling_clara.processing_clara import IGNORE_INDEX
 
 from .arguments import CLaRaTrainingArguments
-from .batches import EXAMPLE_INDEX, LengthSampler, encode_rows, model_inputs, prompts_of, rows_at
+from .batches import (
+    EXAMPLE_INDEX,
+    LengthSampler,
+    batch_at_rate,
+    drawn_rate,
+    encode_rows,
+    model_inputs,
+    prompts_of,
+    rows_at,
+)
 from .callbacks import (
     DivergenceGuard,
     GradientNorms,
@@ -221,7 +230,13 @@ class CLaRaTrainer(CheckpointTrainer):
         return samples, num_items_in_batch
 
     def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        config, before = self.model.config, self.model.config.rate
+        if (rate := drawn_rate(config, self.args.seed, self.state.global_step)) is not None:
+            inputs, config.rate = batch_at_rate(inputs, config, rate), rate
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            config.rate = before
         count_batch(self.counters, inputs)
         self.guard.batches.append((loss, inputs[EXAMPLE_INDEX]))
         return loss

@@ -91,7 +91,7 @@ def publish(
             card = make_card(place, record=folder, subfolder=subfolder, **told)
             if benchmarks:
                 config, results = CLaRaConfig.from_pretrained(place), read_json(place / RESULTS_FILE)
-                write_benchmarks(benchmarks, results, place, f"compression rate {config.compression_rate}")
+                write_benchmarks(benchmarks, results, place, f"compression rate {config.rate_in_use}")
             return push(Path(staged), card, repo_id, private=private, revision=revision, inside=subfolder)
     except UsageError:
         raise

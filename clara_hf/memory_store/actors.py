@@ -76,7 +76,7 @@ class RayActors:
         parts, cut, pool = [], 0, ActorPool(self._actors)
         bar = tqdm(total=len(portion.keys), desc=description, unit="doc", disable=description is None)
         with bar, store._table.parts.token() as token:
-            task = (store.path, store._table.version, token, store.write_bytes, store.write_seconds)
+            task = (store.path, store._rate, store._table.version, token, store.write_bytes, store.write_seconds)
             try:
                 for made, count, some in pool.map_unordered(
                     lambda actor, part: actor.write.remote(*task, part), portions
@@ -101,14 +101,21 @@ class _Compressor:
         self._load, self._model, self._store = load, None, None
 
     def write(
-        self, path: Path | str, version: int, token: str, write_bytes: int, write_seconds: float, portion: Portion
+        self,
+        path: Path | str,
+        rate: int | None,
+        version: int,
+        token: str,
+        write_bytes: int,
+        write_seconds: float,
+        portion: Portion,
     ) -> tuple[list[dict], int, int]:
         from .store import MemoryStore
 
         if self._model is None:
             self._model = self._load()
         if self._store is None or self._store.path != path:
-            self._store = MemoryStore.open(path, self._model)
+            self._store = MemoryStore.open(path, self._model, rate=rate)
         store = self._store
         if not store._table.parts.sees(token):
             raise ValueError(

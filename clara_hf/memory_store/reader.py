@@ -18,13 +18,18 @@ from .upkeep import export, stats_of
 class StoreReader:
     """The reading half of [`MemoryStore`]."""
 
-    def __init__(self, table: MemoryTable, model=None):
+    def __init__(self, table: MemoryTable, model=None, rate: int | None = None):
         self._table = table
         self._searcher = Searcher(table)
-        self.model = model
+        self._model, self._rate = model, rate
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "model": None}
+        return {**self.__dict__, "_model": None}
+
+    @property
+    def model(self):
+        """The model that makes memories and reads questions, at the store's compression rate; `None` without one."""
+        return self._model if self._model is None or self._rate is None else self._model.at_rate(self._rate)
 
     @staticmethod
     def key_of(fingerprint: str, text: str) -> str:
@@ -189,7 +194,8 @@ class StoreReader:
                 questions = self.model.encode_questions(listed(questions, "questions"), batch_size=batch_size)
         if questions.ndim != 3 or questions.shape[1:] != shape:
             raise ValueError(
-                f"questions have shape {tuple(questions.shape)}; the store needs [any, {shape[0]}, {shape[1]}]"
+                f"questions have shape {tuple(questions.shape)}; the store needs [any, {shape[0]}, {shape[1]}]: encode "
+                "them with its model, at its compression rate"
             )
         queries = questions.detach().float().cpu().flatten(1)
         if not torch.isfinite(queries).all():

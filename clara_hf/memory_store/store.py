@@ -62,9 +62,9 @@ class MemoryStore(StoreReader):
     write_bytes = 256 * 2**20  # a part is written at this many bytes of memories ...
     write_seconds = 30.0  # ... or after this time, which is then what a kill can cost a process
 
-    def __init__(self, table: MemoryTable, model=None):
-        super().__init__(table, model)
-        self._seen = None if model is None else state_of(model)
+    def __init__(self, table: MemoryTable, model=None, rate: int | None = None):
+        super().__init__(table, model, rate)
+        self._seen = None if model is None else state_of(self.model)
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_seen": None}
@@ -77,6 +77,7 @@ class MemoryStore(StoreReader):
         dtype: str = "auto",
         form: str = "auto",
         revision: str | None = None,
+        rate: int | None = None,
     ) -> "MemoryStore":
         """Opens the store at `path`, or creates it there when a model is given.
 
@@ -90,6 +91,8 @@ class MemoryStore(StoreReader):
                 "fitted1.5" or "fitted1" (the number is bits per value), or "auto": an existing store's own, "none" for
                 a new one. A store of a fitted form keeps memories as they are until [`MemoryStore.fit`].
             revision: branch, tag or commit of a repository of the Hub.
+            rate: which of the model's several compression rates its memories have; by default the one in use, see
+                `at_rate`.
 
         Raises:
             FileNotFoundError: nothing is at `path` and no model is given.
@@ -102,7 +105,7 @@ class MemoryStore(StoreReader):
         if form not in ("auto", *FORMS):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
         path, frozen = locate(path, revision)
-        maker = None if model is None else Maker.of(model)
+        maker = None if model is None else Maker.of(model if rate is None else model.at_rate(rate))
         blank = not frozen and is_blank(path) if isinstance(path, Path) else maker is not None and Remote(path).is_blank
         if blank:
             if maker is None:
@@ -115,7 +118,7 @@ class MemoryStore(StoreReader):
         if maker is not None and not maker.makes_the_same_as(table.maker):
             raise ValueError(
                 f"the memories in {path} were made by {table.maker}; the model given is {maker}: open the store with "
-                "the model that made it, or choose another path"
+                "the model that made it, at its rate, or choose another path"
             )
         if dtype not in ("auto", table.dtype):
             raise ValueError(
@@ -127,7 +130,7 @@ class MemoryStore(StoreReader):
                 f"form is {form!r}, and the store at {path} has form {table.wanted_form!r}: open it with form='auto' "
                 f"and call recode({form!r}), or choose another path"
             )
-        return cls(table, model)
+        return cls(table, model, rate)
 
     def add(
         self,

@@ -104,6 +104,11 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
 
 def _check_memories(config: CLaRaConfig) -> None:
     """Raise a `ConversionError` for memories that the published code does not make: it would read other ones."""
+    if len(config.compression_rates) > 1:
+        raise ConversionError(
+            f"compression_rate is {config.compression_rates}, but the published layout holds one rate: such a "
+            "checkpoint has no way back"
+        )
     usual = {"readout": "memory_tokens", "layers_that_read": None, "memory_projection": False, "memory_scale": None}
     for name, value in usual.items():
         if (found := getattr(config, name)) != value:

@@ -99,7 +99,7 @@ def base_config(name: str) -> PreTrainedConfig:
 def meta_model(decoder: PreTrainedConfig, stage: str, **fields) -> CLaRaForRetrievalGeneration:
     """A CLaRa model over `decoder`, without values; added tokens take the ids behind the vocabulary."""
     config = CLaRaConfig(decoder_config=decoder, query_reasoner=stage == "joint", pad_token_id=0, **fields)
-    first, count = decoder.vocab_size, config.num_memory_tokens
+    first, count = decoder.vocab_size, config.most_memory_tokens
     config.memory_token_ids = list(range(first, first + count))
     config.ae_token_id, config.enc_token_id, config.sep_token_id = first + count, first + count + 1, first + count + 2
     decoder.vocab_size = first + count + 3

@@ -33,6 +33,7 @@ class ModelSource:
         device_map (`str` or `dict`, *optional*): where layers go, as in `from_pretrained`.
         load_in_4bit, load_in_8bit (`bool`): quantize the frozen base, see
             [`~modeling_clara.quantization_clara.quantize_base`].
+        rate (`int`, *optional*): which of several compression rates of a CLaRa model is used; a stage trains it alone.
         gguf_file (`str`, *optional*): name of the base's GGUF file in its folder, see
             [`~modeling_clara.quantization_clara.dequantized`].
     """
@@ -47,6 +48,7 @@ class ModelSource:
     device_map: dict | str | None = field(default=None, metadata={"help": "Where layers go, such as auto."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits."})
+    rate: int | None = field(default=None, metadata={"help": "Which of the model's several compression rates to use."})
     gguf_file: str | None = field(
         default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
     )
@@ -154,6 +156,7 @@ def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:
         ImportError, ValueError: the base cannot be quantized, see [`~modeling_clara.quantization_clara.quantize_base`].
     """
     name = source.model_name_or_path
+    settings |= {} if source.rate is None else {"rate": source.rate}
     if source.is_clara:
         model = CLaRaForRetrievalGeneration.from_pretrained(name, **source.options, **settings)
     else:

@@ -59,8 +59,9 @@ def describe_clara(model) -> tuple[dict, CLaRaProcessor]:
 
 
 def _facts(config: CLaRaConfig) -> dict:
-    names = ("compression_rate", "num_memory_tokens", "hidden_size", "doc_max_length", "top_k", "temperature")
-    return {**{name: getattr(config, name) for name in names}, "base": config.base_model_name_or_path}
+    names = ("num_memory_tokens", "hidden_size", "doc_max_length", "top_k", "temperature")
+    values = {"compression_rate": config.rate_in_use, **{name: getattr(config, name) for name in names}}
+    return {**values, "base": config.base_model_name_or_path}
 
 
 def load_clara(source: ModelSource) -> CLaRaForRetrievalGeneration:
@@ -81,6 +82,9 @@ def _clara_config(source: ModelSource) -> CLaRaConfig:
     config = AutoConfig.from_pretrained(source.model_name_or_path, **source.place)
     if not isinstance(config, CLaRaConfig):
         raise ValueError(f"it holds a {config.model_type} model, not a CLaRa checkpoint.")
+    if source.rate is not None:
+        config.rate = source.rate
+        config.validate_ranges()
     return config
 
 
