@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -294,6 +295,32 @@ def _forward_merged(
     with torch.autocast(x.device.type, enabled=False):
         weight = torch.addmm(base.weight, b.weight, a.weight, alpha=scale)
     return nn.functional.linear(x, weight, base.bias)
+
+
+def keeping_attention(checkpoint: Callable) -> Callable:
+    """What an activation-checkpointing function with the option `keep_attention` stands for: one that computes
+    everything again in backward but attention, whose outputs are kept.
+
+    Of a layer these are one more vector of the hidden width per token; attention is what grows with a text's length.
+
+    Raises:
+        ValueError: it is asked for reentrant checkpointing, which keeps nothing.
+    """
+    if not isinstance(checkpoint, partial) or "keep_attention" not in checkpoint.keywords:
+        return checkpoint
+    options = dict(checkpoint.keywords)
+    keeps = options.pop("keep_attention")
+    options.setdefault("use_reentrant", False)
+    if keeps and options["use_reentrant"]:
+        raise ValueError("keep_attention is True, which reentrant checkpointing cannot do: set use_reentrant to False.")
+    if keeps:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps_attention)
+    return partial(checkpoint.func, *checkpoint.args, **options)
+
+
+def _keeps_attention(context, operation, *arguments, **options) -> CheckpointPolicy:
+    is_attention = any(kind in str(operation) for kind in ("scaled_dot_product", "flash_attn", "flex_attention"))
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpoint_under_adapter(decoder: nn.Module, checkpoint: Callable) -> Callable:

@@ -19,6 +19,7 @@ from .adapters_clara import (
     add_adapter,
     checkpoint_under_adapter,
     copy_adapter,
+    keeping_attention,
     lora_layers,
 )
 from .configuration_clara import EMBEDDING_SCALE, HUB_ARGUMENTS, CLaRaConfig, check_others_can_load, is_hub_id
@@ -182,7 +183,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
-        function = checkpoint_under_adapter(self.decoder, gradient_checkpointing_func)
+        function = checkpoint_under_adapter(self.decoder, keeping_attention(gradient_checkpointing_func))
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
 
     @classmethod

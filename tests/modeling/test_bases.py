@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, TEXTS, build_clara
 from peft.tuners.lora import ParamWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -151,3 +152,48 @@ def test_texts_are_padded_where_attention_is_of_another_kind(architecture, chang
     for name, value in change.items():
         setattr(model.decoder.config, name, value)
     assert not can_pack(model.decoder, mask)
+
+
+class Attentions(TorchDispatchMode):
+    """Counts the attentions that are computed, their gradients apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "scaled_dot_product" in str(function) and "backward" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def checkpointed(model, **options) -> None:
+    function = partial(checkpoint, **options)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_attention_that_is_kept_is_not_computed_again_and_changes_no_gradient(architecture, packed, bases, monkeypatch):
+    model = build_clara(bases[architecture], lora_dropout=0.0).double().train()
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    if not packed:
+        monkeypatch.setattr("modeling_clara.modeling_clara.can_pack", lambda *given, **options: False)
+    batch = dict(
+        model.processor(questions=TEXTS[2:4], documents=[TEXTS[:3], TEXTS[2:]], answers=["In Velholm", "Lanterns"])
+    )
+    found, counts = [], []
+    for options in (None, {"keep_attention": True}, {"keep_attention": False}):
+        if options is not None:
+            checkpointed(model, **options)
+        with Attentions() as attentions:
+            found.append(step(model, batch))
+        counts.append(attentions.count)
+    assert counts[0] == counts[1] < counts[2]
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for key, value in found[0].items():
+            assert torch.allclose(other[key], value, rtol=1e-9, atol=1e-11), key
+
+
+def test_reentrant_checkpointing_keeps_nothing(clara):
+    with pytest.raises(ValueError, match="keep_attention is True, .* use_reentrant to False"):
+        checkpointed(clara, keep_attention=True, use_reentrant=True)
