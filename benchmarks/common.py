@@ -38,6 +38,14 @@ SHAPES = {
         "num_key_value_heads": 2,
         "vocab_size": 32000,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32000,
+    },
     "mistral-7b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -68,6 +76,11 @@ class BenchmarkArguments:
     )
     output: str | None = field(
         default=None, metadata={"help": "JSON file for the figures; runs/benchmarks/<benchmark>.json by default."}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "Of the decoder; that of the shape by default."})
+    variants: str | None = field(
+        default=None,
+        metadata={"help": "Those to time beside the reference, with semicolons between; else all."},
     )
     variant: str | None = field(default=None, metadata={"help": "Run this variant once and print its peak memory."})
 
@@ -100,7 +113,8 @@ def build_model(args: BenchmarkArguments, **fields) -> CLaRaForRetrievalGenerati
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **specials)
     geometry = CLaRaConfig(**fields)
     added = CLaRaProcessor.add_tokens(wrapped, geometry.num_memory_tokens, geometry.distinct_memory_tokens)
-    decoder = MistralConfig(**SHAPES[args.shape], sliding_window=None, max_position_embeddings=8192, rope_theta=1e6)
+    shape = {**SHAPES[args.shape], "vocab_size": args.vocab_size or SHAPES[args.shape]["vocab_size"]}
+    decoder = MistralConfig(**shape, sliding_window=None, max_position_embeddings=8192, rope_theta=1e6)
     end, pad = wrapped.eos_token_id, wrapped.pad_token_id
     config = CLaRaConfig(**fields, **added, decoder_config=decoder, eos_token_id=[end], pad_token_id=pad)
     before = torch.get_default_dtype()
@@ -295,10 +309,13 @@ def run_benchmark(
     **options,
 ) -> dict | None:
     """All of `measure`, or the one variant whose memory another process asks for."""
+    chosen = [name.strip() for name in args.variants.split(";")] if args.variants else list(variants)
+    for name in [args.variant] if args.variant is not None else chosen:
+        if name not in variants:
+            raise UsageError(f"variant is {name!r}; it must be one of {list(variants)}.")
     if args.variant is None:
-        return measure(script, args, arguments, variants, **options)
-    if args.variant not in variants:
-        raise UsageError(f"variant is {args.variant!r}; it must be one of {list(variants)}.")
+        kept = {name: run for name, run in variants.items() if name in (*chosen, options["reference"])}
+        return measure(script, args, arguments, kept, **options)
     print(json.dumps(peak_memory(variants[args.variant], args.device)))
     return None
 

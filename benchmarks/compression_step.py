@@ -3,6 +3,7 @@
     python benchmarks/compression_step.py
     python benchmarks/compression_step.py --stage instruct
     python benchmarks/compression_step.py --shape mistral-7b --batch_size 16
+    python benchmarks/compression_step.py --vocab_size 49152 --variants "step;all logits at once"
 
 All variants take the same batch: collation, forward, backward and optimizer included. SCP rows are half question lists
 and half paraphrases, each about one document and as long as that; instruction rows are questions with short answers
@@ -12,6 +13,7 @@ prompts, and the hidden states of all layers of documents. That it also takes th
 matrix is left out.
 """
 
+import math
 import random
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from compress import UNFUSED, UNPACKED, WHOLE_LAST_LAYER, changed, read_padded
 from datasets import Dataset, disable_progress_bars
 
 from clara_hf.program import UsageError, parse, run_program
-from modeling_clara import CLaRaForRetrievalGeneration
+from modeling_clara import CLaRaForRetrievalGeneration, loss_clara
 from trainers.batches import model_inputs
 from trainers.instruction import InstructionConfig, InstructionTrainer
 from trainers.scp import SCPConfig, SCPTrainer
@@ -34,6 +36,7 @@ from trainers.trainer import CLaRaTrainer
 
 STAGES = {"scp": (SCPTrainer, SCPConfig), "instruct": (InstructionTrainer, InstructionConfig)}
 QUESTION, ANSWER = 12, 4
+ALL_LOGITS = (loss_clara, "MOST_LOGITS", math.inf)
 
 
 @dataclass
@@ -108,11 +111,22 @@ def step(trainer: CLaRaTrainer, released: bool = False) -> None:
     trainer.optimizer.zero_grad()
 
 
+def checkpointed(trainer: CLaRaTrainer, **options) -> None:
+    trainer.model.activation_checkpointing_enable({"use_reentrant": False, **options})
+    try:
+        step(trainer)
+    finally:
+        trainer.model.activation_checkpointing_disable()
+
+
 def make_variants(args: StepArguments, folder: str) -> dict[str, Callable[[], None]]:
     trainer = make_trainer(args, build_model(args, compression_rate=args.compression_rate), folder)
     run = partial(step, trainer)
     return {
         "step": run,
+        "all logits at once": partial(changed, run, ALL_LOGITS),
+        "checkpointing": partial(checkpointed, trainer),
+        "checkpointing but attention": partial(checkpointed, trainer, keep_attention=True),
         "last layer whole": partial(changed, run, WHOLE_LAST_LAYER),
         "PEFT's own layers": partial(changed, run, UNFUSED),
         "padded to the longest": partial(changed, run, UNPACKED),
@@ -128,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         variants = make_variants(args, folder)
         options = {"items": args.batch_size, "unit": "rows", "reference": "as released"}
         figures = run_benchmark(__file__, args, arguments, variants, **options)
-    if figures:
+    if figures and "step" in figures["variants"]:
         print(against(figures, "step", "as released"))
 
 

@@ -79,9 +79,11 @@ def test_all_steps_that_train_the_compressor_have_the_same_loss(stage, tmp_path,
     trainer = variants["step"].args[0]
     without_dropout(trainer.model)
     losses = losses_of(variants, [trainer], monkeypatch)
-    torch.testing.assert_close(losses, losses[0].expand(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(losses, losses[0].expand(8), atol=1e-4, rtol=0)
     flops = {name: common.count_flops(run) for name, run in variants.items()}
     assert flops["step"] < flops["last layer whole"] < flops["padded to the longest"] < flops["as released"]
+    assert flops["step"] == flops["all logits at once"]
+    assert flops["step"] < flops["checkpointing but attention"] <= flops["checkpointing"]
 
 
 def test_answers_have_the_asked_for_length_in_every_variant(monkeypatch):
@@ -127,6 +129,8 @@ def test_unknown_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="clock is 'sun'"):
         common.BenchmarkArguments(clock="sun")
     with pytest.raises(ValueError, match="variant is 'none'"):
+        common.run_benchmark("", arguments(common.BenchmarkArguments, variants="some; none"), [], {"some": print})
+    with pytest.raises(ValueError, match="variant is 'none'"):
         common.run_benchmark("", arguments(common.BenchmarkArguments, variant="none"), [], {"some": print})
 
 
@@ -153,3 +157,34 @@ def test_a_benchmark_prints_a_table_and_writes_its_figures(tmp_path, capsys, mon
     assert ours["flop_per_second"] / figures["matmul_flop_per_second"] == pytest.approx(ours["share_of_matmul_rate"])
     assert "| compress |" in capsys.readouterr().out
     assert not list(output.parent.glob("*.unfinished"))
+
+
+def test_growth_is_measured_for_every_verb_and_drawn(tmp_path, monkeypatch, capsys):
+    for name, values in {"DOCUMENTS": (4, 8, 16), "STORES": (8, 16), "QUESTIONS": (1, 2, 3)}.items():
+        monkeypatch.setattr(joint_step, name, values)
+    figures, plot = tmp_path / "growth.json", tmp_path / "growth.svg"
+    options = [
+        "--growth",
+        str(plot),
+        "--output",
+        str(figures),
+        "--candidates",
+        "3",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    joint_step.main(["--shape", "tiny", *options])
+    found = json.loads(figures.read_text())
+    assert {verb: len(rows) for verb, rows in found.items()} == {"compress": 3, "add": 3, "joint step": 6, "answer": 6}
+    assert all(row["seconds"] > 0 for rows in found.values() for row in rows)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 6 and told[0].startswith("compress: ") and "ms per document" in told[0]
+    assert all(verb in plot.read_text() for verb in found) and plot.stat().st_size < 100_000
+
+
+def test_a_line_is_found_with_its_constant():
+    rows = [{"questions": count, "seconds": 0.25 + 0.5 * count} for count in (1, 4, 16)]
+    start, slope, error = joint_step.linear(rows, "questions")
+    assert (start, slope) == pytest.approx((0.25, 0.5)) and error < 1e-9
