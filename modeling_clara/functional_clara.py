@@ -1,6 +1,6 @@
 """Functions of tensors: banks of memories, scores, positions, texts without padding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
@@ -459,6 +459,29 @@ def unpacked(packed: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor
     """Values `[1, T, H]` of the attended positions in their places `[rows, length, H]`, with 0 where padding is."""
     rows = packed.new_zeros(*attention_mask.shape, packed.shape[-1])
     return rows.masked_scatter(attention_mask.bool().unsqueeze(-1), packed)
+
+
+def token_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Positions of texts of so many tokens, longest first, in batches that have at most `most` tokens each where all
+    texts are padded to the batch's longest.
+
+    Where the texts of whole batches are left out, the others' batches stay as they are.
+
+    Raises:
+        ValueError: a text is longer.
+    """
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda position: -lengths[position]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= most:
+            batches[-1].append(position)
+        elif lengths[position] <= most:
+            batches.append([position])
+        else:
+            raise ValueError(
+                f"max_tokens_per_batch is {most}, but a text has {lengths[position]} tokens, those of its memory "
+                "included: raise it."
+            )
+    return batches
 
 
 def last_places(attention_mask: torch.Tensor, count: int) -> torch.Tensor:

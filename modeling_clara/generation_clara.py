@@ -1,7 +1,7 @@
 """The verbs of a CLaRa model, on texts: compress, retrieve, generate; and answer, on tensors."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from .functional_clara import (
     cosine_scores,
     memory_bank,
     name_of_row,
+    token_batches,
 )
 from .processing_clara import distinct_texts
 
@@ -26,6 +27,7 @@ from .processing_clara import distinct_texts
 logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 64
+DEFAULT_BATCH_SIZE = 32
 WHOLE_NUMBERS = (
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
     *("no_repeat_ngram_size",),
@@ -135,17 +137,15 @@ class CLaRaGeneration:
             for module in in_training:
                 module.training = True
 
-    def _encode_rows(self, adapter: str, rows: list[list[int]], batch_size: int, show_progress: bool) -> torch.Tensor:
+    def _encode_rows(
+        self, adapter: str, rows: list[list[int]], batch_size: int | None, most: int | None, show_progress: bool
+    ) -> torch.Tensor:
         """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r:.80}.")
         kind = "documents" if adapter == COMPRESSOR else "questions"
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+        batches = length_batches(self.processor.encoded_lengths(rows), batch_size, most)
         memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
-        starts = logging.tqdm(range(0, len(rows), batch_size), desc="Compressing", disable=not show_progress)
         with self._inference():
-            for start in starts:
-                chosen = order[start : start + batch_size]
+            for chosen in logging.tqdm(batches, desc="Compressing", disable=not show_progress):
                 batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
                 # The type differs from the model's under autocast.
                 ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -155,39 +155,56 @@ class CLaRaGeneration:
         return memories
 
     def compress(
-        self, documents: list[str], batch_size: int = 32, show_progress: bool = False, rate: int | None = None
+        self,
+        documents: list[str],
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        rate: int | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> torch.Tensor:
         """Compress documents into memory vectors.
 
         Args:
             documents (N strings): a list, tuple, NumPy array, or column of pandas or datasets; those longer than
                 `doc_max_length` tokens are cut, which is reported.
-            batch_size (`int`): documents per forward pass; they are sorted by length first.
+            batch_size (`int`, *optional*): documents per forward pass, 32 by default; they are sorted by length first.
             show_progress (`bool`): whether to show a progress bar.
             rate (`int`, *optional*): which of several compression rates; the one in use by default, see `at_rate`.
+            max_tokens_per_batch (`int`, *optional*): tokens per forward pass, padding and memory tokens included, in
+                place of `batch_size`: a device is as busy with short documents as with long ones.
 
         Returns:
             `[N, l, H]` in the model's dtype, on its device, in the order of `documents`.
 
         Raises:
             TypeError, ValueError: no documents, an empty or non-string one, or one with a reserved token; a memory with
-                values that are not finite.
+                values that are not finite; both sizes of a batch, or a document with more tokens than a batch may have.
+
+        Example:
+
+        ```python
+        memories = model.compress(documents, max_tokens_per_batch=16_384)
+        ```
         """
         rows = self.processor.encode_documents(documents)
-        return self.at_rate(rate).compress_encoded(rows, batch_size, show_progress)
+        return self.at_rate(rate).compress_encoded(rows, batch_size, show_progress, max_tokens_per_batch)
 
     def compress_encoded(
-        self, rows: list[list[int]], batch_size: int = 32, show_progress: bool = False
+        self,
+        rows: list[list[int]],
+        batch_size: int | None = None,
+        show_progress: bool = False,
+        max_tokens_per_batch: int | None = None,
     ) -> torch.Tensor:
         """[`compress`] of documents that `processor.encode_documents` or `encode_and_cut` made token ids of."""
-        return self._encode_rows(COMPRESSOR, rows, batch_size, show_progress)
+        return self._encode_rows(COMPRESSOR, rows, batch_size, max_tokens_per_batch, show_progress)
 
     def encode_questions(self, questions: list[str], batch_size: int = 32, rate: int | None = None) -> torch.Tensor:
         """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`, at the
         compression `rate` of the memories that they are compared with."""
         adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
         rows = self.processor.encode_questions(questions)
-        return self.at_rate(rate)._encode_rows(adapter, rows, batch_size, show_progress=False)
+        return self.at_rate(rate)._encode_rows(adapter, rows, batch_size, most=None, show_progress=False)
 
     @property
     def _memory_shape(self) -> tuple[int, int]:
@@ -442,6 +459,28 @@ class CLaRaGeneration:
         options["generation_config"] = copy.deepcopy(given)
         options["generation_config"].update(**defaults)
         return options
+
+
+def length_batches(lengths: Sequence[int], batch_size: int | None, most: int | None) -> list[list[int]]:
+    """Positions of texts of so many tokens, longest first, in batches of `batch_size`, 32 by default, or of at most
+    `most` tokens, see [`token_batches`].
+
+    Raises:
+        ValueError: both are given, one is no whole number of at least 1, or a text has more tokens than `most`.
+    """
+    if batch_size is not None and most is not None:
+        raise ValueError(
+            f"batch_size={batch_size!r:.80} and max_tokens_per_batch={most!r:.80} both say how large a batch is: leave "
+            "one of them out."
+        )
+    for name, size in (("batch_size", batch_size), ("max_tokens_per_batch", most)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {size!r:.80}.")
+    if most is not None:
+        return token_batches(lengths, most)
+    size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _in_order(index: torch.Tensor) -> torch.Tensor:

@@ -277,6 +277,10 @@ class CLaRaProcessor(ProcessorMixin):
         mask = [[0] * (longest - len(row)) + [1] * (len(row) + len(behind)) for row in rows]
         return BatchFeature({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
 
+    def encoded_lengths(self, rows: list[list[int]]) -> list[int]:
+        """Tokens of encoded documents or questions with the memory tokens that `pad_encodings` puts behind them."""
+        return [len(row) + len(self.memory_ids) for row in rows]
+
     # Decoder side: prompts and labels
 
     def slots(self, num_documents: int) -> str:

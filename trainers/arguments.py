@@ -23,7 +23,7 @@ PASSED_OVER = {
 }
 AT_LEAST_ONE = (
     *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("generation_max_new_tokens", "dataset_num_proc", "max_length"),
+    *("generation_max_new_tokens", "dataset_num_proc", "max_length", "max_tokens_per_batch"),
 )
 
 
@@ -38,6 +38,9 @@ class CLaRaTrainingArguments(TrainingArguments):
 
         max_length (`int`, *optional*):
             Tokens of a prompt with its target; longer targets are cut. `None` keeps everything.
+        max_tokens_per_batch (`int`, *optional*):
+            Tokens of a process's batch, documents and padding included, in place of a number of rows; rows alike in
+            length come together. See [`~trainers.batches.TokenSampler`].
         dataset_num_proc (`int`, *optional*):
             Processes that tokenize the data.
 
@@ -51,7 +54,8 @@ class CLaRaTrainingArguments(TrainingArguments):
         > Parameters under their former or later name in transformers
 
         activation_checkpointing, activation_checkpointing_kwargs:
-            The same as `gradient_checkpointing` and `gradient_checkpointing_kwargs`, in every version.
+            The same as `gradient_checkpointing` and `gradient_checkpointing_kwargs`, in every version. With
+            `{keep_attention: true}` among the latter, all is computed again but attention, whose outputs are kept.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -73,6 +77,9 @@ class CLaRaTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens of a prompt with its target; longer targets are cut."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a process's batch, padding included, in place of a number of rows."}
     )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the data."})
     predict_with_generate: bool = field(default=True, metadata={"help": "Whether evaluation generates answers."})
@@ -141,6 +148,8 @@ class CLaRaTrainingArguments(TrainingArguments):
                 "train_sampling_strategy is 'batch_rebalance', whose order a resumed run would not repeat: choose "
                 "'group_by_length', 'random' or 'sequential'."
             )
+        if self.max_tokens_per_batch is not None:
+            self._refuse_other_sizes()
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "dispatch_batches is true, but a batch here cannot be cut into shares, as questions have documents in "
@@ -156,6 +165,17 @@ class CLaRaTrainingArguments(TrainingArguments):
                 "the configuration of accelerate asks for FSDP, which it does on GPUs only (here every process would "
                 "hold the whole model): use cpu_zero2.yaml or cpu_zero3.yaml of recipes/accelerate."
             )
+
+    def _refuse_other_sizes(self) -> None:
+        """Raise a `ValueError` for what says beside `max_tokens_per_batch` which rows a batch has."""
+        defaults = {known.name: known.default for known in dataclasses.fields(TrainingArguments)}
+        names = ("per_device_train_batch_size", "auto_find_batch_size", "train_sampling_strategy")
+        for name in (*names, "dataloader_drop_last"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"max_tokens_per_batch is {self.max_tokens_per_batch}, and {name} is {getattr(self, name)!r}: both "
+                    "say which rows a batch has, so leave one of them out."
+                )
 
     @property
     def order_seed(self) -> int:

@@ -8,17 +8,19 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from pyarrow.compute import list_flatten, list_parent_indices, list_value_length
 from torch.utils.data import Sampler
 from transformers import BatchFeature, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 from transformers.utils import logging
 
 from clara_hf.memory_store.store import CorruptMemoryError, MemoryStore
 from modeling_clara import CLaRaConfig, CLaRaProcessor
-from modeling_clara.functional_clara import coarser_memories
+from modeling_clara.functional_clara import coarser_memories, token_batches
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 
 
@@ -27,6 +29,10 @@ logger = logging.get_logger(__name__)
 # What batches hold for the trainer alone: the rows' numbers in their data set, and which candidates are relevant.
 EXAMPLE_INDEX = "example_index"
 IS_POSITIVE = "is_positive"
+# Columns of token ids, whose number a step's work depends on.
+TOKENS = ("input_ids", "query_ids", "answer_ids")
+# Rows whose tokens differ by less than so many are taken for equally long, so that each epoch mixes them anew.
+GRAIN = 8
 # What an example tells of its row beside what is trained on: said once for all rows, and left out.
 TOLD = {
     "cut": "{0} documents are longer than doc_max_length={1.config.doc_max_length} tokens and are cut; "
@@ -284,6 +290,95 @@ class LengthSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+def row_tokens(examples: Dataset, memory_tokens: int) -> list[int]:
+    """Tokens that a step reads of each example: its prompt with the target, question and documents. Memories that are
+    stored cost none.
+
+    Args:
+        memory_tokens: so many stand behind each question and document.
+    """
+    columns = [name for name in (*TOKENS, "document_ids") if name in examples.column_names]
+    table = examples.select_columns(columns).with_format("arrow")[:]
+    total = np.zeros(len(examples), dtype=np.int64)
+    for name in columns:
+        column = table[name].combine_chunks()
+        if name == "document_ids":
+            lengths, rows = list_value_length(list_flatten(column)), list_parent_indices(column)
+            lengths = lengths.to_numpy() + memory_tokens
+            total += np.bincount(rows.to_numpy(), lengths, len(total)).astype(np.int64)
+        else:
+            total += list_value_length(column).to_numpy() + (memory_tokens if name == "query_ids" else 0)
+    return total.tolist()
+
+
+class TokenSampler(BatchRebalanceSampler):
+    """A process's batches of rows alike in length, each of at most so many tokens where they are padded, in an order,
+    and with neighbours of their length, that are new each epoch.
+
+    All processes have as many batches, in all epochs: the largest ones are halved where some lack. It is a sampler of
+    transformers' kind only for the Trainer, which takes whole batches of a process from that.
+
+    Args:
+        lengths (`list[int]`): tokens of the rows, see [`row_tokens`].
+        most (`int`): tokens of a batch.
+        drawn: from an epoch's number to the rows of that epoch.
+        epochs (`int`): that there will be.
+        seed (`int`): of the order.
+        epoch: tells the number of the epoch that begins.
+        rank, processes (`int`): this process's number, and how many there are.
+
+    Raises:
+        ValueError: a row has more tokens.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        most: int,
+        drawn: Callable[[int], list[int]],
+        epochs: int,
+        seed: int,
+        epoch: Callable[[], int],
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > most:
+            raise ValueError(
+                f"max_tokens_per_batch is {most}, but row {longest} has {lengths[longest]} tokens, documents included: "
+                "raise it, or cut targets by max_length."
+            )
+        self.lengths = [min(-(-length // GRAIN) * GRAIN, most) for length in lengths]
+        self.most, self.drawn, self.seed, self.current_epoch = most, drawn, seed, epoch
+        self.rank, self.processes = rank, processes
+        count = max(len(self._batches(number, epoch_generator(seed, number))) for number in range(epochs))
+        self.total = -(-count // processes) * processes
+
+    def _batches(self, epoch: int, generator: torch.Generator) -> list[list[int]]:
+        rows = self.drawn(epoch)
+        rows = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+        return [[rows[place] for place in one] for one in token_batches([self.lengths[row] for row in rows], self.most)]
+
+    def __len__(self) -> int:
+        return self.total // self.processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.current_epoch()
+        generator = epoch_generator(self.seed, epoch)
+        batches = self._batches(epoch, generator)
+        found = len(batches)
+        while len(batches) < self.total:
+            largest = max(range(len(batches)), key=lambda place: len(batches[place]))
+            rows = batches[largest]
+            if len(rows) == 1:  # fewer rows than processes: some are trained on twice, as accelerate does
+                batches.append(batches[len(batches) % found])
+                continue
+            batches[largest] = rows[: len(rows) // 2]
+            batches.append(rows[len(rows) // 2 :])
+        order = torch.randperm(self.total, generator=generator).tolist()
+        return iter([batches[place] for place in order[self.rank :: self.processes]])
+
+
 class MixSampler(Sampler[int]):
     """Rows of several kinds, in shares that are exact in every epoch, in a new order each.
 
@@ -314,14 +409,18 @@ class MixSampler(Sampler[int]):
         return sum(self.counts.values())
 
     def __iter__(self) -> Iterator[int]:
-        generator = epoch_generator(self.seed, self.epoch())
+        return iter(self.rows_of(self.epoch()))
+
+    def rows_of(self, epoch: int) -> list[int]:
+        """The rows of an epoch, in its order."""
+        generator = epoch_generator(self.seed, epoch)
         drawn: list[int] = []
         for kind, count in self.counts.items():
             rows = self.rows[kind]
             passes = [torch.randperm(len(rows), generator=generator) for _ in range(-(-count // len(rows)))]
             drawn += [rows[place] for place in torch.cat(passes)[:count].tolist()] if passes else []
         order = torch.randperm(len(drawn), generator=generator).tolist()
-        return iter([drawn[place] for place in order])
+        return [drawn[place] for place in order]
 
 
 def check_weights(weights: dict[str, float]) -> None:

@@ -102,4 +102,5 @@ class ContrastiveTrainer(RetrievalTrainer):
         if self.model.training:
             for k in (1, max(RECALL_KS)):
                 count(self.counters, f"recall@{k}", *batch_recall(ranking_of(outputs.scores, k), inputs[IS_POSITIVE]))
+        loss = self.share_of_questions(loss, inputs)
         return (loss, outputs) if return_outputs else loss

@@ -214,4 +214,9 @@ class SCPTrainer(CLaRaTrainer):
         return torch.stack([*losses[:2], losses[2].masked_fill(~is_known, float("nan"))], dim=1)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        return self.mix_sampler or super()._get_train_sampler(train_dataset)
+        if self.mix_sampler is not None and self.args.max_tokens_per_batch is None:
+            return self.mix_sampler
+        return super()._get_train_sampler(train_dataset)
+
+    def drawn_rows(self, epoch: int) -> list[int]:
+        return super().drawn_rows(epoch) if self.mix_sampler is None else self.mix_sampler.rows_of(epoch)

@@ -1,5 +1,6 @@
 """What the stages share: what trains, rows as examples, the loss and its log, and evaluation."""
 
+import math
 import os
 from collections.abc import Callable
 
@@ -17,11 +18,13 @@ from .arguments import CLaRaTrainingArguments
 from .batches import (
     EXAMPLE_INDEX,
     LengthSampler,
+    TokenSampler,
     batch_at_rate,
     drawn_rate,
     encode_rows,
     model_inputs,
     prompts_of,
+    row_tokens,
     rows_at,
 )
 from .callbacks import (
@@ -113,9 +116,11 @@ class CLaRaTrainer(CheckpointTrainer):
 
     Attributes:
         retrieves, answers (`bool`): of a stage, whether it ranks candidates, and whether it answers questions.
+        has_memories (`bool`): whether its model is a CLaRa model.
     """
 
     retrieves = answers = False
+    has_memories = True
 
     def __init__(
         self,
@@ -133,6 +138,8 @@ class CLaRaTrainer(CheckpointTrainer):
         self.encode, self.generates = encode, self.answers and args.predict_with_generate
         self.counters: dict[str, list] = {}
         self.documents_in_batch: torch.Tensor | None = None
+        self.questions_in_batch: torch.Tensor | None = None
+        self.token_sampler: TokenSampler | None = None
         self.examples_evaluated: Dataset | None = None
         if "compute_metrics" not in kwargs:
             check_metric_arguments(args)
@@ -189,6 +196,9 @@ class CLaRaTrainer(CheckpointTrainer):
         return int(self.state.epoch or 0)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.max_tokens_per_batch is not None:
+            self.token_sampler = self._make_token_sampler()
+            return self.token_sampler
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         # The Trainer's own order follows dropout's generator, and its groups the batch of a process.
@@ -197,6 +207,28 @@ class CLaRaTrainer(CheckpointTrainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = list_value_length(ids).to_pylist()
         return LengthSampler(lengths, batch_size, self.args.order_seed, self.current_epoch)
+
+    def drawn_rows(self, epoch: int) -> list[int]:
+        """The training rows of an epoch."""
+        return list(range(len(self.train_dataset)))
+
+    def _make_token_sampler(self) -> TokenSampler:
+        memory_tokens = self.model.config.num_memory_tokens if self.has_memories else 0
+        args, lengths, epochs = self.args, row_tokens(self.train_dataset, memory_tokens), 1
+        if self.drawn_rows(0) != self.drawn_rows(1):  # of which one may need more batches than another
+            epochs = math.ceil(args.num_train_epochs)
+            if args.max_steps > 0:
+                batches = args.max_steps * args.gradient_accumulation_steps * args.world_size
+                epochs = -(-batches // max(sum(lengths) // args.max_tokens_per_batch, 1))
+        options = {"rank": args.process_index, "processes": args.world_size}
+        order = {"seed": args.order_seed, "epoch": self.current_epoch}
+        return TokenSampler(lengths, args.max_tokens_per_batch, self.drawn_rows, epochs, **order, **options)
+
+    def get_total_train_batch_size(self, args) -> float:
+        """Rows of a step over all processes, on average where batches have a number of tokens."""
+        if self.token_sampler is None:
+            return super().get_total_train_batch_size(args)
+        return len(self.drawn_rows(0)) * args.gradient_accumulation_steps / len(self.token_sampler)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         # Rows come in their order: the Trainer groups evaluation by the lengths of a column that not every stage has.
@@ -223,11 +255,22 @@ class CLaRaTrainer(CheckpointTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if samples and self.model.compressor_trains:
+        if samples and self.token_sampler is not None:
+            number = torch.tensor(sum(len(batch[EXAMPLE_INDEX]) for batch in samples), device=device)
+            self.questions_in_batch = self.accelerator.reduce(number, reduction="sum")
+        if samples and self.has_memories and self.model.compressor_trains:
             number = sum((batch["document_index"] >= 0).sum() for batch in samples).to(device)
             across = self.args.average_tokens_across_devices
             self.documents_in_batch = self.accelerator.reduce(number, reduction="sum") if across else number
         return samples, num_items_in_batch
+
+    def share_of_questions(self, loss: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """A training batch's mean over its questions as a share of the global batch's, where batches have a number of
+        tokens: the Trainer takes the mean over batches, of which some have more questions than others."""
+        if self.token_sampler is None or not self.model.training:
+            return loss
+        batches = self.current_gradient_accumulation_steps * self.args.world_size
+        return loss * (len(inputs[EXAMPLE_INDEX]) * batches / self.questions_in_batch)
 
     def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         config, before = self.model.config, self.model.config.rate

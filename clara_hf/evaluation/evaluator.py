@@ -29,7 +29,8 @@ class Evaluator:
             what they need.
         cache_dir: where predictions are kept. `None`: in this object, for its next calls.
         options: fields of [`~clara_hf.evaluation.plan.Options`]: `before_joint`, `sup`, `text_model`, `limit`, `seed`,
-            `batch_size`, `max_new_tokens`, `top_k`, `text_doc_max_length`, `llmlingua_rate`, `memory_store`.
+            `batch_size`, `max_tokens_per_batch`, `max_new_tokens`, `top_k`, `text_doc_max_length`, `llmlingua_rate`,
+            `memory_store`.
 
     Raises:
         DataError: a file breaks the schema.

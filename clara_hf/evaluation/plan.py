@@ -217,6 +217,10 @@ class Options:
         default=0, metadata={"help": "Of bootstrap, permutations, ties and the choice of wrong memories."}
     )
     batch_size: int = field(default=32, metadata={"help": "Questions, or documents to compress, per batch."})
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per batch of documents to compress, padding included, in place of --batch_size."},
+    )
     max_new_tokens: int = field(default=32, metadata={"help": "Limit of an answer's length in tokens."})
     top_k: int | None = field(
         default=None,
@@ -246,7 +250,8 @@ class Options:
             setattr(self, name, model_source(f"--{name}", getattr(self, name)))
         if self.text_model is not None and (self.text_model.load_in_4bit or self.text_model.load_in_8bit):
             raise UsageError("--text_model: load_in_4bit and load_in_8bit are for CLaRa models; leave them out.")
-        for name in ("limit", "batch_size", "max_new_tokens", "top_k", "text_doc_max_length", "llmlingua_rate"):
+        sizes = ("limit", "batch_size", "max_tokens_per_batch", "max_new_tokens", "top_k", "text_doc_max_length")
+        for name in (*sizes, "llmlingua_rate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, but is {value}.")

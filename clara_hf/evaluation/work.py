@@ -138,7 +138,8 @@ class Work(Inventory):
                 model = loading.load_clara(model)
         if self.options.memory_store is not None:
             store = self._store(checkpoint, model)
-        return MemoryReader(model, self.options.batch_size, self.options.max_new_tokens, store)
+        options = self.options
+        return MemoryReader(model, options.batch_size, options.max_new_tokens, store, options.max_tokens_per_batch)
 
     def _store(self, checkpoint: str, model):
         # Imported here: the store is an extra.

@@ -223,9 +223,11 @@ def _training(run: dict, state: dict) -> dict[str, Any] | None:
     if not run:
         return None
     steps, epochs = state.get("global_step"), state.get("epoch")
-    rows = run.get("per_device_train_batch_size", 0) * run.get("gradient_accumulation_steps", 1)
-    rows *= run.get("num_processes", 1)
-    sentence = f"{steps} steps of {rows} rows ({epochs:.2f} epochs)." if steps and epochs else "Steps are not recorded."
+    tokens = run.get("max_tokens_per_batch")
+    size = tokens or run.get("per_device_train_batch_size", 0)
+    size *= run.get("gradient_accumulation_steps", 1) * run.get("num_processes", 1)
+    size = f"at most {size} tokens" if tokens else f"{size} rows"
+    sentence = f"{steps} steps of {size} ({epochs:.2f} epochs)." if steps and epochs else "Steps are not recorded."
     last = next((row for row in reversed(state.get("log_history", [])) if "train_runtime" in row), None)
     hardware = "Hardware and time are not recorded."
     if last is not None:

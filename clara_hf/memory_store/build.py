@@ -16,6 +16,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from modeling_clara.functional_clara import token_batches
+
 from .keys import KEY_LENGTH
 from .processes import Processes
 from .table.layout import TORCH_TYPES
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# Documents per forward pass where nothing else is asked for.
+DEFAULT_BATCH_SIZE = 64
+# Documents that are tokenized at once only to be counted.
+COUNTED = 4096
 # From this size on, the user is told how much is written even where only warnings are shown.
 TOLD_BYTES = 2**30
 
@@ -40,6 +46,19 @@ def plan_batches(documents: Sequence[str], positions: Iterable[int], batch_size:
     """
     order = sorted(positions, key=lambda position: -len(documents[position]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def plan_token_batches(processor, documents: Sequence[str], positions: Sequence[int], most: int) -> list[list[int]]:
+    """As [`plan_batches`], in batches of at most `most` tokens, see [`~modeling_clara.functional_clara.token_batches`].
+
+    Raises:
+        ValueError: a document has more.
+    """
+    lengths: list[int] = []
+    for start in range(0, len(positions), COUNTED):
+        texts = [documents[position] for position in positions[start : start + COUNTED]]
+        lengths += processor.encoded_lengths(processor.encode_and_cut(texts)[0])
+    return [[positions[place] for place in batch] for batch in token_batches(lengths, most)]
 
 
 def bytes_needed(table: MemoryTable, documents: Sequence[str], positions: Collection[int]) -> int:
@@ -232,10 +251,32 @@ def write_portion(store, portion: Portion, description: str | None) -> tuple[lis
     return fill(portion.batches, compress, write, store.write_bytes, store.write_seconds, description), total
 
 
+def batch_size_of(model, batch_size: int | None, max_tokens_per_batch: int | None) -> tuple[str, int]:
+    """Name and value of the one that says how large a batch is.
+
+    Raises:
+        ValueError: both are given, the one is less than 1, or there is no tokenizer to count tokens with.
+    """
+    given = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch}
+    given = {name: value for name, value in given.items() if value is not None} or {"batch_size": DEFAULT_BATCH_SIZE}
+    if len(given) > 1:
+        raise ValueError(
+            f"batch_size={batch_size} and max_tokens_per_batch={max_tokens_per_batch} both say how large a batch is: "
+            "leave one of them out"
+        )
+    ((name, value),) = given.items()
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+    if name == "max_tokens_per_batch" and getattr(model, "processor", None) is None:
+        raise ValueError("max_tokens_per_batch needs a model with a processor, which counts tokens: give batch_size")
+    return name, value
+
+
 class Addition:
     """One call of [`MemoryStore.add`]: `documents` with their keys and the user's columns, on their way into a store.
 
-    A document that occurs several times counts where it occurs first.
+    A document that occurs several times counts where it occurs first. `size` is what says how large a batch is, see
+    [`batch_size_of`].
     """
 
     def __init__(
@@ -243,7 +284,7 @@ class Addition:
         store,
         documents: list[str],
         columns,
-        batch_size: int,
+        size: tuple[str, int],
         processes: Processes,
         actors: "RayActors | None" = None,
     ):
@@ -255,10 +296,10 @@ class Addition:
         self.first: dict[str, int] = {}
         for position, key in enumerate(self.keys):
             self.first.setdefault(key, position)
-        self.batch_size = batch_size
+        self.size = size
         self.processes = processes
         digest = hashlib.sha256("".join(self.keys).encode()).hexdigest()
-        processes.check_same((digest, batch_size, sorted(columns or {})), "documents, batch_size or columns")
+        processes.check_same((digest, size, sorted(columns or {})), f"documents, {size[0]} or columns")
         self.table.load(processes.from_first(self.table.newest))
         self.arrays = self.table.arrays(columns)
 
@@ -340,7 +381,12 @@ class Addition:
         texts = [self.documents[position] for position in positions]
         again = [row for row, key in enumerate(keys) if key in damaged]
         new = [row for row, key in enumerate(keys) if key not in damaged]
-        batches = [batch for rows in (new, again) for batch in plan_batches(texts, rows, self.batch_size)]
+        kind, most = self.size
+        if kind == "batch_size":
+            batches = [batch for rows in (new, again) for batch in plan_batches(texts, rows, most)]
+        else:
+            processor = self.store.model.processor
+            batches = [batch for rows in (new, again) for batch in plan_token_batches(processor, texts, rows, most)]
         return Portion(positions, keys, texts, pick(self.arrays, positions), damaged & set(keys), batches)
 
     def _take_in(self, parts: list[dict], missing: dict[str, int]) -> None:

@@ -45,7 +45,10 @@ class BuildArguments(ModelArguments):
     text: str = field(default="text", metadata={"help": "Field with the document."})
     columns: list[str] = field(default_factory=list, metadata={"help": "Fields that are kept beside each document."})
     form: str = field(default="auto", metadata={"help": "In which memories are stored.", "choices": ("auto", *FORMS)})
-    batch_size: int = field(default=64, metadata={"help": "Documents per forward pass."})
+    batch_size: int | None = field(default=None, metadata={"help": "Documents per forward pass; 64 by default."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens per forward pass, padding included, in place of --batch_size."}
+    )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many documents."})
     chunk_size: int = field(default=50_000, metadata={"help": "Documents taken in at a time."})
     engine: str = field(
@@ -57,7 +60,7 @@ class BuildArguments(ModelArguments):
     )
 
     def __post_init__(self):
-        for name in ("batch_size", "chunk_size", "actors"):
+        for name in ("batch_size", "max_tokens_per_batch", "chunk_size", "actors"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} {value}: it must be at least 1.")
@@ -152,7 +155,13 @@ def _build(store: MemoryStore, options: BuildArguments) -> None:
                     f"--columns {name}: none of the first {len(part)} documents has it; they have {sorted(part[0])}."
                 )
         try:
-            store.add([row[options.text] for row in part], columns, options.batch_size, actors=actors)
+            store.add(
+                [row[options.text] for row in part],
+                columns,
+                options.batch_size,
+                actors=actors,
+                max_tokens_per_batch=options.max_tokens_per_batch,
+            )
         except ValueError as error:
             raise UsageError(f"--documents {options.documents}, from document {count} on: {error}") from error
         count += len(part)

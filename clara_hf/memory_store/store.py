@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .build import Addition
+from .build import Addition, batch_size_of
 from .copies import copy_store, locate, push_store
 from .encoding import FITTED, FORMS
 from .keys import Maker, state_of
@@ -136,11 +136,12 @@ class MemoryStore(StoreReader):
         self,
         documents: Sequence[str],
         columns: Mapping[str, Sequence] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         show_progress: bool = True,
         verify: str = "changed",
         distributed: bool = False,
         actors: "RayActors | None" = None,
+        max_tokens_per_batch: int | None = None,
     ) -> list[str]:
         """Stores `documents`; compresses those that are not stored yet, each distinct text once, longest first.
 
@@ -158,7 +159,7 @@ class MemoryStore(StoreReader):
             columns: values to keep beside each document, by column name, one for each document. They replace those of
                 documents already stored; a text that occurs several times in `documents` keeps the first one's. A new
                 column is None for the other documents stored before. What could not come back as it is is refused.
-            batch_size: documents per forward.
+            batch_size: documents per forward pass, 64 by default.
             show_progress: whether to show a bar (of several processes, in the first).
             verify: which stored memories of `documents` are made again: "changed", those in files that are gone or
                 cannot be read, or "all", which reads them, also those that are not what was written. `get` verifies
@@ -168,6 +169,7 @@ class MemoryStore(StoreReader):
                 file system that they share. Without such a job it means nothing.
             actors: those of a Ray cluster ([`RayActors`]), which compress in the place of this process. The path must
                 be on a file system that they share.
+            max_tokens_per_batch: tokens per forward pass, padding and memory tokens included, in place of `batch_size`.
 
         Returns:
             The documents' keys, in their order.
@@ -179,8 +181,7 @@ class MemoryStore(StoreReader):
             OSError: the disk is full, too small for what is missing, or read-only; what was written before is kept.
         """
         self._check_model()
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        size = batch_size_of(self.model, batch_size, max_tokens_per_batch)
         if verify not in ("changed", "all"):
             raise ValueError(f"verify is {verify!r}; it must be 'changed' or 'all'")
         if distributed and actors is not None:
@@ -189,7 +190,7 @@ class MemoryStore(StoreReader):
         check_columns(columns, len(documents))
         with Processes.of(distributed) as processes, ExitStack() as held:
             processes.from_first(lambda: held.enter_context(self._table.writing()))
-            addition = Addition(self, documents, columns, batch_size, processes, actors)
+            addition = Addition(self, documents, columns, size, processes, actors)
             if processes.from_first(lambda: verify == "changed" and addition.is_done()):
                 return addition.keys
             processes.from_first(lambda: self._check_writable(f"to add {len(addition.missing())} documents"))

@@ -195,6 +195,10 @@ def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost
     first = yaml.safe_load(Path(path).with_name("scp.yaml").read_text(encoding="utf-8"))
     name = first["model_name_or_path"]
     model = meta_model(base_config(name), stage, **first["clara_config"])
+    if values.get("max_tokens_per_batch") is not None:
+        raise UsageError(
+            f"{path} has max_tokens_per_batch, but costs are of a number of rows: give per_device_train_batch_size."
+        )
     rows, top_k = values["per_device_train_batch_size"], values.get("top_k") or model.config.top_k
     memory_batch = values.get("memory_batch_size", MEMORY_BATCH)
     return cost(model, stage, rows, top_k, gpus, zero, memory_batch), values

@@ -212,12 +212,12 @@ def difference(before: dict, now: dict) -> str | None:
     told = first_difference({**before, PROCESSES: 0}, {**now, PROCESSES: 0})
     if told is not None or before[PROCESSES] == now[PROCESSES]:
         return told
-    rows = now["per_device_train_batch_size"] * now["gradient_accumulation_steps"]
+    size = "max_tokens_per_batch" if now.get("max_tokens_per_batch") else "per_device_train_batch_size"
+    total = now[size] * now["gradient_accumulation_steps"] * before[PROCESSES]
     return (
         f"another number of processes ({before[PROCESSES]} there, {now[PROCESSES]} now): start {before[PROCESSES]} "
         "again (--num_processes of accelerate launch), or begin anew with --overwrite true and keep the global batch, "
-        "per_device_train_batch_size x gradient_accumulation_steps x processes, at "
-        f"{rows * before[PROCESSES]}."
+        f"{size} x gradient_accumulation_steps x processes, at {total}."
     )
 
 

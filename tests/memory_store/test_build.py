@@ -109,6 +109,39 @@ def test_an_interrupted_call_with_a_real_model_gives_the_memories_of_a_whole_one
     assert torch.equal(part.get(part.add(documents, batch_size=4, show_progress=False)), whole)
 
 
+def test_batches_of_so_many_tokens_are_those_of_a_whole_call_after_an_interruption(clara, tmp_path):
+    documents = [f"{text[: 9 * (number % 7 + 1)]} {number}" for number, text in enumerate(TEXTS * 4)]
+    rows = clara.processor.encode_documents(documents)
+    most, sizes, compress = 3 * max(clara.processor.encoded_lengths(rows)), [], clara.compress_encoded
+    options = {"max_tokens_per_batch": most, "show_progress": False}
+
+    def counted(rows, **own):
+        sizes.append(len(rows))
+        assert len(rows) * max(clara.processor.encoded_lengths(rows)) <= most
+        return compress(rows, **own) if len(sizes) != 3 else raise_(KeyboardInterrupt())
+
+    whole = MemoryStore.open(tmp_path / "whole", clara)
+    expected = whole.get(whole.add(documents, **options))
+    clara.compress_encoded = counted
+    part = MemoryStore.open(tmp_path / "part", clara)
+    with pytest.raises(KeyboardInterrupt):
+        part.add(documents, **options)
+    assert len(part) == sum(sizes[:2])
+    assert torch.equal(part.get(part.add(documents, **options)), expected) and len(set(sizes)) > 1
+
+
+def test_what_cannot_be_batches_of_so_many_tokens_is_refused(clara, store, tmp_path):
+    own = MemoryStore.open(tmp_path / "own", clara)
+    with pytest.raises(ValueError, match="batch_size=2 and max_tokens_per_batch=64 both"):
+        own.add(TEXTS, batch_size=2, max_tokens_per_batch=64)
+    with pytest.raises(ValueError, match="max_tokens_per_batch is 0; it must be at least 1"):
+        own.add(TEXTS, max_tokens_per_batch=0)
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch is 12, but a text has \d+ tokens"):
+        own.add(TEXTS, max_tokens_per_batch=12)
+    with pytest.raises(ValueError, match="max_tokens_per_batch needs a model with a processor"):
+        store.add(["one"], max_tokens_per_batch=64)
+
+
 TOO_LONG = [f"{number} {'Mara ' * 60}" for number in range(6)]
 
 
@@ -210,7 +243,8 @@ def test_a_store_is_built_resumed_searched_compacted_and_verified(checkpoint, tm
     data, store = tmp_path / "documents.jsonl", str(tmp_path / "store")
     data.write_text("".join(json.dumps({"text": text, "title": f"t{i}"}) + "\n" for i, text in enumerate(DOCUMENTS)))
     arguments = [store, "--model", checkpoint, "--documents", str(data), "--columns", "title", "--form", "rotated8"]
-    assert main(["build", *arguments, "--limit", "10"]) == 0 and len(MemoryStore.open(store)) == 10
+    assert main(["build", *arguments, "--limit", "10", "--max_tokens_per_batch", "512"]) == 0
+    assert len(MemoryStore.open(store)) == 10
     assert main(["build", *arguments]) == 0 and len(MemoryStore.open(store)) == 40
     capsys.readouterr()
     assert main(["search", store, DOCUMENTS[3], "another", "--model", checkpoint, "--top_k", "2"]) == 0

@@ -418,6 +418,24 @@ def test_bad_documents_are_refused_by_compress(untouched_clara, documents, error
         untouched_clara.compress(documents)
 
 
+def test_documents_are_compressed_in_batches_of_so_many_tokens(clara, texts, monkeypatch):
+    expected = clara.compress(texts, batch_size=1)
+    sizes, encode = [], clara.encode
+    monkeypatch.setattr(clara, "encode", lambda *given, **own: (sizes.append(given[1].shape), encode(*given, **own))[1])
+    rows = clara.processor.encode_documents(texts)
+    most = 2 * max(clara.processor.encoded_lengths(rows))
+    found = clara.compress(texts, max_tokens_per_batch=most)
+    assert (found - expected).abs().max() < 1e-5
+    assert sum(count for count, _ in sizes) == len(texts) and 1 < len(sizes) < len(texts)
+    assert all(count * width <= most for count, width in sizes)
+    with pytest.raises(ValueError, match="max_tokens_per_batch is 9, but a text has"):
+        clara.compress(texts, max_tokens_per_batch=9)
+    with pytest.raises(ValueError, match="batch_size=2 and max_tokens_per_batch=64 both"):
+        clara.compress(texts, batch_size=2, max_tokens_per_batch=64)
+    with pytest.raises(ValueError, match="max_tokens_per_batch must be a whole number of at least 1, got 0"):
+        clara.compress(texts, max_tokens_per_batch=0)
+
+
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5])
 def test_a_bad_batch_size_is_refused(untouched_clara, batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {batch_size}"):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clara_hf.data.schema import distinct_docs
@@ -135,6 +135,7 @@ class DROTrainer(CLaRaTrainer):
     """
 
     retrieves = answers = True
+    has_memories = False
 
     def __init__(
         self,
@@ -164,9 +165,6 @@ class DROTrainer(CLaRaTrainer):
         self.remove_callback(self.gradients)  # which knows the parts of a CLaRa model
         self.prepare_datasets()
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """Loss, and the lists `[B * m, k]` that it is of, drawn ones or in a warm-up gold ones; in evaluation the
         ranking `[B, N]`, which begins with the likeliest list."""
@@ -185,6 +183,7 @@ class DROTrainer(CLaRaTrainer):
         loss = reweighted_loss(log_probs, answers)
         if is_training:
             self._count(rows, picks.view(*log_probs.shape, -1), answers.detach())
+        loss = self.share_of_questions(loss, inputs)
         return (loss, picks) if return_outputs else loss
 
     def _count(self, rows: list[dict], picks: torch.Tensor, answers: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.systems.base import Answer, Ranking
 from clara_hf.evaluation.systems.listwise import cut
+from modeling_clara.generation_clara import length_batches
 
 
 class MemoryReader:
@@ -20,16 +21,18 @@ class MemoryReader:
         max_new_tokens: limit of an answer's length.
         store: a `MemoryStore` of the same compressor, to read memories from and add missing ones to; `None` keeps them
             in main memory.
+        max_tokens: tokens per batch when compressing, in place of `batch_size`.
 
     Attributes:
         memories: document text -> memory `[num_memory_tokens, hidden_size]` on the CPU, where there is no store.
             Readers whose models have the same `compressor_fingerprint()` can share it.
     """
 
-    def __init__(self, model, batch_size: int, max_new_tokens: int, store=None):
+    def __init__(self, model, batch_size: int, max_new_tokens: int, store=None, max_tokens: int | None = None):
         self.model = model
         self.processor = model.processor
-        self.batch_size = batch_size
+        self.batch_size = None if max_tokens is not None else batch_size
+        self.max_tokens = max_tokens
         self.max_new_tokens = max_new_tokens
         self.store = store
         self.memories: dict[str, torch.Tensor] = {}
@@ -62,22 +65,22 @@ class MemoryReader:
         if not documents:
             return torch.empty(0)
         show = PartialState().is_main_process
-        return self.model.compress(documents, batch_size=self.batch_size, show_progress=show).cpu()
+        size = {"batch_size": self.batch_size, "max_tokens_per_batch": self.max_tokens}
+        return self.model.compress(documents, show_progress=show, **size).cpu()
 
     def _share(self, documents: list[str]) -> list[str]:
         """This process's documents: whole batches of those that one process would make."""
         state = PartialState()
         if state.num_processes == 1:
             return documents
-        lengths = [len(row) for row in self.processor.encode_documents(documents)]
-        order = sorted(range(len(documents)), key=lambda row: lengths[row], reverse=True)
-        starts = range(0, len(order), self.batch_size)[state.process_index :: state.num_processes]
-        return [documents[row] for start in starts for row in order[start : start + self.batch_size]]
+        lengths = self.processor.encoded_lengths(self.processor.encode_documents(documents))
+        batches = length_batches(lengths, self.batch_size, self.max_tokens)
+        return [documents[row] for batch in batches[state.process_index :: state.num_processes] for row in batch]
 
     def _fill_store(self, documents: list[str]) -> int:
         before = len(self.store)
         if PartialState().is_main_process:
-            self.store.add(documents, batch_size=self.batch_size)
+            self.store.add(documents, batch_size=self.batch_size, max_tokens_per_batch=self.max_tokens)
         PartialState().wait_for_everyone()
         return len(self.store) - before
 
@@ -128,7 +131,7 @@ class ShuffledReader(MemoryReader):
     """
 
     def __init__(self, reader: MemoryReader):
-        super().__init__(reader.model, reader.batch_size, reader.max_new_tokens, reader.store)
+        super().__init__(reader.model, reader.batch_size, reader.max_new_tokens, reader.store, reader.max_tokens)
         self.memories = reader.memories
 
     def _stacks(self, rows: list[list[str]]) -> list[torch.Tensor]:
