@@ -80,7 +80,7 @@ class BenchmarkArguments:
     vocab_size: int | None = field(default=None, metadata={"help": "Of the decoder; that of the shape by default."})
     variants: str | None = field(
         default=None,
-        metadata={"help": "Those to time beside the reference, with semicolons between; else all."},
+        metadata={"help": "Those to time, with semicolons between, the last of which others are set against."},
     )
     variant: str | None = field(default=None, metadata={"help": "Run this variant once and print its peak memory."})
 
@@ -314,8 +314,9 @@ def run_benchmark(
         if name not in variants:
             raise UsageError(f"variant is {name!r}; it must be one of {list(variants)}.")
     if args.variant is None:
-        kept = {name: run for name, run in variants.items() if name in (*chosen, options["reference"])}
-        return measure(script, args, arguments, kept, **options)
+        if args.variants:
+            variants, options = {name: variants[name] for name in chosen}, {**options, "reference": chosen[-1]}
+        return measure(script, args, arguments, variants, **options)
     print(json.dumps(peak_memory(variants[args.variant], args.device)))
     return None
 

@@ -16,7 +16,7 @@ from .processing_clara import IGNORE_INDEX
 
 
 # Logits that a training step holds at once; more are computed in chunks of so many.
-MOST_LOGITS = 2**23
+MOST_LOGITS = 2**24
 
 
 def follows_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> bool:

@@ -279,7 +279,7 @@ class CLaRaProcessor(ProcessorMixin):
 
     def encoded_lengths(self, rows: list[list[int]]) -> list[int]:
         """Tokens of encoded documents or questions with the memory tokens that `pad_encodings` puts behind them."""
-        return [len(row) + len(self.memory_ids) for row in rows]
+        return [len(row) + self.config.encoder_memory_tokens for row in rows]
 
     # Decoder side: prompts and labels
 

@@ -213,7 +213,7 @@ class CLaRaTrainer(CheckpointTrainer):
         return list(range(len(self.train_dataset)))
 
     def _make_token_sampler(self) -> TokenSampler:
-        memory_tokens = self.model.config.num_memory_tokens if self.has_memories else 0
+        memory_tokens = self.model.config.encoder_memory_tokens if self.has_memories else 0
         args, lengths, epochs = self.args, row_tokens(self.train_dataset, memory_tokens), 1
         if self.drawn_rows(0) != self.drawn_rows(1):  # of which one may need more batches than another
             epochs = math.ceil(args.num_train_epochs)
