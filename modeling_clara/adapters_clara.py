@@ -168,7 +168,8 @@ def _is_ours(forward: Callable | None) -> bool:
 
 def _fused(layer: LoraLayer, name: str) -> Callable:
     """A layer's forward under adapter `name`; looked up once, since a decoding step computes less than that takes."""
-    return partial(_forward_fused, layer.get_base_layer(), *(part[name] for part in _parts(layer)), layer.scaling[name])
+    a, b, dropout = (part[name] for part in _parts(layer))
+    return partial(_forward_fused, layer.get_base_layer(), a, b, dropout, layer.scaling[name])
 
 
 def _forward_fused(
