@@ -237,7 +237,18 @@ class _Attended(Exception):
 
 
 def _packed_attention(
-    module, query, key, value, attention_mask, text_lengths, leave=False, whole=None, places=None, **options
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    text_lengths,
+    leave=False,
+    whole=None,
+    places=None,
+    shared=0,
+    kept=None,
+    **options,
 ):
     """Causal attention `[1, T, heads, head_dim]` within each of the texts, of `[1, heads, T, head_dim]`.
 
@@ -246,18 +257,26 @@ def _packed_attention(
         leave: whether to raise [`_Attended`].
         whole, places: keys and values of all T tokens, where `query` are those of some; and these tokens' places, a
             tensor for each text.
+        shared: the length of the first text, where all others go on from it; else 0.
+        kept: a list that the layer's keys and values are put into.
     """
+    if kept is not None and whole is None:
+        kept.append((key, value))
     if leave:
         raise _Attended(key, value)
-    if whole is None:
-        texts = zip(*(states.split(text_lengths, dim=2) for states in (query, key, value)), strict=True)
-        return torch.cat([sdpa_attention_forward(module, *text, None, **options)[0] for text in texts], dim=1), None
-    parts = [query.split([len(own) for own in places], dim=2), *(states.split(text_lengths, dim=2) for states in whole)]
+    queries = query.split(text_lengths if whole is None else [len(own) for own in places], dim=2)
+    keys, values = ([*states.split(text_lengths, dim=2)] for states in whole or (key, value))
+    if shared:
+        keys, values = ([first, *(torch.cat([first, rest], 2) for rest in rests)] for first, *rests in (keys, values))
     rows = []
-    for own, *text in zip(places, *parts, strict=True):
-        if len(own):
-            seen = torch.arange(text[1].shape[2], device=own.device) <= own.unsqueeze(1)
-            rows.append(sdpa_attention_forward(module, *text, seen[None, None], **options)[0])
+    for number, text in enumerate(zip(queries, keys, values, strict=True)):
+        seen, count, end = None, text[0].shape[2], text[1].shape[2]
+        if places is not None or (shared and number):
+            own = torch.arange(count, device=query.device) if places is None else places[number]
+            seen = torch.arange(end, device=query.device) <= (own + (shared if number else 0)).unsqueeze(1)
+            seen = seen[None, None]
+        if count:
+            rows.append(sdpa_attention_forward(module, *text, seen, **options)[0])
     return torch.cat(rows, dim=1), None
 
 
@@ -327,15 +346,38 @@ def run_packed(
             last layer then computes of the others only what these attend to.
     """
     is_token = attention_mask.bool()
-    lengths = is_token.sum(dim=1).tolist()
+    return run_row(decoder, module, inputs_embeds[is_token], is_token.sum(dim=1).tolist(), places)
+
+
+def run_row(
+    decoder: PreTrainedModel,
+    module: nn.Module,
+    row: torch.Tensor,
+    lengths: list[int],
+    places: torch.Tensor | None = None,
+    shared: int = 0,
+    kept: list | None = None,
+) -> torch.Tensor:
+    """[`run_packed`] of a `row` `[T, H]` of texts of these lengths.
+
+    Args:
+        shared: the length of the first text, where all others go on from it; else 0.
+        kept (*optional*): a list that gets, for each layer, keys and values `[1, heads, T, head_dim]`.
+    """
+    starts = [0, *(shared for _ in lengths[1:])]
+    positions = [
+        torch.arange(start, start + own, device=row.device) for start, own in zip(starts, lengths, strict=True)
+    ]
     layer = None if places is None else _layer_to_read(decoder, len(places) / sum(lengths))
-    options = {}
+    options = {"shared": shared} if shared else {}
+    if kept is not None:
+        options["kept"] = kept
     if places is not None and module is decoder:
         options["logits_to_keep"] = places if layer is None else 0
     with use_attention(decoder, PACKED), nullcontext() if layer is None else _reads_only(layer, places, lengths):
         output = module(
-            inputs_embeds=inputs_embeds[is_token].unsqueeze(0),
-            position_ids=position_ids(attention_mask)[is_token].unsqueeze(0),
+            inputs_embeds=row.unsqueeze(0),
+            position_ids=torch.cat(positions).unsqueeze(0),
             text_lengths=lengths,
             use_cache=False,
             **options,

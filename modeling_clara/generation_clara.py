@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, merged_adapter
+from .decoding_clara import can_decode_packed, decode_packed
 from .functional_clara import (
     check_document_index,
     check_finite,
@@ -410,6 +411,9 @@ class CLaRaGeneration:
         merged = merged_adapter(self.decoder, GENERATOR, input_ids.numel())
         with self._inference(), merged:
             embeddings = self._prompt_embeddings(input_ids, selected)
+            if can_decode_packed(self.decoder, attention_mask, options):
+                bound = {"prompts": embeddings, "mask": attention_mask, "pad_token_id": options["pad_token_id"]}
+                options["custom_generate"] = partial(decode_packed, **bound)
             with _options_named(generate_kwargs):
                 output = self.decoder.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
         sequences, generation = (output.sequences, output) if isinstance(output, ModelOutput) else (output, None)
