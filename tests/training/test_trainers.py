@@ -103,6 +103,23 @@ def test_resumed_run_equals_uninterrupted_run(stage, base, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_document_that_rows_share_is_compressed_once_in_a_step_of_scp(base, tmp_path, monkeypatch):
+    model = build_clara(base, lora_dropout=0.0)
+    trainer = make_trainer("scp", base, tmp_path, model)
+    trainer.current_gradient_accumulation_steps = 1  # as the training loop sets it
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert len(batch["document_input_ids"]) == 4 and len(batch["document_index"]) == 16
+    sizes, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda *given, **own: (sizes.append(len(given[1])), encode(*given, **own))[1])
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    assert sizes == [4]
+    apart = dict(batch)
+    for name in ("document_input_ids", "document_attention_mask"):
+        apart[name] = batch[name][batch["document_index"].flatten()]
+    apart["document_index"] = torch.arange(16).unsqueeze(1)
+    assert trainer.compute_loss(model, apart).item() == pytest.approx(loss.item(), rel=1e-5) and sizes == [4, 16]
+
+
 def test_scp_trains_memory_embeddings_after_a_resume(base, tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer("scp", base, tmp_path, **options).train()
