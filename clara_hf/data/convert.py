@@ -9,7 +9,8 @@ reads. Every malformed row is named; then nothing is written, unless `--skip_mal
 is replaced only with `--overwrite`.
 
 `--to scp` makes data for the first stage from questions that people wrote: for each passage, or set of passages that
-one question needs, a row with the list of its questions and the answers that stand in it.
+one question needs, a row with the list of its questions and the answers that stand in it; with `--reconstruct true`
+also one whose target is the passage itself, by which a compressor learns to keep the words.
 """
 
 import sys
@@ -103,10 +104,11 @@ class SCPRows:
     Args:
         questions: a [`Conversion`], or rows of the schema.
         left_out: is told how many questions were left out, by reason.
+        reconstruct: whether every passage by itself is also the target of a row, once.
     """
 
-    def __init__(self, questions: Iterable[dict[str, Any]], left_out: Counter[str]):
-        self.questions, self.left_out = questions, left_out
+    def __init__(self, questions: Iterable[dict[str, Any]], left_out: Counter[str], reconstruct: bool = False):
+        self.questions, self.left_out, self.reconstruct = questions, left_out, reconstruct
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         pairs: dict[frozenset[str], tuple[tuple[str, ...], dict[str, str]]] = {}
@@ -123,6 +125,9 @@ class SCPRows:
             row = {"data_type": "qa", "question": list(given), "answers": list(given.values()), "docs": list(passages)}
             parse_scp(row)
             yield row
+        singles = dict.fromkeys(passage for passages, _ in pairs.values() for passage in passages)
+        for passage in singles if self.reconstruct else ():
+            yield {"data_type": "paraphrase", "question": [], "answers": [passage], "docs": [passage]}
 
 
 def _stands_in(answer, passages):
@@ -132,9 +137,15 @@ def _stands_in(answer, passages):
 
 
 def convert(
-    conversion: Conversion, output: str, skip_malformed: bool = False, to: str = "questions", overwrite: bool = True
+    conversion: Conversion,
+    output: str,
+    skip_malformed: bool = False,
+    to: str = "questions",
+    overwrite: bool = True,
+    reconstruct: bool = False,
 ) -> int:
-    """Writes the converted rows as JSONL, or with `to="scp"` rows of the first stage; returns how many.
+    """Writes the converted rows as JSONL, or with `to="scp"` rows of the first stage, see [`SCPRows`]; returns how
+    many.
 
     A file that holds these rows already is left as it is.
 
@@ -143,7 +154,7 @@ def convert(
         UsageError: the output holds something else, and `overwrite` is not set.
     """
     sound = _sound(conversion, skip_malformed)
-    rows = SCPRows(sound, conversion.left_out) if to == "scp" else sound
+    rows = SCPRows(sound, conversion.left_out, reconstruct) if to == "scp" else sound
     if overwrite or not Path(output).exists():
         return write_jsonl(output, rows)
     if (number := holds_jsonl(output, rows)) is None:
@@ -177,6 +188,7 @@ class ConversionSettings:
     input: str = field(metadata={"help": "A file, a folder or hf://datasets/USER/NAME#SPLIT."})
     output: str = field(metadata={"help": "A .jsonl or .jsonl.gz file."})
     to: str = field(default="questions", metadata={"help": "What the output is.", "choices": ("questions", "scp")})
+    reconstruct: bool = field(default=False, metadata={"help": "With --to scp: passages as their own targets, too."})
     aliases: str | None = field(default=None, metadata={"help": "2WikiMultihopQA's id_aliases.json."})
     qrels: str | None = field(default=None, metadata={"help": "BEIR's qrels/SPLIT.tsv."})
     skip_malformed: bool = field(default=False, metadata={"help": "Write the sound rows, naming the others."})
@@ -189,6 +201,8 @@ class ConversionSettings:
             raise UsageError(f"--qrels is for the format beir, which needs it; --format is {self.format}.")
         if self.to == "scp" and self.format in ("beir", "kilt"):
             raise UsageError(f"--to scp needs gold passages, which the format {self.format} names by their ids only.")
+        if self.reconstruct and self.to != "scp":
+            raise UsageError(f"--reconstruct adds rows of the first stage: give --to scp, not --to {self.to}.")
         check_output(self.output, overwrite=True)  # what is there is compared with what is converted
 
     def conversion(self) -> Conversion:
@@ -211,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     conversion = settings.conversion()
     was_there = not settings.overwrite and Path(settings.output).exists()
     try:
-        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to, settings.overwrite)
+        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to, settings.overwrite, settings.reconstruct)
     finally:
         for message in conversion.errors[:SHOWN_ERRORS]:
             print(message, file=sys.stderr)

@@ -362,6 +362,19 @@ def test_scp_rows_are_the_questions_of_each_passage(tmp_path):
     ]
 
 
+def test_passages_become_their_own_targets_once(tmp_path, capsys):
+    rows = [
+        {"question": "Which?", "answers": ["f"], "docs": ["e f", "a b"], "pos_index": [0, 1]},
+        {"question": "And?", "answers": ["E"], "docs": ["e f"], "pos_index": [0]},
+    ]
+    assert run(tmp_path, "questions", rows, "--to", "scp", "--reconstruct", "true")[0] == 0
+    written = load_scp(tmp_path / "out.jsonl")
+    own = [(row["docs"], row["answers"]) for row in written if row["data_type"] == "paraphrase"]
+    assert own == [(["e f"], ["e f"]), (["a b"], ["a b"])] and len(written) == 4
+    assert run(tmp_path, "questions", rows, "--reconstruct", "true")[0] == 2
+    assert "--to scp" in capsys.readouterr().err
+
+
 def test_questions_on_two_passages_make_rows_of_two_and_absent_answers_none(tmp_path, capsys):
     rows = [
         {"question": "Is it so?", "answers": ["yes"], "docs": ["a b", "c d", "e f"], "pos_index": [0, 2]},
