@@ -121,13 +121,15 @@ class SCPRows:
                 self.left_out["no gold passage holds an accepted answer"] += 1
             else:
                 pairs.setdefault(frozenset(passages), (passages, {}))[1].setdefault(row["question"], answer)
+        restated: set[str] = set()
         for passages, given in pairs.values():
             row = {"data_type": "qa", "question": list(given), "answers": list(given.values()), "docs": list(passages)}
             parse_scp(row)
             yield row
-        singles = dict.fromkeys(passage for passages, _ in pairs.values() for passage in passages)
-        for passage in singles if self.reconstruct else ():
-            yield {"data_type": "paraphrase", "question": [], "answers": [passage], "docs": [passage]}
+            for passage in passages if self.reconstruct else ():
+                if passage not in restated:
+                    restated.add(passage)
+                    yield {"data_type": "paraphrase", "question": [], "answers": [passage], "docs": [passage]}
 
 
 def _stands_in(answer, passages):
@@ -225,7 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
     conversion = settings.conversion()
     was_there = not settings.overwrite and Path(settings.output).exists()
     try:
-        rows = convert(conversion, settings.output, settings.skip_malformed, settings.to, settings.overwrite, settings.reconstruct)
+        rows = convert(
+            conversion, settings.output, settings.skip_malformed, settings.to, settings.overwrite, settings.reconstruct
+        )
     finally:
         for message in conversion.errors[:SHOWN_ERRORS]:
             print(message, file=sys.stderr)
