@@ -1,7 +1,7 @@
 """A trained checkpoint over real text: whether its memories are read, and whether every way to run it says the same.
 
     python benchmarks/real_model.py --model runs/smollm2/scp --data runs/smollm2/data/scp_validation.jsonl
-    python benchmarks/real_model.py --model runs/smollm2/scp --data ... --variants none --limit 200
+    python benchmarks/real_model.py --model runs/smollm2/scp --data ... --variants reference --limit 200
 
 For each kind of row, the cross entropy of its target with the right memory, with none, and with another row's; the gaps
 are paired, with half of their 95% intervals. Then the same rows in other precisions, attention kernels and batches:
@@ -48,7 +48,7 @@ class RealModelArguments:
     limit: int = field(default=32, metadata={"help": "Rows of each kind."})
     variants: list[str] = field(
         default_factory=lambda: ["float32 sdpa", "float32 eager, padded", "bfloat16 sdpa", "bfloat16 eager, padded"],
-        metadata={"help": f"Beside the reference, or none: {'; '.join(VARIANTS)}."},
+        metadata={"help": f"Beside the reference, or reference for it alone: {'; '.join(VARIANTS)}."},
     )
     answers: int = field(default=16, metadata={"help": "Questions that are answered in every variant."})
     max_new_tokens: int = field(default=12, metadata={"help": "Of an answer."})
@@ -56,7 +56,7 @@ class RealModelArguments:
     output_file: str = field(default="runs/benchmarks/real_model.json", metadata={"help": "For the figures."})
 
     def __post_init__(self):
-        self.variants = [] if self.variants == ["none"] else self.variants
+        self.variants = [] if self.variants == ["reference"] else self.variants
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise UsageError(f"--variants {unknown[0]!r} is none of {'; '.join(VARIANTS)}.")
 
