@@ -18,6 +18,9 @@ from .encoding import FORMS
 from .store import MemoryStore
 
 
+ASKED = 1000  # questions by which search is measured, at most
+
+
 @dataclass(kw_only=True)
 class StoreArguments:
     """What every command takes."""
@@ -69,14 +72,26 @@ class BuildArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class FitArguments(StoreArguments):
+class FitArguments(ModelArguments):
     """Fit search, and a fitted form, to what is stored."""
 
+    model: ModelSource | None = field(default=None, metadata={"help": "CLaRa checkpoint, to read --questions."})
     form: str = field(
         default="auto", metadata={"help": "Store memories in this form from then on.", "choices": ("auto", *FORMS)}
     )
+    questions: str | None = field(
+        default=None,
+        metadata={
+            "help": f"File with a field `question`, by the first {ASKED:,} of which search is measured; by default, by "
+            "memories with noise."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the samples."})
     texts: bool = field(default=False, metadata={"help": "Only make an index of the texts, for `search --hybrid`."})
+
+    def __post_init__(self):
+        if self.questions is not None and self.model is None:
+            raise UsageError(f"--questions {self.questions}: they are read by the store's model: give --model too.")
 
 
 @dataclass(kw_only=True)
@@ -181,7 +196,12 @@ def _fit(store: MemoryStore, options: FitArguments) -> None:
     if options.texts:
         store.index_texts()
         return
-    print(json.dumps(store.fit(options.form, options.seed), indent=2))
+    questions = None
+    if options.questions is not None:
+        questions = [row.get("question") for _, row in islice(read_rows(options.questions), ASKED)]
+        if not questions or not all(isinstance(question, str) for question in questions):
+            raise UsageError(f"--questions {options.questions}: every row needs a field `question` with a text.")
+    print(json.dumps(store.fit(options.form, options.seed, questions=questions), indent=2))
 
 
 def _search(store: MemoryStore, options: SearchArguments) -> None:

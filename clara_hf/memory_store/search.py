@@ -6,6 +6,7 @@ wrong about a row that was moved, deleted or added, and rows that it lacks are c
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,11 +124,11 @@ class Searcher:
         candidates = max(CANDIDATES, 4 * top_k)
         if exact or self.sketch is None or count <= candidates:
             return self._scan(queries, top_k, offsets)
-        turned = self._table.form.turn(queries)
-        best = [
-            self._best(turned[row : row + 1], found, top_k)
-            for row, found in enumerate(self._candidates(queries, candidates, offsets))
-        ]
+        with ThreadPoolExecutor(1) as beside:  # both take a while, and neither holds the interpreter
+            turning = beside.submit(self._table.form.turn, queries)
+            found = self._candidates(queries, candidates, offsets)
+            turned = turning.result()
+        best = [self._best(turned[row : row + 1], keys, top_k) for row, keys in enumerate(found)]
         return torch.stack([scores for scores, _ in best]), [keys for _, keys in best]
 
     def search_hybrid(

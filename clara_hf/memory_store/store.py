@@ -299,33 +299,44 @@ class MemoryStore(StoreReader):
             self._table.compact(keep)
             self._searcher.bring_index_up()
 
-    def fit(self, form: str = "auto", seed: int = 0, show_progress: bool = True) -> dict:
+    def fit(
+        self,
+        form: str = "auto",
+        seed: int = 0,
+        show_progress: bool = True,
+        questions: Sequence[str] | torch.Tensor | None = None,
+    ) -> dict:
         """Fits the search to what is stored, and a form to its memories; then stores them in it.
 
         Sketches are made for all rows, and an index of them; documents that are added later get theirs as they are
         stored. A fitted form takes one eigendecomposition per memory token. Fit once there is a good sample of the
-        documents; again when others have come in. The share of the exact top 5 that search finds is measured on
-        memories with noise, and kept in `stats()`.
+        documents; again when others have come in. The share of the exact top 5 that search finds is measured, and
+        kept in `stats()`.
 
         Args:
             form: the store's own by default; another one than "none" recodes a store of form "none".
             seed: of the samples.
             show_progress: whether to show bars.
+            questions: by which the share is measured, as `search` takes them: some that your documents are asked.
+                Memories with noise by default.
 
         Returns:
-            What was measured: `documents`, `form`, `questions` and `share_of_exact_top_5`.
+            What was measured: `documents`, `form`, `questions` (how many), `kind` of them and `share_of_exact_top_5`.
 
         Raises:
-            ValueError: there are too few documents, which are counted.
+            ValueError: there are too few documents, which are counted; or no questions, or none that `search` takes.
         """
         if form not in ("auto", *FORMS):
             raise ValueError(f"form is {form!r}; it must be 'auto' or one of {FORMS}")
+        if questions is not None and len(questions) == 0:
+            raise ValueError("questions is empty: leave it out, or give some")
+        asked = None if questions is None else self._queries(questions, 32)
         self._check_writable("to fit")
         with self._table.writing():
             self._table.bring_up()
             form = self._table.wanted_form if form == "auto" else form
             self._check_recodable(form)
-            return fit_store(self, form, seed, show_progress)
+            return fit_store(self, form, seed, show_progress, asked)
 
     def unlock(self) -> None:
         """Takes the lock of a store in object storage away from a process that was killed while it wrote.

@@ -58,8 +58,8 @@ class Report:
         return not (self.damaged or self.files or self.lost)
 
 
-def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
-    """See [`MemoryStore.fit`]."""
+def fit_store(store, form: str, seed: int, show_progress: bool, asked: torch.Tensor | None = None) -> dict:
+    """See [`MemoryStore.fit`]; `asked` are questions `[B, width]` of length 1."""
     table, searcher = store._table, store._searcher
     count = len(table)
     if count < FEWEST_DOCUMENTS:
@@ -76,7 +76,7 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
     rng = np.random.default_rng(seed)
     most = max(FEWEST_DOCUMENTS, SAMPLE_BYTES // (4 * store.maker.width))
     sketch = Sketch.fit(_sample(store, min(SKETCH_SAMPLE, most), rng))
-    questions = _held_out(store, rng)
+    kind, questions = ("memories with noise", _held_out(store, rng)) if asked is None else ("given", asked)
     recodes = form != store.form
     before = searcher.search(questions, 5, True, None)[1] if recodes else None
     digest = table.write_basis("sketch", {"basis": sketch.basis.contiguous()})
@@ -91,13 +91,14 @@ def fit_store(store, form: str, seed: int, show_progress: bool) -> dict:
         searcher.bring_index_up(least=1)
     found, truth = (searcher.search(questions, 5, exact, None)[1] for exact in (False, True))
     share = _share(found, truth)
-    measured = {"documents": count, "form": store.form, "questions": len(questions), "share_of_exact_top_5": share}
+    measured = {"documents": count, "form": store.form, "questions": len(questions), "kind": kind}
+    measured["share_of_exact_top_5"] = share
     if recodes:
         measured["share_of_exact_top_5_before_recoding"] = _share(found, before)
     table.write_side_file(FIT_FILE, json.dumps({"sketch": digest, **measured}).encode())
     if share < GOOD_SHARE:
         logger.warning(
-            f"search finds {share:.3f} of the exact top 5 in {table.path} (memories with noise as questions; "
+            f"search finds {share:.3f} of the exact top 5 in {table.path} ({len(questions)} questions, {kind}; "
             f"{GOOD_SHARE} and more is usual): search with exact=True where that matters"
         )
     return measured

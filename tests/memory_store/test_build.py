@@ -262,6 +262,10 @@ def test_a_store_is_built_resumed_searched_compacted_and_verified(checkpoint, tm
     assert json.loads(capsys.readouterr().out)["rows"] == 40
     with pytest.raises(ValueError, match="at least 1000 documents"):
         main(["fit", store])
+    with pytest.raises(UsageError, match="--questions .*--model"):
+        main(["fit", store, "--questions", str(data)])
+    with pytest.raises(UsageError, match="field `question`"):
+        main(["fit", store, "--questions", str(data), "--model", checkpoint])
 
 
 def test_what_is_wrong_is_named(checkpoint, tmp_path):

@@ -36,6 +36,7 @@ MANY = [f"document number {index}" for index in range(1100)]
 def address(bucket):  # noqa: F811
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patched.setenv("RAY_worker_niceness", "0")  # of 15, on a busy machine workers start for minutes
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         size = 80 * 2**20
         context = ray.init(num_cpus=3, object_store_memory=size, include_dashboard=False, log_to_driver=False)

@@ -130,6 +130,25 @@ def test_search_by_sketches_finds_what_exact_search_does_and_is_measured(copied,
         assert torch.allclose(found.scores[same], exact.scores[same], atol=1e-5)
 
 
+def test_search_is_measured_by_questions_of_the_user(copied):
+    assert copied.fit(show_progress=False)["kind"] == "memories with noise"
+    measured = copied.fit(show_progress=False, questions=TEXTS[:30])
+    assert (measured["questions"], measured["kind"]) == (30, "given") and measured["share_of_exact_top_5"] > 0.95
+    assert copied.stats()["fit"]["kind"] == "given"
+    for wrong, fact in (([], "questions is empty"), (torch.zeros(2, 3, 16), "questions have shape")):
+        with pytest.raises(ValueError, match=fact):
+            copied.fit(show_progress=False, questions=wrong)
+
+
+def test_columns_that_are_read_together_are_those_that_are_read_alone(copied, monkeypatch):
+    copied.add(TEXTS[:9], {"half": [None if index % 2 else index / 2 for index in range(9)]}, show_progress=False)
+    keys = copied.keys(TEXTS[8::-1])
+    together = copied.columns(keys)
+    assert together["number"] == list(range(8, -1, -1)) and together["half"][:2] == [4.0, None]
+    monkeypatch.setattr(type(copied._table), "_take_together", lambda *given: None)
+    assert copied.columns(keys) == together
+
+
 def test_added_documents_are_found_at_once_deleted_ones_never_and_filters_hold(copied, small_index):
     copied.fit(show_progress=False)
     reader = MemoryStore.open(copied.path)

@@ -327,9 +327,10 @@ class Rows:
     def columns(self, keys: Sequence[str], offsets: np.ndarray, names: list[str]) -> dict[str, list]:
         """Verified values of columns; raises `CorruptMemoryError` with the first column and key that is damaged."""
         values = {}
+        table = self._take_together(offsets, names)
         for name in names:
             try:
-                found, wrong = self._column(keys, offsets, name)
+                found, wrong = self._column(keys, offsets, name, table)
             except Unreadable as error:
                 raise CorruptMemoryError(
                     f"column {name!r} of these {len(keys)} keys cannot be read from {self.path}: verify(repair=True) "
@@ -343,12 +344,23 @@ class Rows:
             values[name] = found
         return values
 
-    def _column(self, keys: Sequence[str], offsets: np.ndarray, name: str) -> tuple[list, list[str]]:
-        """Values of a column, and the keys of those that are not what was written."""
+    def _take_together(self, offsets: np.ndarray, names: list[str]) -> pa.Table | None:
+        """Columns and their checksums in one read; None where it fails, and only a read of each tells of which."""
+        guards = [guard_of(name) for name in names if guard_of(name) in self.names]
+        try:
+            return self.take(offsets, [*dict.fromkeys([*names, *guards])]) if len(names) > 1 and len(offsets) else None
+        except Unreadable:
+            return None
+
+    def _column(
+        self, keys: Sequence[str], offsets: np.ndarray, name: str, table: pa.Table | None = None
+    ) -> tuple[list, list[str]]:
+        """Values of a column, and the keys of those that are not what was written; `table` has it if it is read."""
         if len(keys) == 0:
             return [], []
         guard = guard_of(name) if guard_of(name) in self.names else None
-        table = self.take(offsets, [name, *([guard] if guard else [])])
+        if table is None:
+            table = self.take(offsets, [name, *([guard] if guard else [])])
         with reading():
             values = table[name].to_pylist()
             if name == "text":
