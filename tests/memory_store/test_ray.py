@@ -36,6 +36,8 @@ MANY = [f"document number {index}" for index in range(1100)]
 def address(bucket):  # noqa: F811
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # The process that is killed may come from a server that was started without the token of this cluster.
+        patched.setenv("RAY_AUTH_MODE", "disabled")
         patched.setenv("RAY_worker_niceness", "0")  # of 15, on a busy machine workers start for minutes
         patched.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         size = 80 * 2**20
@@ -142,6 +144,7 @@ def test_a_folder_that_actors_do_not_see_is_refused(actors, tmp_path, monkeypatc
 
 
 def add_until_killed(address, path):
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(address=address, log_to_driver=False)
     own = RayActors(OrderedModel, count=1)
     # After its third portion.
