@@ -172,7 +172,7 @@ class Here:
 
     def write(self, store, portion, description):
         with store._table.parts.token() as token:
-            task = (store.path, store._table.version, token, store.write_bytes, store.write_seconds)
+            task = (store.path, store._rate, store._table.version, token, store.write_bytes, store.write_seconds)
             return self.actor.write(*task, portion)[:2]
 
 
