@@ -65,6 +65,7 @@ class Variant:
         candidates (`int` or `"all"`, *optional*): candidates of a question, see
             [`~clara_hf.evaluation.evidence.conditions.with_candidates`]; those of the file by default.
         memory_form (`str`, *optional*): the form in which memories are stored, rotated8, rotated4 or rotated2.
+        rate (`int`, *optional*): at which of several compression rates of its checkpoint it is asked; not by lenses.
     """
 
     stage: str | None = field(default=None, metadata={"choices": list(STAGES)})
@@ -75,6 +76,7 @@ class Variant:
     systems: list[str] = field(default_factory=lambda: ["clara"])
     candidates: int | str | None = None
     memory_form: str | None = field(default=None, metadata={"choices": list(ROTATED)})
+    rate: int | None = None
 
     def __post_init__(self):
         trains = self.stage is not None and self.config is not None
@@ -82,15 +84,21 @@ class Variant:
             raise UsageError("a variant has stage and config, or of, the name of another one, and no arguments.")
         if self.candidates is not None and self.candidates != ALL and not int(self.candidates) > 0:
             raise UsageError(f"candidates must be a number of at least 1, or {ALL}, but is {self.candidates!r}.")
+        if self.rate is not None and (self.memory_form or any(lens in self.systems for lens in LENSES)):
+            raise UsageError(f"rate is {self.rate}, which goes with neither memory_form nor lenses: leave one out.")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's values."""
+        try:
+            return yaml.safe_load(Path(self.config or "").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"config {self.config} cannot be read: {' '.join(str(error).split())}.") from error
 
     @property
     def values(self) -> dict[str, Any]:
         """The recipe's values and what overrides them."""
-        try:
-            read = yaml.safe_load(Path(self.config or "").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"config {self.config} cannot be read: {' '.join(str(error).split())}.") from error
-        return {**read, **self.arguments}
+        return {**self.recipe, **self.arguments}
 
 
 @dataclass(kw_only=True)
@@ -164,6 +172,8 @@ class Suite:
         """Carry out a run, or what is left of it."""
         variant, folder = self.settings.variants[name], self.folder(name, seed)
         values = {**variant.arguments, "model_name_or_path": self.start(name, seed), "output_dir": folder, "seed": seed}
+        # What only other variants set is left out: on a command line, null would be a text.
+        values = {key: value for key, value in values.items() if value is not None or key in variant.recipe}
         words = [word for key, value in values.items() for word in (f"--{key}", as_word(value))]
         logger.warning(f"{folder.name}")
         STAGES[variant.stage](["--config", variant.config, *words])
@@ -184,14 +194,16 @@ class Suite:
         options = {"limit": settings.limit, "batch_size": settings.batch_size}
         options |= {"max_new_tokens": settings.max_new_tokens, "cache_dir": self.out / "cache"}
         if any("before-joint" in system for system in systems):
-            options["before_joint"] = start
+            options["before_joint"] = ModelSource(start, rate=variant.rate)
         if variant.memory_form is not None:
             options["memory_store"] = store_in_form(
                 folder, variant.memory_form, self.out / "stores" / variant.memory_form
             )
         is_dro = self.trained(name).stage == "dro"
         labels = {f"dro {folder}" if is_dro and system == "dro" else system: system for system in systems}
-        results = Evaluator(examples, list(labels), **options)(None if is_dro else folder)
+        results = Evaluator(examples, list(labels), **options)(
+            None if is_dro else ModelSource(folder, rate=variant.rate)
+        )
         found = next(iter(results.records.values()))
         return records | {labels[label]: rows for label, rows in found.items()}
 
