@@ -1,4 +1,4 @@
-"""User text beside control tokens: what a document, question or answer says never acts as one.
+"""User text: whether it is some, and what it says beside control tokens, as none of which it ever acts.
 
 A tokenizer reads `</s>` or `<|im_end|>` wherever it stands. Text with such markup is hidden from the chat template and
 tokenized by a twin of the tokenizer whose control tokens have secret names. Everything else goes the ordinary way.
@@ -7,11 +7,49 @@ tokenized by a twin of the tokenizer whose control tokens have secret names. Eve
 import json
 import re
 import secrets
+from collections.abc import Iterable, Mapping, Set, Sized
 
 from tokenizers import Tokenizer
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 MARK = re.compile("\ufdd0(\\d+)\ufdd1")  # code points that are no characters stand around the number of what is hidden
+
+
+def listed(texts: Iterable[str], argument: str) -> list[str]:
+    """The strings of a list, tuple, NumPy array, or column of pandas or datasets, as a list.
+
+    Raises:
+        TypeError: one string, something without an order or a length, a table, or no collection at all.
+    """
+    is_collection = isinstance(texts, Iterable) and isinstance(texts, Sized)
+    is_table = getattr(texts, "ndim", 1) != 1  # a pandas table would give the names of its columns
+    if isinstance(texts, (str, bytes, Mapping, Set)) or is_table or not is_collection:
+        raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
+    return texts if isinstance(texts, list) else list(texts)
+
+
+def check_texts(texts: Iterable[str], argument: str) -> list[str]:
+    """`texts` as a list, if they are strings that hold more than white space, at least one of them.
+
+    Raises:
+        TypeError: `texts` is no list, tuple, array or column, or holds something that is no string.
+        ValueError: `texts` is empty or holds an empty string, or one with half of a surrogate pair.
+    """
+    texts = listed(texts, argument)
+    if not texts:
+        raise ValueError(f"{argument} is empty: give at least one string.")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}[{position}] must be a string, got {type(text).__name__}.")
+        if not text.strip():
+            raise ValueError(f"{argument}[{position}] is an empty string: remove it or give it a text.")
+        if half := _SURROGATE.search(text):
+            raise ValueError(
+                f"{argument}[{position}] has {half[0]!r}, half of a surrogate pair, at character "
+                f"{half.start()}: remove it, or decode the text anew from its source."
+            )
+    return texts
 
 
 class ControlTokens:

@@ -3,7 +3,7 @@
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Set, Sized
+from collections.abc import Iterable, Sized
 
 import torch
 from huggingface_hub import HfApi
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from .configuration_clara import HUB_ARGUMENTS, CLaRaConfig, forget_places
-from .control_tokens_clara import ControlTokens
+from .control_tokens_clara import ControlTokens, check_texts, listed
 
 
 logger = logging.get_logger(__name__)
@@ -20,7 +20,6 @@ IGNORE_INDEX = -100
 AE_TOKEN, ENC_TOKEN, SEP_TOKEN = "<AE>", "<ENC>", "<SEP>"
 # What ENC, beginning and end token add to the budget of a document.
 ENCODER_MARKERS = 3
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIELD = re.compile(r"\{(docs|question|answer|paraphrase)\}")
 
 
@@ -32,42 +31,6 @@ def memory_token_texts(num_memory_tokens: int, distinct: bool) -> list[str]:
 def fill_template(template: str, **values: str) -> str:
     """Replace `{docs}`, `{question}`, `{answer}`, `{paraphrase}` in one pass; what is filled in is never a template."""
     return _FIELD.sub(lambda match: values.get(match.group(1), match.group(0)), template)
-
-
-def listed(texts: Iterable[str], argument: str) -> list[str]:
-    """The strings of a list, tuple, NumPy array, or column of pandas or datasets, as a list.
-
-    Raises:
-        TypeError: one string, something without an order or a length, a table, or no collection at all.
-    """
-    is_collection = isinstance(texts, Iterable) and isinstance(texts, Sized)
-    is_table = getattr(texts, "ndim", 1) != 1  # a pandas table would give the names of its columns
-    if isinstance(texts, (str, bytes, Mapping, Set)) or is_table or not is_collection:
-        raise TypeError(f"{argument} must be a list of strings, got {type(texts).__name__}.")
-    return texts if isinstance(texts, list) else list(texts)
-
-
-def check_texts(texts: Iterable[str], argument: str) -> list[str]:
-    """`texts` as a list, if they are strings that hold more than white space, at least one of them.
-
-    Raises:
-        TypeError: `texts` is no list, tuple, array or column, or holds something that is no string.
-        ValueError: `texts` is empty or holds an empty string, or one with half of a surrogate pair.
-    """
-    texts = listed(texts, argument)
-    if not texts:
-        raise ValueError(f"{argument} is empty: give at least one string.")
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{argument}[{position}] must be a string, got {type(text).__name__}.")
-        if not text.strip():
-            raise ValueError(f"{argument}[{position}] is an empty string: remove it or give it a text.")
-        if half := _SURROGATE.search(text):
-            raise ValueError(
-                f"{argument}[{position}] has {half[0]!r}, half of a surrogate pair, at character "
-                f"{half.start()}: remove it, or decode the text anew from its source."
-            )
-    return texts
 
 
 def left_pad(rows: list[list[int]], value: int) -> torch.Tensor:

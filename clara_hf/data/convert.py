@@ -28,8 +28,6 @@ from clara_hf.data.converters import (
     LeftOut,
     beir,
     check_format,
-    read_aliases,
-    read_qrels,
     two_wiki,
     unfolded,
 )
@@ -176,6 +174,40 @@ def _sound(conversion, skip_malformed):
         )
     if empty:
         raise DataError(f"{conversion.source}: there is no row to write.")
+
+
+def read_aliases(path: str) -> dict[str, list[str]]:
+    """2WikiMultihopQA's `id_aliases.json`, one object per line: `Q_id`, `aliases`, `demonyms`.
+
+    Raises:
+        DataError: a row breaks this form.
+    """
+    aliases = {}
+    for number, row in read_rows(path):
+        names = [*(row.get("aliases") or []), *(row.get("demonyms") or [])]
+        if not isinstance(row.get("Q_id"), str) or any(not isinstance(name, str) for name in names):
+            raise DataError(f"{path}, {unit_of(path)} {number}: 'Q_id', 'aliases' and 'demonyms' are expected.")
+        aliases[row["Q_id"]] = [name for name in names if name.strip()]
+    return aliases
+
+
+def read_qrels(path: str) -> dict[str, list[str]]:
+    """BEIR's relevant passages by query: a table of `query-id`, `corpus-id`, `score`, of which scores above 0 count.
+
+    Raises:
+        DataError: a row breaks this form.
+    """
+    relevant: dict[str, list[str]] = {}
+    for number, row in read_rows(path):
+        try:
+            query, passage, score = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path}, {unit_of(path)} {number}: 'query-id', 'corpus-id' and 'score' are expected."
+            ) from error
+        if score > 0:
+            relevant.setdefault(query, []).append(passage)
+    return relevant
 
 
 @dataclass

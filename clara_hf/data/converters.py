@@ -27,9 +27,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from clara_hf.data.files import DataError, shown
+from clara_hf.data.files import shown
 from clara_hf.data.schema import check_text, check_texts, parse_example
-from clara_hf.data.sources import read_rows, unit_of
 
 
 KINDS = {dict: "objects", str: "strings", object: "values"}
@@ -68,21 +67,6 @@ def two_wiki(row: dict[str, Any], aliases: Mapping[str, list[str]] = MappingProx
     example = hotpotqa(row)
     others = aliases.get(str(row.get("answer_id")), [])
     return {**example, "answers": list(dict.fromkeys([*example["answers"], *others]))}
-
-
-def read_aliases(path: str) -> dict[str, list[str]]:
-    """2WikiMultihopQA's `id_aliases.json`, one object per line: `Q_id`, `aliases`, `demonyms`.
-
-    Raises:
-        DataError: a row breaks this form.
-    """
-    aliases = {}
-    for number, row in read_rows(path):
-        names = [*(row.get("aliases") or []), *(row.get("demonyms") or [])]
-        if not isinstance(row.get("Q_id"), str) or any(not isinstance(name, str) for name in names):
-            raise DataError(f"{path}, {unit_of(path)} {number}: 'Q_id', 'aliases' and 'demonyms' are expected.")
-        aliases[row["Q_id"]] = [name for name in names if name.strip()]
-    return aliases
 
 
 def musique(row: dict[str, Any]) -> dict[str, Any]:
@@ -204,25 +188,6 @@ def beir(row: dict[str, Any], qrels: Mapping[str, list[str]] = MappingProxyType(
         "answers": [answers] if isinstance(answers, str) else answers,
         "positives": list(qrels[name]),
     }
-
-
-def read_qrels(path: str) -> dict[str, list[str]]:
-    """BEIR's relevant passages by query: a table of `query-id`, `corpus-id`, `score`, of which scores above 0 count.
-
-    Raises:
-        DataError: a row breaks this form.
-    """
-    relevant: dict[str, list[str]] = {}
-    for number, row in read_rows(path):
-        try:
-            query, passage, score = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}, {unit_of(path)} {number}: 'query-id', 'corpus-id' and 'score' are expected."
-            ) from error
-        if score > 0:
-            relevant.setdefault(query, []).append(passage)
-    return relevant
 
 
 def kilt(row: dict[str, Any]) -> dict[str, Any]:

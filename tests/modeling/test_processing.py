@@ -9,7 +9,8 @@ from conftest import CHAT_TEMPLATE, TEXTS, build_tokenizer
 from transformers import AutoProcessor
 
 from modeling_clara import CLaRaConfig, CLaRaProcessor
-from modeling_clara.processing_clara import check_texts, fill_template, index_matrix
+from modeling_clara.control_tokens_clara import check_texts
+from modeling_clara.processing_clara import fill_template, index_matrix
 
 
 MEMORY_SLOT = "<MEM0><MEM1><MEM2><MEM3><SEP>"

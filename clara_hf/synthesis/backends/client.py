@@ -6,7 +6,6 @@ import os
 import random
 import re
 import time
-from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from clara_hf.program import UsageError
+from clara_hf.synthesis.backends.places import Places
 from clara_hf.synthesis.backends.secrets import secrets_of
 from clara_hf.synthesis.text import clean_line, clean_text
 
@@ -89,65 +89,6 @@ class _Retry(Exception):
         super().__init__(problem)
         self.after, self.limited, self.unreachable, self.empty = after, status == 429, unreachable, empty
         self.may_be_format = status in UNKNOWN_FORMAT and STRUCTURES[level] != "none"
-
-
-class Places:
-    """Places for requests under way: half as many when the endpoint's limit is met, and slowly more again.
-
-    A request that met the limit waits until there is a place again, before all new ones; together they would meet it
-    again and again until none has a try left.
-
-    Args:
-        most: places at the start, and never more.
-    """
-
-    def __init__(self, most: int):
-        self.most = self.count = most
-        self._free = asyncio.Semaphore(most)
-        self._surplus = self._replies = 0
-        self._waiting: deque[asyncio.Future] = deque()
-        self._halved = 0.0
-
-    async def __aenter__(self) -> None:
-        await self._free.acquire()
-
-    async def __aexit__(self, *_) -> None:
-        self._hand_on()
-
-    def _hand_on(self) -> None:
-        if self._surplus:
-            self._surplus -= 1
-            return
-        while self._waiting:
-            waiting = self._waiting.popleft()
-            if not waiting.done():
-                waiting.set_result(None)
-                return
-        self._free.release()
-
-    async def limit_met(self, sent: float) -> None:
-        """Halve the places, once for all requests sent before; give this one's up where there are too many."""
-        if sent > self._halved:
-            self._halved = time.monotonic()
-            fewer = max(1, self.count // 2)
-            self._surplus += self.count - fewer
-            self.count, self._replies = fewer, 0
-            # Free places go first: a request waits only for others that are under way.
-            while self._surplus and not self._free.locked():
-                self._surplus -= 1
-                await self._free.acquire()
-        if self._surplus:
-            self._surplus -= 1
-            waiting = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiting)
-            await waiting
-
-    def reply_came(self) -> None:
-        """One place more after as many replies as there are places."""
-        self._replies += 1
-        if self._replies >= self.count < self.most:
-            self.count, self._replies = self.count + 1, 0
-            self._hand_on()
 
 
 class ChatClient:
