@@ -35,8 +35,14 @@ COMMANDS = {
 }
 TRAINING = ("scp", "instruct", "joint", "contrastive", "dro", "text-lora")
 # Options of `accelerate launch` that a training command hands on.
-LAUNCH = ("--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip")
-LAUNCH += ("--main_process_port",)
+LAUNCH = (
+    "--config_file",
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--main_process_port",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,7 +96,7 @@ def load(name: str):
     try:
         return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] in ("clara_hf", "modeling_clara", "trainers"):
+        if (error.name or "").partition(".")[0] in ("clara_hf", "modeling_clara", "trainers"):
             raise
         raise UsageError(f"{error.name} is not installed: run pip install 'clara-hf[{extra}]'.") from error
 

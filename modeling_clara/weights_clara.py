@@ -418,7 +418,7 @@ def open_repository(repo_id: str, private=None, token=None, revision: str | None
     return repo_id
 
 
-def push_folder(folder: str, repo_id: str, inside: str = "", token=None, **options) -> CommitInfo:
+def push_folder(folder: str | os.PathLike, repo_id: str, inside: str = "", token=None, **options) -> CommitInfo:
     """Upload `folder` in one commit, without places of this machine, and remove weights that an earlier one has left.
 
     Args:

@@ -60,7 +60,8 @@ class Conversion:
         self.left_out: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        unit, earlier = unit_of(self.source), {}
+        unit = unit_of(self.source)
+        earlier: dict[str, str] = {}
         for number, row in read_rows(self.source, lambda error: self.errors.append(str(error))):
             place = ""
             try:

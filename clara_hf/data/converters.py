@@ -180,7 +180,8 @@ def beir(row: dict[str, Any], qrels: Mapping[str, list[str]] = MappingProxyType(
     name = str(_needed(row, "_id"))
     if name not in qrels:
         raise LeftOut("the qrels name no relevant passage")
-    rest = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
+    rest = row.get("metadata")
+    rest = rest if isinstance(rest, dict) else {}
     answers = rest.get("answer") or rest.get("answers") or []
     return {
         "id": name,

@@ -6,7 +6,7 @@ What cannot be read as a document is reported with its place and left out; it do
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clara_hf.data.files import PACKED, DataError, unpacked_name
 from clara_hf.data.sources import ENDINGS, kind_of, read_rows
@@ -107,7 +107,9 @@ def read_dataset(name: str, config: str | None, split: str, columns: Columns) ->
 
 def _documents(source: str, name: str, columns: Columns) -> Iterator[Document]:
     """Documents of a source's rows, or of what is wrong with one; messages name the source, documents `name`."""
-    kind, faults, missing, known = kind_of(source), [], 0, False
+    kind, missing, known = kind_of(source), 0, False
+    faults: list[str] = []
+    rows: Iterator[tuple[int, dict[str, Any]]]
     if kind == "table":
         # Other columns may be large.
         rows = enumerate(read_table(source, (columns.text, columns.title, columns.id)), start=1)

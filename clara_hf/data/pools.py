@@ -197,7 +197,8 @@ def read_questions(source: str | Path, corpus: dict[str, str], pooled: bool = Fa
         DataError: a row breaks the schema, an id is used twice, or there is no question at all.
     """
     ids = {same_text_key(text): name for name, text in corpus.items()}
-    unit, questions, numbers = unit_of(source), [], {}
+    unit, questions = unit_of(source), []
+    numbers: dict[str, int] = {}
     for number, row in read_rows(source):
         try:
             question = _question(row, str(number))
@@ -242,7 +243,9 @@ def _question(row, default_id):
 
 def distinct_passages(corpus: Mapping[str, str]) -> tuple[list[str], list[str], dict[str, int]]:
     """Texts of the corpus without copies, the ids of their first occurrence, and for every id the row of its text."""
-    texts, ids, rows_of, seen = [], [], {}, {}
+    texts: list[str] = []
+    ids, rows_of = [], {}
+    seen: dict[str, int] = {}
     for name, text in corpus.items():
         row = seen.setdefault(same_text_key(text), len(texts))
         rows_of[name] = row

@@ -71,7 +71,8 @@ def iter_examples(source: str | Path, needs_answers: bool = True) -> Iterator[QA
     Raises:
         DataError: a row breaks the schema, an id is used twice, or there is no question at all.
     """
-    unit, numbers = unit_of(source), {}
+    unit = unit_of(source)
+    numbers: dict[str, int] = {}
     for number, row in read_rows(source):
         try:
             example = parse_example(row, str(number), needs_answers)

@@ -14,6 +14,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -132,7 +133,8 @@ class Analysis:
         model = self._model(asked)
         for dataset, path in files.items():
             examples = load_examples(path)[: asked["limit"]]
-            numbers = self.numbers["datasets"][dataset] = {}
+            numbers: dict[str, Any] = {}
+            self.numbers["datasets"][dataset] = numbers
             self.parts.append({"heading": f"What happens inside: {dataset}", "level": 2})
             self._scores(dataset, numbers)
             if model is not None:

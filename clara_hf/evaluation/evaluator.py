@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -86,7 +87,7 @@ class Evaluator:
         datasets, records = work.run()
         options = {**self.options.recorded(), "systems": [spec.label for spec in work.plan]}
         model = work.model.setting if isinstance(work.model, ModelSource) else None
-        data = {"datasets": datasets, "checkpoints": work.checkpoints}
+        data: dict[str, Any] = {"datasets": datasets, "checkpoints": work.checkpoints}
         data |= {"seconds": round(time.perf_counter() - began, 1)}
         data |= {"settings": {"data": self.sources, "model": model, **options, "sha256": work.hashes}}
         return Results(data, records)

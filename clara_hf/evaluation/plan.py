@@ -91,7 +91,7 @@ class SystemSpec:
         return "model" if self.label.startswith(MEMORY) else CHECKPOINTS.get(self.chooser, "model")
 
     @property
-    def order(self) -> tuple[int, bool, bool]:
+    def order(self) -> tuple[int, ...]:
         return CHOICES.index(core_of(self.label).split(" ")[0]), *map(self.label.startswith, PREFIXES[::-1])
 
     def missing(self, given: Collection[str]) -> str | None:
@@ -136,7 +136,7 @@ def choose_systems(names: Sequence[str] | None, given: Collection[str]) -> list[
         if (missing := spec.missing(given)) is not None:
             raise ValueError(f"{spec.label} needs {missing}")
     if names is None or "all" in names:
-        more = map(parse_system, DEFAULT_SYSTEMS if names is None else ALL_SYSTEMS)
+        more = list(map(parse_system, DEFAULT_SYSTEMS if names is None else ALL_SYSTEMS))
         asks_text = names is not None or "text_model" in given
         more = [spec for spec in more if spec.missing(given) is None and (asks_text or spec.reader == "memory")]
         specs += [spec for spec in more if spec not in specs]

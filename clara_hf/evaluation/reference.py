@@ -45,7 +45,7 @@ def published_figures(
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         origin = {"base": content["base"], "source": content["source"]}
         leaves = list(_leaves(content))
-        found = {name: [] for name in files}
+        found: dict[str, list[dict]] = {name: [] for name in files}
         for name, rows in found.items():
             for section, pool, system, at, key, values in leaves:
                 if _belongs(name, files[name], key):

@@ -58,7 +58,7 @@ def dataset_results(examples: list[QAExample], records: dict[str, list[dict]], s
         records: per system one record per example, in their order.
     """
     systems = {name: summarize(rows, seed) for name, rows in records.items()}
-    results = {"systems": systems, "tests": compare(records, seed)}
+    results: dict[str, dict] = {"systems": systems, "tests": compare(records, seed)}
     types = sorted({example.type for example in examples if example.type})
     if types:
         results["by_type"], results["tests_by_type"] = {}, {}

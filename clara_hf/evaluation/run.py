@@ -125,7 +125,7 @@ def data_files(sources: Iterable[str]) -> dict[str, str]:
     Raises:
         UsageError: there is none, one does not exist, or two have the same name.
     """
-    files = {}
+    files: dict[str, str] = {}
     for source in sources:
         name = source_name(source)
         if kind_of(source) not in ("hub", "folder") and not Path(source).is_file():
@@ -171,7 +171,7 @@ def run(settings: EvalSettings) -> Results:
         if settings.reference is not None and _set_published(earlier, published) and state.is_main_process:
             earlier.save_tables(folder)
         return earlier
-    with _locked(folder, settings.cache_dir and Path(settings.cache_dir)):
+    with _locked(folder, Path(settings.cache_dir) if settings.cache_dir else None):
         results = evaluator.results(work)
         results.data["settings"] = record
         _set_published(results, published)

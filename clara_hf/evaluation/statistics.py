@@ -169,7 +169,7 @@ def _split(groups: list[set], a: str, b: str) -> list[set]:
     parts = []
     for group in groups:
         parts += [group - {a}, group - {b}] if {a, b} <= group else [group]
-    kept = []
+    kept: list[set] = []
     for part in sorted(parts, key=len, reverse=True):
         if part and not any(part <= other for other in kept):
             kept.append(part)
@@ -206,7 +206,9 @@ class ScoredRankings:
 
 def scored_rankings(records: list[dict], temperature: float) -> ScoredRankings | None:
     """Gathers the scores of prediction records; `None` where none has scores and known gold documents."""
-    gold, rest, top, confidence, right = [], [], [], [], []
+    gold: list[float] = []
+    rest: list[float] = []
+    top, confidence, right = [], [], []
     for record in records:
         if not record["candidate_scores"] or not record["pos_index"]:
             continue

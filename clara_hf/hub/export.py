@@ -50,7 +50,7 @@ def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.Pat
     """
     if os.path.isdir(out) and os.listdir(out):
         raise UsageError(f"{out} is not empty: give a new folder.")
-    if not isinstance(model, CLaRaForRetrievalGeneration):
+    if isinstance(model, str):
         with loading("checkpoint", model):
             model = CLaRaForRetrievalGeneration.from_pretrained(model, **options)
     beside = f"{os.path.abspath(out)}.partial"

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -123,10 +123,11 @@ class StatsArguments(StoreArguments):
 
 
 @dataclass(kw_only=True)
-class VerifyArguments(ModelArguments):
+class VerifyArguments(StoreArguments):
     """Read everything and compare it with what was written."""
 
     model: ModelSource | None = field(default=None, metadata={"help": "CLaRa checkpoint, to make memories anew."})
+    device: str | None = field(default=None, metadata={"help": "As for `build`."})
     repair: bool = field(default=False, metadata={"help": "Make anew what is damaged; memories need --model."})
 
 
@@ -137,11 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
         UsageError, ValueError, OSError: one sentence each for the user.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    told = {name: kind.__doc__ for name, (kind, _) in COMMANDS.items()}
+    told = {name: str(kind.__doc__) for name, (kind, _) in COMMANDS.items()}
     kind, command = COMMANDS[choose("clara store", told, arguments, __doc__)]
     options = parse(kind, arguments[1:], description=kind.__doc__)
     model = None
-    if isinstance(options, ModelArguments) and options.model:
+    if isinstance(options, (ModelArguments, VerifyArguments)) and options.model:
         # With Ray, this process has the model to tell whose store it is, and its tokenizer to check documents.
         on_ray = isinstance(options, BuildArguments) and options.engine == "ray"
         model = load_trained(options.model, "cpu" if on_ray else options.device)
@@ -236,7 +237,7 @@ def _verify(store: MemoryStore, options: VerifyArguments) -> int:
     return 0 if report.is_sound else 1
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type[StoreArguments], Callable]] = {
     "build": (BuildArguments, _build),
     "fit": (FitArguments, _fit),
     "search": (SearchArguments, _search),

@@ -115,7 +115,7 @@ def write_weights(folder: str, names: list[str], get: Callable[[str], torch.Tens
             save_file(group, os.path.join(folder, f"part-{len(files)}"), metadata={"format": "pt"})
             files.append(list(group))
             group, size = {}, 0
-    index = {}
+    index: dict[str, str] = {}
     for position, members in enumerate(files):
         name = f"model-{position + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(os.path.join(folder, f"part-{position}"), os.path.join(folder, name))

@@ -65,7 +65,8 @@ def parse(
     known = {field.name: (field, hint) for kind in group for field, hint in typed_fields(kind)}
     given, paths = command_line(known, sys.argv[1:] if arguments is None else arguments, description)
     paths = paths or ([] if default_config is None else [str(default_config)])
-    values, places = {}, {}
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for path in paths:
         for all_of, of_one in zip((values, places), read_yaml(path, known), strict=True):
             for name, value in of_one.items():
@@ -93,7 +94,7 @@ def command_line(known: Mapping[str, Any], arguments: Sequence[str], description
     places = [name for name, (field, _) in known.items() if field.metadata.get("positional")]
     usage = " ".join(["%(prog)s", *map(str.upper, places), "[--NAME VALUE ...]"])
     parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=Help)
-    many = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": "", "action": "extend"}
+    many: dict[str, Any] = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": "", "action": "extend"}
     parser.add_argument(
         "--config",
         help="YAML files with any of these; later ones override, mappings key by key, and so does the command line.",
@@ -110,7 +111,7 @@ def command_line(known: Mapping[str, Any], arguments: Sequence[str], description
             switches.update(flags)
         if field.default is True:
             no = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
-            hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             parser.add_argument(*dict.fromkeys(no), dest=name, action="store_const", const=["false"], **hidden)
     for old, new in RENAMED.items():
         if new in known and old not in known:
@@ -221,7 +222,9 @@ def read_yaml(path: str, known: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold a mapping of arguments to values.")
     names = {flag.lstrip("-").replace("-", "_"): name for name, (one, _) in known.items() for flag in aliases(one)}
-    found, places, lines = {}, {}, {}
+    found: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for key, _ in node.value if node is not None else ():
         if lines.setdefault(key.value, key.start_mark.line + 1) != key.start_mark.line + 1:
             raise UsageError(f"{path}, line {key.start_mark.line + 1}: {key.value} is given twice.")

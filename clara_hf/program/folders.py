@@ -18,7 +18,7 @@ from clara_hf.program.values import shown
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"

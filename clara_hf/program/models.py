@@ -142,7 +142,7 @@ class CLaRaModelArguments(ModelSource):
     def fields(self) -> dict[str, Any]:
         """What is set in the configuration, prompts included."""
         prompts = {"prompts": read_json(self.prompts_file)} if self.prompts_file else {}
-        return {**self.clara_config, **prompts}
+        return {**(self.clara_config or {}), **prompts}
 
 
 def load_clara(source: ModelSource, **settings) -> CLaRaForRetrievalGeneration:

@@ -136,7 +136,8 @@ def convert(value: Any, hint: Any, place: str, field: Field | None = None) -> An
     if field is not None and isinstance(value, str) and not value.lstrip().startswith("{"):
         # Texts of fields that are mappings are JSON; those of an enumeration are its values.
         is_mapping = takes(hint, dict) and field.name.endswith("_kwargs")
-        options = [option for option in options if option is not str or not (is_mapping or any(map(is_enum, options)))]
+        no_text = is_mapping or any(map(is_enum, options))
+        options = tuple(option for option in options if option is not str or not no_text)
     for option in sorted(options, key=lambda option: rank(value, option, takes(hint, str))):
         try:
             found = as_type(value, option, place)
@@ -196,7 +197,7 @@ def as_type(value: Any, hint: Any, place: str) -> Any:
         if isinstance(value, Word) and SWITCHES[value.lower()] is False:
             value = "no"  # as other readers of YAML, for which `no`, `off` and `false` are one, cannot tell them apart
         return kind(plain(value) if not isinstance(value, Word) else str(value))
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return as_dataclass(value, kind, place)
     return value if isinstance(kind, type) and isinstance(value, kind) else NOTHING
 
@@ -308,7 +309,7 @@ def described(hint: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
-    names = []
+    names: list[str] = []
     for option in options_of(hint):
         kind = get_origin(option) or option
         if kind is Literal:

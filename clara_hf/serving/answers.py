@@ -50,7 +50,12 @@ class Service:
         if documents is not None:
             self.check_texts(documents, "documents")
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        given = {"temperature": request.temperature, "top_p": request.top_p, "max_tokens": max_tokens, "n": request.n}
+        given: dict[str, Any] = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_tokens": max_tokens,
+            "n": request.n,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         decoding = Decoding(**given, seed=request.seed, stop=tuple(stop))
         n_docs = request.n_docs or self.engine.model.config.top_k

@@ -112,7 +112,9 @@ def take_in(library: Library, files: list[SourceFile], show_progress: bool) -> l
                     skipped += [Skipped(file.name, reason) for reason in unusable]
                     if not rows:
                         raise Unreadable("no passage of it can be used")
-                    waiting.append(FileEntry(file.name, rows, file.bytes, file.changed, replaces=old and old.id))
+                    waiting.append(
+                        FileEntry(file.name, rows, file.bytes, file.changed, replaces=old.id if old else None)
+                    )
                 except Unreadable as error:
                     skipped.append(Skipped(file.name, str(error)))
                     if old:

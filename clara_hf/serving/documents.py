@@ -60,7 +60,8 @@ def find_files(paths: list[str], leave_out: Path | None = None) -> tuple[list[So
     Raises:
         FileNotFoundError: one of `paths` is not there.
     """
-    found, skipped = [], []
+    found: list[SourceFile] = []
+    skipped: list[Skipped] = []
     for given in paths:
         root = Path(given)
         if not root.exists():

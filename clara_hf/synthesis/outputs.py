@@ -85,8 +85,8 @@ class Statistics:
         counts = self.counts
         judged = counts["passages"] - counts["failed"]
         asked = judged - counts["without_pairs"]
-        names = ("passages", "failed", "without_pairs", "pairs", "paraphrases", "rejected", "requests")
-        names += ("pairs_left_out", "passages_left_out", "train_rows", "validation_rows")
+        names = ["passages", "failed", "without_pairs", "pairs", "paraphrases", "rejected", "requests"]
+        names += ["pairs_left_out", "passages_left_out", "train_rows", "validation_rows"]
         return {
             **{name: counts[name] for name in names},
             # Of the passages with verified pairs.

@@ -37,7 +37,7 @@ class Passage:
 
 def estimated_starts(text: str) -> list[int]:
     """Token starts without a tokenizer: one token per punctuation mark and per four UTF-8 bytes of a word."""
-    starts = []
+    starts: list[int] = []
     for piece in PIECE.finditer(text):
         begin, end = piece.span()
         if text[begin:end].isascii():

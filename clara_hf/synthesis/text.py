@@ -84,4 +84,4 @@ def script(text: str) -> str | None:
             # Japanese mixes three scripts.
             name = "CJK" if name in ("HIRAGANA", "KATAKANA") else name
         counts[name] = counts.get(name, 0) + 1
-    return max(counts, key=counts.get) if counts else None
+    return max(counts, key=counts.__getitem__) if counts else None

@@ -1,6 +1,7 @@
 """Claims about differences between two systems, and what the scores of several seeds say about them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def settle(claim: Claim, scores: dict[tuple[str, str], np.ndarray]) -> dict:
     Args:
         scores: of the claim's metric, `[seeds, questions]` by variant and system; NaN where there is none.
     """
-    row = {"states": claim.states, "metric": claim.metric, "better": claim.better, "worse": claim.worse}
+    row: dict[str, Any] = {"states": claim.states, "metric": claim.metric, "better": claim.better, "worse": claim.worse}
     row |= {"type": claim.type, "title": claim.title}
     missing = [name for name in claim.sides if name not in scores] if not claim.not_run else []
     if claim.not_run or missing:

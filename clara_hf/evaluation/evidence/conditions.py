@@ -33,9 +33,9 @@ def with_candidates(examples: Sequence[QAExample], count: int | str, seed: int =
     for one in examples:
         gold, chance = set(one.gold), np.random.default_rng([seed, int(digest(one.id), 16) % 2**32])
         docs = list(dict.fromkeys([*one.gold, *one.docs]))
-        if count == ALL or count > len(docs):
+        if isinstance(count, str) or count > len(docs):
             docs = list(dict.fromkeys([*docs, *(corpus[place] for place in chance.permutation(len(corpus)))]))
-        docs = docs if count == ALL else docs[: max(count, len(gold))]
+        docs = docs if isinstance(count, str) else docs[: max(count, len(gold))]
         docs = [docs[place] for place in chance.permutation(len(docs))]
         places = [place for place, document in enumerate(docs) if document in gold]
         found.append(replace(one, docs=docs, pos_index=places or None))

@@ -1,6 +1,7 @@
 """The report of an evidence suite: Markdown, HTML, a picture and the numbers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -35,7 +36,7 @@ def write_report(evidence: dict, folder: Path) -> None:
     if has_picture:
         markdown.append("![Effects with their intervals](evidence.png)")
     write_text(folder / "evidence.md", "\n\n".join(markdown) + "\n")
-    parts = [{"text": facts}, {"text": HOW}]
+    parts: list[dict[str, Any]] = [{"text": facts}, {"text": HOW}]
     for title, rows in tables.items():
         parts += [{"heading": title, "level": 2}, {"rows": rows}]
     if has_picture:

@@ -83,8 +83,8 @@ class ListwiseRanker:
             MARK.format(number=number, passage=" ".join(cut(passage, self.tokenizer, self.passage_tokens).split()))
             for number, passage in enumerate(passages, start=1)
         ]
-        shown, question = self.control.hide("\n".join(shown)), self.control.hide(question)
-        text = INSTRUCTION.format(count=len(passages), question=question, passages=shown)
+        listed, question = self.control.hide("\n".join(shown)), self.control.hide(question)
+        text = INSTRUCTION.format(count=len(passages), question=question, passages=listed)
         if not self.tokenizer.chat_template:
             return f"{text}\n"
         messages = [{"role": "user", "content": text}]

@@ -198,6 +198,7 @@ class Rows:
     def form_of(self, column: str) -> Form:
         if column not in self._forms:
             name, digest = form_in(column)
+            form: Form
             if name == "none":
                 form = Plain(self.maker.width, TORCH_TYPES[self.dtype])
             elif name in FITTED:
