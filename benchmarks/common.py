@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, PreTrainedTokenizerFast, set_seed
 
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 
 
@@ -279,11 +279,8 @@ def measure(
         f"{args.dtype} on {figures['machine']['device']}, {torch.get_num_threads()} threads, {args.clock} clock, load "
         f"{os.getloadavg()[0]:.1f}; matrix multiplication at {rate / 1e12:.3g} TFLOP/s."
     )
-    path = Path(args.output or f"runs/benchmarks/{Path(script).stem}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(unfinished, path)
+    path = args.output or f"runs/benchmarks/{Path(script).stem}.json"
+    write_json(path, figures)
     print(f"Figures in {path}.")
     return figures
 

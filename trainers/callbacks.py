@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from clara_hf.program.files import write_json, write_text
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
 
 from .batches import rows_at
@@ -37,9 +38,7 @@ class LocalLog(TrainerCallback):
         if not state.is_world_process_zero or not path.exists():
             return
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= state.global_step]
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text("".join(line + "\n" for line in kept if state.global_step), encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(line + "\n" for line in kept if state.global_step))
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -233,9 +232,7 @@ class DivergenceGuard(TrainerCallback):
             "grad_norms": {part: str(norm.item()) for part, norm in self.gradients.norms.items()},
             "batches": [{**batch, "loss": str(batch["loss"])} for batch in batches],
         }
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_json(path, found)
 
 
 def _way_on(checkpoint: str | None) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from scripted_teacher import FactTeacher, fact_document
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import parse, run_program, write_json
 from clara_hf.synthesis import session, synthesize
 
 
@@ -141,10 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{figures['passages_per_second']:.0f} per second ({figures['passages_per_cpu_second']:.0f} per second of "
         f"processor time), peak {figures['peak_rss_mb']:.0f} MB (halves: {first:.0f}, {second:.0f})."
     )
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(f"Figures in {output}.")
+    write_json(args.output, figures)
+    print(f"Figures in {args.output}.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import numpy as np
 import Stemmer
 from tqdm.auto import tqdm
 
+from clara_hf.program.files import written_beside
+
 
 if TYPE_CHECKING:
     import torch
@@ -153,10 +155,8 @@ class BiEncoderRetriever:
             except SafetensorError:
                 pass  # damaged: made anew
         embeddings = self._embed(texts)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        save_file({"embeddings": embeddings.cpu().contiguous()}, beside)
-        os.replace(beside, path)
+        with written_beside(path) as beside:
+            save_file({"embeddings": embeddings.cpu().contiguous()}, beside)
         return embeddings
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program import parse, run_program
 from clara_hf.program.errors import loading
+from clara_hf.program.files import new_folder
 from clara_hf.program.models import DTYPES, ModelSource
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR
@@ -48,21 +49,16 @@ def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.Pat
     Raises:
         UsageError: `out` exists and holds something, or there is no checkpoint.
     """
-    if os.path.isdir(out) and os.listdir(out):
-        raise UsageError(f"{out} is not empty: give a new folder.")
     if isinstance(model, str):
         with loading("checkpoint", model):
             model = CLaRaForRetrievalGeneration.from_pretrained(model, **options)
-    beside = f"{os.path.abspath(out)}.partial"
-    merged_generator(model).save_pretrained(beside)
-    tokenizer = copy.deepcopy(model.processor.tokenizer)
-    # Of the checkpoint's own classes, which the exported folder does not need.
-    tokenizer.init_kwargs.pop("auto_map", None)
-    tokenizer._processor_class = None
-    tokenizer.save_pretrained(beside)
-    if os.path.isdir(out):
-        os.rmdir(out)
-    os.replace(beside, out)
+    with new_folder(out) as folder:
+        merged_generator(model).save_pretrained(folder)
+        tokenizer = copy.deepcopy(model.processor.tokenizer)
+        # Of the checkpoint's own classes, which the exported folder does not need.
+        tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer._processor_class = None
+        tokenizer.save_pretrained(folder)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program.files import new_folder
 from modeling_clara.configuration_clara import PROMPT_KINDS, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import CLaRaProcessor
@@ -36,7 +37,7 @@ from .layout import (
     read_original,
 )
 from .prompts import prompts_from_code, prompts_from_file
-from .weight_files import ConversionError, WeightFiles, first_line, write_json, write_weights, written_beside
+from .weight_files import ConversionError, WeightFiles, first_line, write_json, write_weights
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,7 @@ def convert(
 
     Raises:
         ConversionError: a file is missing, broken or of another kind; `out` is then not written.
+        UsageError: `out` exists and holds something.
     """
     original = read_original(source, subfolder)
     decoder = _load_base(base or _named_base(original, source), original.assumed)
@@ -92,7 +94,7 @@ def convert(
     model.to(next(iter(original.layers.values())).dtype)
     state = _make_state(original, model)
     config.saved_embedding_rows, rows = _rows_to_save(original.layers, decoder.name, min(config.added_token_ids))
-    with written_beside(out) as folder:
+    with new_folder(out) as folder:
         model.processor = CLaRaProcessor(decoder.tokenizer, config)
         config.checkpoint_format = "flat" if full else "adapter"
         model.save_pretrained(folder, state_dict=state)

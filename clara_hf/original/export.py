@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from clara_hf.program.files import new_folder
 from modeling_clara.adapters_clara import QUERY_REASONER
 from modeling_clara.configuration_clara import ORIGINAL_MODEL_TYPE, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
@@ -28,7 +29,7 @@ from .layout import (
     find_file,
     same_tensor,
 )
-from .weight_files import ConversionError, WeightFiles, first_line, write_json, written_beside
+from .weight_files import ConversionError, WeightFiles, first_line, write_json
 
 
 # What `config.json` of a model holds that was not converted from a published one; the rest follows from its settings.
@@ -90,7 +91,7 @@ def to_original(source: str, out: str, subfolder: str = "", base: str | None = N
     values = _config_values(config, adapters)
     for name in (config.original or {}).get("copies", []):
         adapters[name] |= layers
-    with written_beside(out) as folder:
+    with new_folder(out) as folder:
         write_json(os.path.join(folder, CONFIG_FILE), values)
         torch.save(adapters, os.path.join(folder, ADAPTERS_FILE))
         parameters = {key: torch.nn.Parameter(value, requires_grad=False) for key, value in layers.items()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -76,25 +75,6 @@ class WeightFiles:
 
     def __len__(self) -> int:
         return len(self.file_of)
-
-
-@contextmanager
-def written_beside(out: str) -> Iterator[str]:
-    """A folder beside `out` to write to, which becomes `out` when the block is done, and vanishes if it is not.
-
-    Raises:
-        ConversionError: `out` exists and is not an empty folder.
-    """
-    out = os.path.abspath(out)
-    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise ConversionError(f"{out} exists: remove it, or name another folder")
-    partial = f"{out}.partial-{os.getpid()}"
-    os.makedirs(partial)
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: str, values: dict) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,25 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[str]:
+    """A folder beside `path` to write to, which becomes `path` when the block is done, and vanishes if it is not.
+
+    Raises:
+        UsageError: `path` exists and is not an empty folder.
+    """
+    out = os.path.abspath(path)
+    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise UsageError(f"{out} exists: remove it, or name another folder.")
+    beside = f"{out}{PARTIAL}-{os.getpid()}"
+    os.makedirs(beside)
+    try:
+        yield beside
+        os.replace(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

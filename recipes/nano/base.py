@@ -34,7 +34,7 @@ from world import (  # noqa: E402
     two_hop_question,
 )
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import parse, run_program, written_beside
 
 
 HERE = Path(__file__).resolve().parent
@@ -269,9 +269,8 @@ def export(model: Qwen3ForCausalLM, out: Path) -> None:
 
 
 def save_state(path: Path, state: dict) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with written_beside(path) as beside:
+        torch.save(state, beside)
 
 
 def train(arguments: Arguments) -> dict[str, float]:

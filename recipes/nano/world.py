@@ -31,7 +31,7 @@ from lexicon import (  # noqa: E402
     SUBJECTS,
 )
 
-from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program import UsageError, parse, run_program, write_json, write_text
 
 
 SPLITS = ("train", "validation", "test")
@@ -447,12 +447,6 @@ def settings(seed: int, count: int = CANDIDATES) -> dict:
     }
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def ensure(
     out: str | os.PathLike,
     seed: int = 0,
@@ -486,12 +480,12 @@ def ensure(
     try:
         for name, rows in generate(seed, progress, count).items():
             path = out / f"{name}.jsonl"
-            _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             sizes[path.name] = path.stat().st_size
     finally:
         if collects:
             gc.enable()
-    _write(manifest, json.dumps({"settings": wanted, "bytes": sizes}, indent=1) + "\n")
+    write_json(manifest, {"settings": wanted, "bytes": sizes})
     return True
 
 
@@ -518,7 +512,7 @@ def main(arguments: list[str] | None = None) -> None:
     wrote = ensure(options.output_dir, options.seed, count=options.candidates)
     if options.more_test:
         rows = more_test_questions(options.seed, options.more_test, options.candidates)
-        _write(Path(options.output_dir) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(Path(options.output_dir) / "test_more.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{'wrote' if wrote else 'kept'} {options.output_dir}")
 
 

@@ -334,7 +334,7 @@ def test_broken_files_give_one_error_and_no_output(home, tmp_path, capsys, kind)
 def test_existing_output_is_left_alone(home, tmp_path, capsys):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "notes").write_text("mine")
-    assert exit_code(main, [str(home / "joint"), str(tmp_path / "ours")]) == 1
+    assert exit_code(main, [str(home / "joint"), str(tmp_path / "ours")]) == 2
     assert "exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["ours", "notes"]
 
