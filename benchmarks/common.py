@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, PreTrainedTokenizerFast, set_seed
 
-from clara_hf.program import UsageError, write_json
+from clara_hf.program import UsageError, option, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration, CLaRaProcessor
 
 
@@ -66,23 +66,19 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 class BenchmarkArguments:
     """What all benchmarks take."""
 
-    shape: str = field(default="small", metadata={"help": f"Decoder: {' or '.join(SHAPES)}; weights are random."})
-    device: str = field(default="auto", metadata={"help": "auto: the accelerator if there is one, else the CPU."})
-    dtype: str = field(default="auto", metadata={"help": "auto: bfloat16 on an accelerator, float32 on the CPU."})
-    repeats: int = field(default=5, metadata={"help": "Timed runs of each variant, in turns, after one to warm up."})
-    clock: str = field(
-        default="wall",
-        metadata={"help": "wall, or process: CPU seconds of all threads, for a CPU that others use at the same time."},
+    shape: str = option("small", f"Decoder: {' or '.join(SHAPES)}; weights are random.")
+    device: str = option("auto", "auto: the accelerator if there is one, else the CPU.")
+    dtype: str = option("auto", "auto: bfloat16 on an accelerator, float32 on the CPU.")
+    repeats: int = option(5, "Timed runs of each variant, in turns, after one to warm up.")
+    clock: str = option(
+        "wall", "wall, or process: CPU seconds of all threads, for a CPU that others use at the same time."
     )
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file for the figures; runs/benchmarks/<benchmark>.json by default."}
+    output: str | None = option(None, "JSON file for the figures; runs/benchmarks/<benchmark>.json by default.")
+    vocab_size: int | None = option(None, "Of the decoder; that of the shape by default.")
+    variants: str | None = option(
+        None, "Those to time, with semicolons between, the last of which others are set against."
     )
-    vocab_size: int | None = field(default=None, metadata={"help": "Of the decoder; that of the shape by default."})
-    variants: str | None = field(
-        default=None,
-        metadata={"help": "Those to time, with semicolons between, the last of which others are set against."},
-    )
-    variant: str | None = field(default=None, metadata={"help": "Run this variant once and print its peak memory."})
+    variant: str | None = option(None, "Run this variant once and print its peak memory.")
 
     def __post_init__(self):
         if self.shape not in SHAPES:

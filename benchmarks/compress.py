@@ -12,14 +12,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
 import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, functional_clara, modeling_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
@@ -30,9 +30,9 @@ from modeling_clara.processing_clara import ENCODER_MARKERS
 class CompressArguments(BenchmarkArguments):
     """What is compressed."""
 
-    documents: int = field(default=64, metadata={"help": "Documents per run."})
-    batch_size: int = field(default=8, metadata={"help": "Documents per forward pass, in all variants."})
-    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
+    documents: int = option(64, "Documents per run.")
+    batch_size: int = option(8, "Documents per forward pass, in all variants.")
+    compression_rate: int = option(16, "Document budget of 256 tokens over memory tokens.")
 
 
 def read_padded(

@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from common import BenchmarkArguments, against, build_model, natural_documents, 
 from compress import UNFUSED, UNPACKED, WHOLE_LAST_LAYER, changed, read_padded
 from datasets import Dataset, disable_progress_bars
 
-from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program import UsageError, option, parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration, loss_clara
 from trainers.batches import model_inputs
 from trainers.instruction import InstructionConfig, InstructionTrainer
@@ -43,10 +43,10 @@ ALL_LOGITS = (loss_clara, "MOST_LOGITS", math.inf)
 class StepArguments(BenchmarkArguments):
     """What a step takes."""
 
-    stage: str = field(default="scp", metadata={"help": f"{' or '.join(STAGES)}."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per step."})
-    documents: int = field(default=5, metadata={"help": "Documents per row of instruction tuning; SCP has one."})
-    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
+    stage: str = option("scp", f"{' or '.join(STAGES)}.")
+    batch_size: int = option(8, "Rows per step.")
+    documents: int = option(5, "Documents per row of instruction tuning; SCP has one.")
+    compression_rate: int = option(16, "Document budget of 256 tokens over memory tokens.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 
 
 HIDDEN, MIDDLE, KEYS, VOCABULARY, RANK = 4096, 14336, 1024, 32000, 16
@@ -46,9 +46,9 @@ MEASURED = (
 
 @dataclass
 class ConversionArguments:
-    folder: str | None = field(default=None, metadata={"help": "Where to write; a temporary folder by default."})
-    layers: int = field(default=32, metadata={"help": "Layers of the base."})
-    full: bool = field(default=False, metadata={"help": "Measure --full as well; needs 32 GB of disk."})
+    folder: str | None = option(None, "Where to write; a temporary folder by default.")
+    layers: int = option(32, "Layers of the base.")
+    full: bool = option(False, "Measure --full as well; needs 32 GB of disk.")
 
 
 def random(*shape: int) -> torch.Tensor:

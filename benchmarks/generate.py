@@ -11,13 +11,13 @@ are left out, as both kinds would do them alike.
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark, sentence
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
 
@@ -26,10 +26,10 @@ from modeling_clara.adapters_clara import GENERATOR, use_adapter
 class GenerateArguments(BenchmarkArguments):
     """What is answered."""
 
-    batch_size: int = field(default=8, metadata={"help": "Questions, answered together unless a variant says other."})
-    documents: int = field(default=5, metadata={"help": "Documents per question."})
-    new_tokens: int = field(default=8, metadata={"help": "Tokens of every answer."})
-    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
+    batch_size: int = option(8, "Questions, answered together unless a variant says other.")
+    documents: int = option(5, "Documents per question.")
+    new_tokens: int = option(8, "Tokens of every answer.")
+    compression_rate: int = option(16, "Document budget of 256 tokens over memory tokens.")
 
 
 def from_memories(

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from compress import UNFUSED, UNPACKED, changed, compress_padded
 from datasets import Dataset, disable_progress_bars
 
 from clara_hf.memory_store import MemoryStore
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.joint import JointConfig, JointTrainer
 
@@ -43,10 +43,10 @@ DOCUMENTS, STORES, QUESTIONS = (64, 256, 1024, 4096, 16384), (64, 1024, 16384), 
 class StepArguments(BenchmarkArguments):
     """What a step takes."""
 
-    batch_size: int = field(default=4, metadata={"help": "Questions per step."})
-    candidates: int = field(default=20, metadata={"help": "Candidates per question, none of them shared."})
-    compression_rate: int = field(default=16, metadata={"help": "Document budget of 256 tokens over memory tokens."})
-    growth: str | None = field(default=None, metadata={"help": "SVG or PNG of how costs grow; measures these instead."})
+    batch_size: int = option(4, "Questions per step.")
+    candidates: int = option(20, "Candidates per question, none of them shared.")
+    compression_rate: int = option(16, "Document budget of 256 tokens over memory tokens.")
+    growth: str | None = option(None, "SVG or PNG of how costs grow; measures these instead.")
 
 
 def make_rows(args: StepArguments, documents: list[str] | None = None) -> Dataset:

@@ -6,12 +6,12 @@ FILE has one document per line. Positions of attended tokens differ by a constan
 embeddings do not see but for rounding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR
 from modeling_clara.processing_clara import ENCODER_MARKERS
@@ -19,8 +19,8 @@ from modeling_clara.processing_clara import ENCODER_MARKERS
 
 @dataclass
 class PaddingArguments:
-    checkpoint: str = field(metadata={"positional": True, "help": "Folder or Hub id."})
-    documents: str = field(metadata={"help": "File with one document per line."})
+    checkpoint: str = option(help="Folder or Hub id.", positional=True)
+    documents: str = option(help="File with one document per line.")
 
 
 def memories_of(model: CLaRaForRetrievalGeneration, documents: list[str], width: int | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -25,7 +25,7 @@ import torch
 import world
 
 from clara_hf.memory_store import MemoryStore
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from clara_hf.program.models import ModelSource, load_trained
 
 
@@ -35,15 +35,15 @@ BATCHED, SINGLE = "micro-batches", "one by one"
 
 @dataclass
 class ServingArguments:
-    model: str = field(default=str(ROOT / "recipes/nano/pretrained/joint"), metadata={"help": "Checkpoint."})
-    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Concurrent clients."})
-    requests: int = field(default=6, metadata={"help": "Of each client, in each run."})
-    questions: int = field(default=96, metadata={"help": "Distinct questions."})
-    entities: int = field(default=40, metadata={"help": "Documents of each kind in the collection."})
-    max_batch: int = field(default=32, metadata={"help": "Answers made at once by the batching service."})
-    max_tokens: int = field(default=16, metadata={"help": "Per answer."})
-    repeats: int = field(default=3, metadata={"help": "Runs of each case, in turns."})
-    output: str = field(default="runs/benchmarks/serving.json", metadata={"help": "JSON file for the figures."})
+    model: str = option(str(ROOT / "recipes/nano/pretrained/joint"), "Checkpoint.")
+    clients: list[int] = option(help="Concurrent clients.", default_factory=lambda: [1, 8, 32])
+    requests: int = option(6, "Of each client, in each run.")
+    questions: int = option(96, "Distinct questions.")
+    entities: int = option(40, "Documents of each kind in the collection.")
+    max_batch: int = option(32, "Answers made at once by the batching service.")
+    max_tokens: int = option(16, "Per answer.")
+    repeats: int = option(3, "Runs of each case, in turns.")
+    output: str = option("runs/benchmarks/serving.json", "JSON file for the figures.")
 
 
 def make_collection(args: ServingArguments, model, path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ import torch
 from clara_hf.memory_store import MemoryStore
 from clara_hf.memory_store.encoding import FORMS, hadamard
 from clara_hf.memory_store.fitting import documents_needed
-from clara_hf.program import parse, run_program, write_json
+from clara_hf.program import option, parse, run_program, write_json
 
 
 LATENT = 192
@@ -43,21 +43,17 @@ NOISES = 512
 class GrowthArguments:
     """What is measured."""
 
-    output_file: str = field(metadata={"help": "JSON file for the figures.", "aliases": "--out"})
+    output_file: str = option(help="JSON file for the figures.", aliases="--out")
     documents: int = 1_000_000
     slots: int = 16
     hidden: int = 4096
-    form: str = field(default="fitted1", metadata={"choices": FORMS})
+    form: str = option("fitted1", choices=FORMS)
     questions: int = 200
-    scanned: int = field(default=50, metadata={"help": "Questions that are searched exactly too."})
-    reads: bool = field(default=False, metadata={"help": "Measure reads of a store, not its growth."})
-    search: str | None = field(default=None, metadata={"help": "Only search this store, made before."})
-    folder: str | None = field(
-        default=None, metadata={"help": "Where stores are made, and kept; a temporary folder by default."}
-    )
-    plot: str | None = field(
-        default=None, metadata={"help": "PNG of what queries, additions and documents cost at each size."}
-    )
+    scanned: int = option(50, "Questions that are searched exactly too.")
+    reads: bool = option(False, "Measure reads of a store, not its growth.")
+    search: str | None = option(None, "Only search this store, made before.")
+    folder: str | None = option(None, "Where stores are made, and kept; a temporary folder by default.")
+    plot: str | None = option(None, "PNG of what queries, additions and documents cost at each size.")
 
 
 class SyntheticModel:

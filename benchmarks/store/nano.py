@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,24 +20,22 @@ import numpy as np
 from clara_hf.evaluation.statistics import bootstrap_interval
 from clara_hf.memory_store import MemoryStore
 from clara_hf.memory_store.encoding import FORMS
-from clara_hf.program import parse, run_program, write_json
+from clara_hf.program import option, parse, run_program, write_json
 
 
 @dataclass
 class NanoArguments:
     """What is compared."""
 
-    checkpoint: str = field(metadata={"positional": True, "help": "A joint checkpoint."})
-    data: list[str] = field(metadata={"help": "Test questions, of one file or several."})
-    output_file: str = field(metadata={"help": "JSON file for the figures.", "aliases": "--out"})
-    others: str | None = field(
-        default=None, metadata={"help": "Questions whose documents are in the store too, to be fitted to."}
-    )
+    checkpoint: str = option(help="A joint checkpoint.", positional=True)
+    data: list[str] = option(help="Test questions, of one file or several.")
+    output_file: str = option(help="JSON file for the figures.", aliases="--out")
+    others: str | None = option(None, "Questions whose documents are in the store too, to be fitted to.")
     other_documents: int = 3000
-    questions: int | None = field(default=None, metadata={"help": "Only the first so many."})
-    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "The first is `none`."})
-    candidates: bool = field(default=False, metadata={"help": "Search each question's own candidates."})
-    searches: bool = field(default=False, metadata={"help": "Compare searches, not forms."})
+    questions: int | None = option(None, "Only the first so many.")
+    forms: list[str] = option(help="The first is `none`.", default_factory=lambda: list(FORMS))
+    candidates: bool = option(False, "Search each question's own candidates.")
+    searches: bool = option(False, "Compare searches, not forms.")
 
 
 def compare_forms(args: NanoArguments, folder: Path) -> dict:

@@ -17,7 +17,7 @@ import json
 import random
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from scripted_teacher import asked_in, part_of, passage_of
 
 from clara_hf.data.schema import load_scp
 from clara_hf.evaluation.statistics import bootstrap_interval
-from clara_hf.program import parse, run_program, stages, write_json
+from clara_hf.program import option, parse, run_program, stages, write_json
 from clara_hf.synthesis import session, synthesize
 from clara_hf.synthesis.backends.client import ChatReply, ChatRequest
 from clara_hf.synthesis.store import digest_of
@@ -102,13 +102,13 @@ PARTS = ("all", "answers", "paraphrases", "questions")
 class ComparisonArguments:
     """What is made and compared."""
 
-    folder: str = field(default="runs/synthesis-nano", metadata={"help": "For data and runs."})
-    nano_world: str = field(default="runs/nano/data", metadata={"help": "The world's data; written where missing."})
-    entities: int | None = field(default=None, metadata={"help": "Entities to draw; default: all of the split."})
-    steps: int = field(default=150, metadata={"help": "Training steps of each model; 0 makes the data only."})
-    start: str = field(default="recipes/nano/pretrained/base", metadata={"help": "Base, or SCP checkpoint."})
-    validation_rows: int = field(default=1000, metadata={"help": "Rows that both models are compared on."})
-    seed: int = field(default=0, metadata={"help": "Of the world, the teacher and the training."})
+    folder: str = option("runs/synthesis-nano", "For data and runs.")
+    nano_world: str = option("runs/nano/data", "The world's data; written where missing.")
+    entities: int | None = option(None, "Entities to draw; default: all of the split.")
+    steps: int = option(150, "Training steps of each model; 0 makes the data only.")
+    start: str = option("recipes/nano/pretrained/base", "Base, or SCP checkpoint.")
+    validation_rows: int = option(1000, "Rows that both models are compared on.")
+    seed: int = option(0, "Of the world, the teacher and the training.")
 
 
 def synthesized(args: ComparisonArguments) -> Path:

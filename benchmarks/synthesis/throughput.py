@@ -15,13 +15,13 @@ import tempfile
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from scripted_teacher import FactTeacher, fact_document
 
-from clara_hf.program import parse, run_program, write_json
+from clara_hf.program import option, parse, run_program, write_json
 from clara_hf.synthesis import session, synthesize
 
 
@@ -29,10 +29,10 @@ from clara_hf.synthesis import session, synthesize
 class BenchmarkArguments:
     """What is measured."""
 
-    passages: int = field(default=10000, metadata={"help": "Passages, each a document of its own."})
-    http: bool = field(default=False, metadata={"help": "Put the teacher behind HTTP on loopback."})
-    concurrency: int = field(default=64, metadata={"help": "Requests under way at once."})
-    output: str = field(default="runs/benchmarks/synthesis.json", metadata={"help": "JSON file for the figures."})
+    passages: int = option(10000, "Passages, each a document of its own.")
+    http: bool = option(False, "Put the teacher behind HTTP on loopback.")
+    concurrency: int = option(64, "Requests under way at once.")
+    output: str = option("runs/benchmarks/synthesis.json", "JSON file for the figures.")
 
 
 class Memory:

@@ -18,7 +18,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from clara_hf.data.leak_checks import AnswerFinder, format_report, leak_report
 from clara_hf.data.retrievers import Retriever, check_language, make_retriever, random_rows
 from clara_hf.data.schema import check_text, check_texts, parse_example
 from clara_hf.data.sources import read_rows, unit_of
-from clara_hf.program import UsageError, parse, read_json, write_json
+from clara_hf.program import UsageError, option, parse, read_json, write_json
 from clara_hf.program.errors import loading
 from clara_hf.program.paths import check_model_name
 
@@ -269,24 +269,19 @@ class CandidateSettings:
         UsageError: the output is there already, with other settings, and `overwrite` is not set.
     """
 
-    questions: str = field(metadata={"help": "Questions: a file, a folder or hf://datasets/USER/NAME#SPLIT."})
-    output: str = field(metadata={"help": "Where the pools go: a .jsonl or .jsonl.gz file."})
-    corpus: str | None = field(
-        default=None, metadata={"help": "Passages, from the same kinds of source. Default: all docs of the questions."}
+    questions: str = option(help="Questions: a file, a folder or hf://datasets/USER/NAME#SPLIT.")
+    output: str = option(help="Where the pools go: a .jsonl or .jsonl.gz file.")
+    corpus: str | None = option(None, "Passages, from the same kinds of source. Default: all docs of the questions.")
+    retriever: str = option("bm25", "bm25, or the folder or Hub name of a sentence-transformers bi-encoder.")
+    language: str = option("en", "ISO 639-1 code, for BM25's stemmer and stop words.")
+    mode: str = option(
+        "oracle", "oracle: all positives, filled up with retrieved ones. normal: the best retrieved ones."
     )
-    retriever: str = field(
-        default="bm25", metadata={"help": "bm25, or the folder or Hub name of a sentence-transformers bi-encoder."}
-    )
-    language: str = field(default="en", metadata={"help": "ISO 639-1 code, for BM25's stemmer and stop words."})
-    mode: str = field(
-        default="oracle",
-        metadata={"help": "oracle: all positives, filled up with retrieved ones. normal: the best retrieved ones."},
-    )
-    size: int = field(default=20, metadata={"help": "Candidates per question."})
-    seed: int = field(default=0, metadata={"help": "Of the candidates' order, and of what is drawn by chance."})
-    exclude_answers: bool = field(default=False, metadata={"help": "Leave out negatives that contain an answer."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per batch of a bi-encoder."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier output."})
+    size: int = option(20, "Candidates per question.")
+    seed: int = option(0, "Of the candidates' order, and of what is drawn by chance.")
+    exclude_answers: bool = option(False, "Leave out negatives that contain an answer.")
+    batch_size: int = option(32, "Texts per batch of a bi-encoder.")
+    overwrite: bool = option(False, "Replace an earlier output.")
 
     def __post_init__(self):
         _check_options(self.size, self.mode)

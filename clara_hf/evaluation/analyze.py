@@ -12,7 +12,7 @@ Writes `report.html`, which holds tables and pictures and needs no network, each
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from clara_hf.evaluation.results import RESULTS, Results
 from clara_hf.evaluation.run import recorded_files
 from clara_hf.evaluation.statistics import calibration_error, reliability, scored_rankings, separation
 from clara_hf.evaluation.systems.loading import load_clara, model_hash
-from clara_hf.program import UsageError, parse, read_json, write_json, write_text
+from clara_hf.program import UsageError, option, parse, read_json, write_json, write_text
 from clara_hf.program.errors import loading
 from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.program.models import ModelSource
@@ -49,15 +49,13 @@ class AnalysisSettings:
         UsageError: a run is not there or not finished, or a limit is too low.
     """
 
-    runs: list[str] = field(metadata={"help": "Output folders of evaluations; the first is looked into."})
-    output_dir: str = field(metadata={"help": "Where page and pictures go."})
-    model: ModelSource | None = field(
-        default=None, metadata={"help": "CLaRa checkpoint of the first run, if it is no longer where it was."}
-    )
-    limit: int = field(default=200, metadata={"help": "Questions, and documents, that the model is asked for."})
-    projection: str = field(default="pca", metadata={"help": "pca, or tsne (needs scikit-learn)."})
-    seed: int = field(default=0, metadata={"help": "Of t-SNE and of the choice of documents."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an analysis in the output folder."})
+    runs: list[str] = option(help="Output folders of evaluations; the first is looked into.")
+    output_dir: str = option(help="Where page and pictures go.")
+    model: ModelSource | None = option(None, "CLaRa checkpoint of the first run, if it is no longer where it was.")
+    limit: int = option(200, "Questions, and documents, that the model is asked for.")
+    projection: str = option("pca", "pca, or tsne (needs scikit-learn).")
+    seed: int = option(0, "Of t-SNE and of the choice of documents.")
+    overwrite: bool = option(False, "Replace an analysis in the output folder.")
 
     def __post_init__(self):
         self.runs = split(self.runs) if isinstance(self.runs, str) else list(self.runs)

@@ -22,11 +22,12 @@ whole models, answer with the generator of `--model`, or with the text model whe
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from clara_hf.program import option
 from clara_hf.program.errors import UsageError
 from clara_hf.program.models import ModelSource
 from clara_hf.program.paths import check_model_name
@@ -186,62 +187,40 @@ class Options:
         UsageError: a number is out of range, or a model's name cannot be one.
     """
 
-    systems: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Systems, of "
-            + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
-            + ", the same with text- before (answers from raw text), or all: every one without a NAME that has what it "
-            "needs; further names may follow. memory- before sup or clara-before-joint: --model answers. "
-            "Default: clara, clara-before-joint, sup, bm25, gold, no-memory and wrong-memory, as far as they have what "
-            "they need, and text-gold with --text_model."
-        },
+    systems: list[str] | None = option(
+        None,
+        "Systems, of "
+        + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
+        + ", the same with text- before (answers from raw text), or all: every one without a NAME that has what it "
+        "needs; further names may follow. memory- before sup or clara-before-joint: --model answers. "
+        "Default: clara, clara-before-joint, sup, bm25, gold, no-memory and wrong-memory, as far as they have what "
+        "they need, and text-gold with --text_model.",
     )
-    before_joint: ModelSource | None = field(
-        default=None, metadata={"help": "The CLaRa checkpoint that joint training started from."}
+    before_joint: ModelSource | None = option(None, "The CLaRa checkpoint that joint training started from.")
+    sup: ModelSource | None = option(None, "The CLaRa checkpoint whose retriever was trained with relevance labels.")
+    text_model: ModelSource | None = option(
+        None,
+        "A causal language model, or a PEFT adapter on one, that answers from raw text. Default: the "
+        "decoder of --model without its adapters.",
     )
-    sup: ModelSource | None = field(
-        default=None, metadata={"help": "The CLaRa checkpoint whose retriever was trained with relevance labels."}
+    limit: int | None = option(None, "Take only so many questions from the start of each file.")
+    seed: int = option(0, "Of bootstrap, permutations, ties and the choice of wrong memories.")
+    batch_size: int = option(32, "Questions, or documents to compress, per batch.")
+    max_tokens_per_batch: int | None = option(
+        None, "Tokens per batch of documents to compress, padding included, in place of --batch_size."
     )
-    text_model: ModelSource | None = field(
-        default=None,
-        metadata={
-            "help": "A causal language model, or a PEFT adapter on one, that answers from raw text. Default: the "
-            "decoder of --model without its adapters."
-        },
+    max_new_tokens: int = option(32, "Limit of an answer's length in tokens.")
+    top_k: int | None = option(None, "Documents that a ranking system answers from. Default: the model's top_k, or 5.")
+    text_doc_max_length: int = option(256, "Tokens of a document that systems on raw text read; the rest is cut.")
+    llmlingua_rate: float = option(4.0, "Compression rate that llmlingua2 aims at.")
+    memory_store: str | None = option(None, "Folder of a MemoryStore: memories are read from it, missing ones added.")
+    judge: str | None = option(
+        None,
+        "Address, up to /v1, of an OpenAI-compatible endpoint whose model judges every answer, beside F1. "
+        "Questions and answers are sent there.",
     )
-    limit: int | None = field(
-        default=None, metadata={"help": "Take only so many questions from the start of each file."}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "Of bootstrap, permutations, ties and the choice of wrong memories."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Questions, or documents to compress, per batch."})
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={"help": "Tokens per batch of documents to compress, padding included, in place of --batch_size."},
-    )
-    max_new_tokens: int = field(default=32, metadata={"help": "Limit of an answer's length in tokens."})
-    top_k: int | None = field(
-        default=None,
-        metadata={"help": "Documents that a ranking system answers from. Default: the model's top_k, or 5."},
-    )
-    text_doc_max_length: int = field(
-        default=256, metadata={"help": "Tokens of a document that systems on raw text read; the rest is cut."}
-    )
-    llmlingua_rate: float = field(default=4.0, metadata={"help": "Compression rate that llmlingua2 aims at."})
-    memory_store: str | None = field(
-        default=None, metadata={"help": "Folder of a MemoryStore: memories are read from it, missing ones added."}
-    )
-    judge: str | None = field(
-        default=None,
-        metadata={
-            "help": "Address, up to /v1, of an OpenAI-compatible endpoint whose model judges every answer, beside F1. "
-            "Questions and answers are sent there."
-        },
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "Name of the model at --judge."})
-    judge_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with its key."})
+    judge_model: str | None = option(None, "Name of the model at --judge.")
+    judge_key_env: str = option("OPENAI_API_KEY", "Environment variable with its key.")
 
     def __post_init__(self):
         if isinstance(self.systems, str):

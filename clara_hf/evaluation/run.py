@@ -15,7 +15,7 @@ interrupted call again to resume it. See `docs/evaluation.md`.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from clara_hf.evaluation.evaluator import Evaluator
 from clara_hf.evaluation.plan import Options, file_name, model_source
 from clara_hf.evaluation.reference import published_figures
 from clara_hf.evaluation.results import PREDICTIONS, TABLES, Results, cut_settings
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.program.folders import release_lock, take_lock
 from clara_hf.program.models import ModelSource
 from clara_hf.program.values import split
@@ -49,35 +49,22 @@ class EvalSettings(Options):
         UsageError: a file or folder does not exist, a system is unknown or lacks its checkpoint, a limit is below 1.
     """
 
-    data: list[str] = field(metadata={"help": "Questions: files, folders or data sets, see clara_hf.data.sources."})
-    model: ModelSource | None = field(
-        default=None, metadata={"help": "The CLaRa checkpoint. Systems that need none run without."}
+    data: list[str] = option(help="Questions: files, folders or data sets, see clara_hf.data.sources.")
+    model: ModelSource | None = option(None, "The CLaRa checkpoint. Systems that need none run without.")
+    output_dir: str | None = option(
+        None,
+        "Where results go. Default: runs/eval/<model>-<data> in the working folder; without --model, the "
+        "systems' names stand for it.",
     )
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where results go. Default: runs/eval/<model>-<data> in the working folder; without --model, the "
-            "systems' names stand for it."
-        },
+    cache_dir: str | None = option(
+        None, "Where predictions are kept for later calls. Default: the folder cache in the output folder."
     )
-    cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where predictions are kept for later calls. Default: the folder cache in the output folder."
-        },
-    )
-    reference: str | None = field(
-        default=None, metadata={"help": "JSON file with published figures to be shown beside the measured ones."}
-    )
-    trec: bool = field(
-        default=False, metadata={"help": "Write TREC runs and qrels, too, to trec/ in the output folder."}
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={
-            "help": "Replace another run's results in the output folder, and nothing else. What the cache holds of "
-            "equal content is not computed again."
-        },
+    reference: str | None = option(None, "JSON file with published figures to be shown beside the measured ones.")
+    trec: bool = option(False, "Write TREC runs and qrels, too, to trec/ in the output folder.")
+    overwrite: bool = option(
+        False,
+        "Replace another run's results in the output folder, and nothing else. What the cache holds of "
+        "equal content is not computed again.",
     )
 
     def __post_init__(self):

@@ -7,12 +7,12 @@ What is written has the vocabulary and tokenizer of the checkpoint, so that prom
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from clara_hf.program import parse, run_program
+from clara_hf.program import option, parse, run_program
 from clara_hf.program.errors import loading
 from clara_hf.program.files import new_folder
 from clara_hf.program.models import DTYPES, ModelSource
@@ -65,13 +65,11 @@ def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.Pat
 class ExportArguments:
     """What `clara export-generator` writes, and where."""
 
-    checkpoint: str = field(metadata={"positional": True, "help": "Folder or Hub id of a CLaRa checkpoint."})
-    output_dir: str = field(
-        metadata={"positional": True, "aliases": "--out", "help": "Folder to write; must not exist, or be empty."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the checkpoint."})
-    subfolder: str = field(default="", metadata={"help": "Folder of the checkpoint's repository."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights that are written.", "choices": DTYPES})
+    checkpoint: str = option(help="Folder or Hub id of a CLaRa checkpoint.", positional=True)
+    output_dir: str = option(help="Folder to write; must not exist, or be empty.", positional=True, aliases="--out")
+    revision: str | None = option(None, "Branch, tag or commit of the checkpoint.")
+    subfolder: str = option("", "Folder of the checkpoint's repository.")
+    dtype: str = option("auto", "Of the weights that are written.", choices=DTYPES)
 
 
 def main(arguments: list[str] | None = None) -> None:

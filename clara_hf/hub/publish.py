@@ -6,7 +6,7 @@ clara publish RUN_DIR user/repo [--private] [--revision BRANCH] [--adapter_only 
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -16,7 +16,7 @@ from transformers.utils import logging
 import modeling_clara
 from clara_hf.hub.benchmarks import write_benchmarks
 from clara_hf.hub.cards import CARD_FILE, OWN_CARD, RESULTS_FILE, make_card
-from clara_hf.program import UsageError, parse, read_json, run_program, write_json
+from clara_hf.program import UsageError, option, parse, read_json, run_program, write_json
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.configuration_clara import check_others_can_load, is_hub_id
 from modeling_clara.weights_clara import ADAPTERS, CLARA_WEIGHTS, NOTICES, open_repository, push_folder
@@ -203,28 +203,21 @@ def refusal(repo_id: str, error: Exception) -> UsageError:
 class PublishArguments:
     """What `clara publish` uploads, and where to; see [`publish`]."""
 
-    folder: str = field(metadata={"positional": True, "help": "Folder of a finished checkpoint."})
-    repo_id: str = field(metadata={"positional": True, "help": "user/repo on the Hub; made if it does not exist."})
-    private: bool | None = field(default=None, metadata={"help": "Make the new repository private."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to write to; made if it does not exist."})
-    adapter_only: bool = field(
-        default=False, metadata={"help": "Adapters without the base (default for a base named by its Hub id)."}
+    folder: str = option(help="Folder of a finished checkpoint.", positional=True)
+    repo_id: str = option(help="user/repo on the Hub; made if it does not exist.", positional=True)
+    private: bool | None = option(None, "Make the new repository private.")
+    revision: str | None = option(None, "Branch to write to; made if it does not exist.")
+    adapter_only: bool = option(False, "Adapters without the base (default for a base named by its Hub id).")
+    full: bool = option(False, "Adapters and base (default for any other base).")
+    subfolder: str | None = option(None, "Folder of the repository, for several models.")
+    results_file: str | None = option(None, "results.json of clara eval; by default the one in the folder.")
+    base_licence: str | None = option(
+        None, "Licence of the base, by default what its card says.", aliases="--base_license"
     )
-    full: bool = field(default=False, metadata={"help": "Adapters and base (default for any other base)."})
-    subfolder: str | None = field(default=None, metadata={"help": "Folder of the repository, for several models."})
-    results_file: str | None = field(
-        default=None, metadata={"help": "results.json of clara eval; by default the one in the folder."}
-    )
-    base_licence: str | None = field(
-        default=None,
-        metadata={"help": "Licence of the base, by default what its card says.", "aliases": "--base_license"},
-    )
-    benchmark: list[str] = field(
+    benchmark: list[str] = option(
+        help="ID:TASK=[DATA/]METRIC: show a figure of the results on the leaderboard of a registered benchmark, "
+        "such as user/qa:default=f1.",
         default_factory=list,
-        metadata={
-            "help": "ID:TASK=[DATA/]METRIC: show a figure of the results on the leaderboard of a registered benchmark, "
-            "such as user/qa:default=f1."
-        },
     )
 
     def __post_init__(self):

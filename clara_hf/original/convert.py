@@ -11,13 +11,13 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
-from clara_hf.program import UsageError, parse, run_program
+from clara_hf.program import UsageError, option, parse, run_program
 from clara_hf.program.files import new_folder
 from modeling_clara.configuration_clara import PROMPT_KINDS, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
@@ -343,25 +343,15 @@ def _write_full(folder: str, state: dict, model: CLaRaForRetrievalGeneration, ba
 class ConvertArguments:
     """What is converted, and where to; see [`convert`]."""
 
-    source: str = field(metadata={"positional": True, "help": "Folder or Hub id of a checkpoint."})
-    output_dir: str = field(
-        metadata={"positional": True, "aliases": "--out", "help": "Folder to write; must not exist."}
+    source: str = option(help="Folder or Hub id of a checkpoint.", positional=True)
+    output_dir: str = option(help="Folder to write; must not exist.", positional=True, aliases="--out")
+    subfolder: str = option("", "Folder of the source, for instance compression-16.")
+    base: str | None = option(None, "Folder or Hub id of the decoder; by default what the checkpoint names.")
+    prompts_file: str | None = option(
+        None, "JSON file of chat templates; by default those in the checkpoint's own code.", aliases="--prompts"
     )
-    subfolder: str = field(default="", metadata={"help": "Folder of the source, for instance compression-16."})
-    base: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the decoder; by default what the checkpoint names."}
-    )
-    prompts_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file of chat templates; by default those in the checkpoint's own code.",
-            "aliases": "--prompts",
-        },
-    )
-    full: bool = field(default=False, metadata={"help": "Write the base's weights too."})
-    to_original: bool = field(
-        default=False, metadata={"help": "Write the published layout from this package's format."}
-    )
+    full: bool = option(False, "Write the base's weights too.")
+    to_original: bool = option(False, "Write the published layout from this package's format.")
 
     def __post_init__(self):
         if self.to_original and (self.prompts_file or self.full):

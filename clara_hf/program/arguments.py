@@ -1,6 +1,7 @@
 """One parser for all programs: dataclasses filled from a YAML file and the command line, which overrides it."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -31,6 +32,21 @@ RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+
+def option(default: Any = MISSING, help: str = "", *, default_factory: Any = MISSING, **metadata: Any) -> Any:
+    """A field of a program's arguments: its default, what `--help` says of it, and other `metadata`, see [`parse`].
+
+    Example:
+
+        @dataclass
+        class Arguments:
+            data: str = option(help="File with questions.")
+            limit: int | None = option(None, "Questions to take.", aliases="--max_questions")
+    """
+    if default_factory is not MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def parse(

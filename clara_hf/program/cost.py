@@ -7,14 +7,14 @@ The model is built on the meta device, which has shapes and no values, so that i
 of texts and the share of a GPU's arithmetic that training reaches are assumptions, named where they stand.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
@@ -237,10 +237,10 @@ def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, 
 class CostArguments:
     """What `clara cost` computes."""
 
-    recipe: str = field(metadata={"positional": True, "help": "YAML file of a stage, with that stage's name."})
-    gpus: int = field(default=GPUS, metadata={"help": "GPUs of the run."})
-    tflops: float = field(default=ACHIEVED_TFLOPS, metadata={"help": "Reached per GPU, in 10^12 FLOP/s."})
-    zero: int = field(default=0, metadata={"help": "ZeRO stage.", "choices": tuple(range(4))})
+    recipe: str = option(help="YAML file of a stage, with that stage's name.", positional=True)
+    gpus: int = option(GPUS, "GPUs of the run.")
+    tflops: float = option(ACHIEVED_TFLOPS, "Reached per GPU, in 10^12 FLOP/s.")
+    zero: int = option(0, "ZeRO stage.", choices=tuple(range(4)))
 
     def __post_init__(self):
         if Path(self.recipe).stem not in TRAINED:

@@ -1,6 +1,6 @@
 """A model as an argument names it: in a folder or on the Hub, CLaRa checkpoint or plain base, and how it is loaded."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from clara_hf.program import UsageError, read_json
+from clara_hf.program import UsageError, option, read_json
 from clara_hf.program.errors import loading
 from clara_hf.program.paths import check_model_name
 from clara_hf.program.values import checked_mapping
@@ -38,20 +38,16 @@ class ModelSource:
             [`~modeling_clara.quantization_clara.dequantized`].
     """
 
-    model_name_or_path: str = field(metadata={"help": "A CLaRa checkpoint or a causal language model."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the model on the Hub.", "aliases": "--model_revision"}
-    )
-    subfolder: str = field(default="", metadata={"help": "Folder of the model within its folder or repository."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights.", "choices": DTYPES})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel."})
-    device_map: dict | str | None = field(default=None, metadata={"help": "Where layers go, such as auto."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 4 bits (QLoRA)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the frozen base to 8 bits."})
-    rate: int | None = field(default=None, metadata={"help": "Which of the model's several compression rates to use."})
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
-    )
+    model_name_or_path: str = option(help="A CLaRa checkpoint or a causal language model.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", aliases="--model_revision")
+    subfolder: str = option("", "Folder of the model within its folder or repository.")
+    dtype: str = option("auto", "Of the weights.", choices=DTYPES)
+    attn_implementation: str | None = option(None, "Attention kernel.")
+    device_map: dict | str | None = option(None, "Where layers go, such as auto.")
+    load_in_4bit: bool = option(False, "Quantize the frozen base to 4 bits (QLoRA).")
+    load_in_8bit: bool = option(False, "Quantize the frozen base to 8 bits.")
+    rate: int | None = option(None, "Which of the model's several compression rates to use.")
+    gguf_file: str | None = option(None, "GGUF file in the base's folder; it is dequantized beside it, once.")
 
     def __post_init__(self):
         name, _, revision = self.model_name_or_path.rpartition("@")
@@ -126,10 +122,8 @@ class CLaRaModelArguments(ModelSource):
         prompts_file (`str`, *optional*): JSON file with the `prompts` of the configuration.
     """
 
-    clara_config: dict | None = field(
-        default=None, metadata={"help": "Fields of CLaRaConfig, YAML or JSON.", "fields_of": CLaRaConfig}
-    )
-    prompts_file: str | None = field(default=None, metadata={"help": "JSON file with prompts."})
+    clara_config: dict | None = option(None, "Fields of CLaRaConfig, YAML or JSON.", fields_of=CLaRaConfig)
+    prompts_file: str | None = option(None, "JSON file with prompts.")
 
     def __post_init__(self):
         super().__post_init__()

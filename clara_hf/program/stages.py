@@ -1,14 +1,14 @@
 """The training stages as programs: what `clara joint`, `recipes/joint.py` and their sisters run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from datasets import Dataset
 from transformers import set_seed
 from transformers.utils import logging
 
 from clara_hf.data.mapped import distinct_texts
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.program.models import CLaRaModelArguments, load_model
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from trainers.arguments import CLaRaTrainingArguments
@@ -49,7 +49,7 @@ def contrastive(arguments: list[str] | None = None) -> None:
 class BaseArguments:
     """The base that both of DRO's adapters are put on."""
 
-    model_name_or_path: str = field(metadata={"help": "A causal language model."})
+    model_name_or_path: str = option(help="A causal language model.")
 
 
 def dro(arguments: list[str] | None = None) -> None:

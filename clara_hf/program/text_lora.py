@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from clara_hf.program import parse
+from clara_hf.program import option, parse
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
 from modeling_clara.quantization_clara import dequantized
@@ -24,9 +24,7 @@ class TextArguments(DataArguments):
     """Data, the CLaRa checkpoint whose prompts are used, and where the base is a GGUF file."""
 
     clara_checkpoint: str = field(kw_only=True, metadata={"help": "CLaRa checkpoint whose prompts are used."})
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "GGUF file in the base's folder; it is dequantized beside it, once."}
-    )
+    gguf_file: str | None = option(None, "GGUF file in the base's folder; it is dequantized beside it, once.")
 
 
 def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:

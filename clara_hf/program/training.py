@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from clara_hf.data.mapped import shared_questions, training_rows
 from clara_hf.data.sources import digest_of
-from clara_hf.program import RunFolder, UsageError, read_json
+from clara_hf.program import RunFolder, UsageError, option, read_json
 from clara_hf.program.folders import first_difference
 from trainers.checkpoints import PARTIAL_FOLDER, CheckpointTrainer, damaged_file, holds_training_state
 from trainers.retrieval import MEMORIES_FOLDER
@@ -67,12 +67,12 @@ class DataArguments:
         overwrite (`bool`): delete the run that `output_dir` holds, but for memories that this one can use.
     """
 
-    train_file: str = field(metadata={"help": "Training data, JSONL or JSONL.gz."})
-    train_limit: int | None = field(default=None, metadata={"help": "Training rows to take.", "aliases": "--limit"})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation data, or none."})
-    validation_limit: int | None = field(default=None, metadata={"help": "Validation rows to take."})
-    resume: bool = field(default=True, metadata={"help": "Resume the run in output_dir if its settings are these."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run in output_dir first."})
+    train_file: str = option(help="Training data, JSONL or JSONL.gz.")
+    train_limit: int | None = option(None, "Training rows to take.", aliases="--limit")
+    validation_file: str | None = option(None, "Validation data, or none.")
+    validation_limit: int | None = option(None, "Validation rows to take.")
+    resume: bool = option(True, "Resume the run in output_dir if its settings are these.")
+    overwrite: bool = option(False, "Delete the run in output_dir first.")
 
     def __post_init__(self):
         self.validation_file = None if self.validation_file == "none" else self.validation_file

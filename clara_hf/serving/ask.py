@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.program.models import ModelSource, load_trained
 from clara_hf.program.values import Text, convert
 from clara_hf.serving.decoding import TextStream
@@ -25,23 +25,15 @@ MODEL = "model"
 class AskArguments:
     """What is asked, and how."""
 
-    paths: list[str] = field(
-        metadata={"positional": True, "help": "Text, Markdown, HTML and PDF files, and folders of them."}
+    paths: list[str] = option(help="Text, Markdown, HTML and PDF files, and folders of them.", positional=True)
+    model: ModelSource | None = option(
+        None, "Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known."
     )
-    model: ModelSource | None = field(
-        default=None,
-        metadata={"help": "Checkpoint: a folder, or a name on the Hub; once the collection is built, it is known."},
-    )
-    store: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the collection (default: beside the first path, its name with .clara)."},
-    )
-    n_docs: int | None = field(
-        default=None, metadata={"help": "Passages that an answer is made from (default: the model's)."}
-    )
-    max_tokens: int = field(default=64, metadata={"help": "Maximum number of tokens per answer."})
-    once: str | None = field(default=None, metadata={"help": "Answer this question and end."})
-    json: bool = field(default=False, metadata={"help": "With --once: one JSON object on stdout."})
+    store: str | None = option(None, "Folder of the collection (default: beside the first path, its name with .clara).")
+    n_docs: int | None = option(None, "Passages that an answer is made from (default: the model's).")
+    max_tokens: int = option(64, "Maximum number of tokens per answer.")
+    once: str | None = option(None, "Answer this question and end.")
+    json: bool = option(False, "With --once: one JSON object on stdout.")
 
     def __post_init__(self):
         if self.json and self.once is None:

@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.program.models import ModelSource, load_trained
 from clara_hf.serving.answers import Service
 from clara_hf.serving.app import build_app
@@ -32,38 +32,31 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ServeArguments:
     """All that a service is started with; `build` makes it."""
 
-    model: ModelSource = field(metadata={"help": "Checkpoint: a folder, or a name on the Hub."})
-    store: str = field(metadata={"help": "Folder of the collection; made where there is none, unless --read_only."})
-    name: str | None = field(
-        default=None, metadata={"help": "Name of the model for clients (default: the last part of --model)."}
+    model: ModelSource = option(help="Checkpoint: a folder, or a name on the Hub.")
+    store: str = option(help="Folder of the collection; made where there is none, unless --read_only.")
+    name: str | None = option(None, "Name of the model for clients (default: the last part of --model).")
+    collection: str = option("documents", "Id of the collection as a vector store.")
+    read_only: bool = option(False, "Serve the collection without ever writing to it.")
+    api_key_file: str | None = option(
+        None, "File with one key per line; without it, everybody who reaches the port may ask."
     )
-    collection: str = field(default="documents", metadata={"help": "Id of the collection as a vector store."})
-    read_only: bool = field(default=False, metadata={"help": "Serve the collection without ever writing to it."})
-    api_key_file: str | None = field(
-        default=None,
-        metadata={"help": "File with one key per line; without it, everybody who reaches the port may ask."},
-    )
-    engine: list[str] = field(
+    engine: list[str] = option(
+        help="local, or: vllm URL, a server of the merged generator with --enable-prompt-embeds.",
         default_factory=lambda: ["local"],
-        metadata={"help": "local, or: vllm URL, a server of the merged generator with --enable-prompt-embeds."},
     )
-    vllm_dtype: str = field(
-        default="float32",
-        metadata={"help": "The vLLM server's dtype.", "choices": ("float32", "bfloat16", "float16")},
+    vllm_dtype: str = option("float32", "The vLLM server's dtype.", choices=("float32", "bfloat16", "float16"))
+    ui: bool = option(False, "Serve the page at /.")
+    feedback: str | None = option(
+        None, "JSONL file that thumbs on the page are appended to, as rows for joint training."
     )
-    ui: bool = field(default=False, metadata={"help": "Serve the page at /."})
-    feedback: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file that thumbs on the page are appended to, as rows for joint training."},
-    )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to bind, by default loopback."})
-    port: int = field(default=8000, metadata={"help": "Port; 0 takes a free one."})
-    max_queue: int = field(default=128, metadata={"help": "Requests that may wait; more get status 429."})
-    max_batch: int = field(default=32, metadata={"help": "Answers made at once."})
-    batch_wait_ms: float = field(default=3.0, metadata={"help": "Time for which a question waits for others."})
-    max_body_mb: float = field(default=8.0, metadata={"help": "Largest request body."})
-    body_seconds: float = field(default=30.0, metadata={"help": "Time in which a body must arrive."})
-    seconds: float = field(default=120.0, metadata={"help": "Time limit of a request."})
+    host: str = option("127.0.0.1", "Address to bind, by default loopback.")
+    port: int = option(8000, "Port; 0 takes a free one.")
+    max_queue: int = option(128, "Requests that may wait; more get status 429.")
+    max_batch: int = option(32, "Answers made at once.")
+    batch_wait_ms: float = option(3.0, "Time for which a question waits for others.")
+    max_body_mb: float = option(8.0, "Largest request body.")
+    body_seconds: float = option(30.0, "Time in which a body must arrive.")
+    seconds: float = option(120.0, "Time limit of a request.")
 
     def __post_init__(self):
         self.model = ModelSource(self.model) if isinstance(self.model, str) else self.model

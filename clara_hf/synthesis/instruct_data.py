@@ -9,12 +9,12 @@ the same command again to resume. `recipes/instruct.py` takes the result as it i
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clara_hf.data.schema import read_jsonl
-from clara_hf.program import UsageError, parse, write_json
+from clara_hf.program import UsageError, option, parse, write_json
 from clara_hf.synthesis.outputs import json_line, written_files
 from clara_hf.synthesis.prompts import Answer, ReplyError, Verdict, numbered
 from clara_hf.synthesis.session import Session, TeacherArguments, path_identity
@@ -31,10 +31,8 @@ QUESTION_BATCH = 1000
 class InstructDataArguments(TeacherArguments):
     """Questions with their passages."""
 
-    questions: str = field(
-        default="", metadata={"help": "JSONL: question, docs (best first), and where known answers and pos_index."}
-    )
-    top_k: int = field(default=5, metadata={"help": "Passages per question: the first of its docs."})
+    questions: str = option("", "JSONL: question, docs (best first), and where known answers and pos_index.")
+    top_k: int = option(5, "Passages per question: the first of its docs.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,13 +11,13 @@ one's own see `eval/candidates.py`.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clara_hf.data.pools import MODES, build_candidates, check_pools, distinct_passages
 from clara_hf.data.schema import read_jsonl
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, json_line, split_of, written_files
 
 
@@ -25,18 +25,14 @@ from clara_hf.synthesis.outputs import DATA, PASSAGES, SPLITS, VALIDATION, json_
 class JointDataArguments:
     """Where the pairs are, and how their candidates are chosen."""
 
-    scp: str = field(metadata={"help": "Output folder of recipes/synthesize.py."})
-    output_dir: str = field(
-        metadata={"help": "Folder for joint_train.jsonl and joint_validation.jsonl.", "aliases": ["--out"]}
-    )
-    size: int = field(default=20, metadata={"help": "Candidates per question (the paper's N)."})
-    mode: str = field(
-        default="oracle", metadata={"help": "oracle (the positive, filled up) or normal (retrieved).", "choices": MODES}
-    )
-    retriever: str = field(default="bm25", metadata={"help": "bm25, or a sentence-transformers bi-encoder."})
-    validation_share: float = field(default=0.02, metadata={"help": "Share of the documents for validation."})
-    limit: int | None = field(default=None, metadata={"help": "Questions to take, from the start."})
-    seed: int = field(default=0, metadata={"help": "Of the split, the candidates' order and what chance draws."})
+    scp: str = option(help="Output folder of recipes/synthesize.py.")
+    output_dir: str = option(help="Folder for joint_train.jsonl and joint_validation.jsonl.", aliases=["--out"])
+    size: int = option(20, "Candidates per question (the paper's N).")
+    mode: str = option("oracle", "oracle (the positive, filled up) or normal (retrieved).", choices=MODES)
+    retriever: str = option("bm25", "bm25, or a sentence-transformers bi-encoder.")
+    validation_share: float = option(0.02, "Share of the documents for validation.")
+    limit: int | None = option(None, "Questions to take, from the start.")
+    seed: int = option(0, "Of the split, the candidates' order and what chance draws.")
 
     def __post_init__(self):
         for name in (DATA, PASSAGES):

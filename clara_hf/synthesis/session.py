@@ -6,13 +6,13 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, option
 from clara_hf.program.folders import LOCK_FILE, first_difference, release_lock, take_lock
 from clara_hf.program.values import load_text
 from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
@@ -58,52 +58,38 @@ FREE = (
 class TeacherArguments:
     """The language model that writes the data, and how it is asked."""
 
-    output_dir: str = field(
-        metadata={"help": "Output folder. The same command resumes the run that it holds.", "aliases": ["--out"]}
+    output_dir: str = option(help="Output folder. The same command resumes the run that it holds.", aliases=["--out"])
+    model: str | None = option(None, "Name of the model at the endpoint; with --backend transformers its path.")
+    backend: str = option(
+        "http",
+        "http (an OpenAI-compatible endpoint), transformers, or cloze (rules, without a model).",
+        choices=("http", "transformers", "cloze"),
     )
-    model: str | None = field(
-        default=None, metadata={"help": "Name of the model at the endpoint; with --backend transformers its path."}
+    gguf_file: str | None = option(None, "With --backend transformers: GGUF file of the model, dequantized on load.")
+    base_url: str = option("http://localhost:8000/v1", "Of the endpoint, with /v1.")
+    api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the API key.")
+    structured_outputs: str = option(
+        "auto",
+        "json_schema, json_object, none, or auto: the best that the endpoint takes.",
+        choices=("auto", "json_schema", "json_object", "none"),
     )
-    backend: str = field(
-        default="http",
-        metadata={
-            "help": "http (an OpenAI-compatible endpoint), transformers, or cloze (rules, without a model).",
-            "choices": ("http", "transformers", "cloze"),
-        },
-    )
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "With --backend transformers: GGUF file of the model, dequantized on load."}
-    )
-    base_url: str = field(default="http://localhost:8000/v1", metadata={"help": "Of the endpoint, with /v1."})
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
-    structured_outputs: str = field(
-        default="auto",
-        metadata={
-            "help": "json_schema, json_object, none, or auto: the best that the endpoint takes.",
-            "choices": ("auto", "json_schema", "json_object", "none"),
-        },
-    )
-    concurrency: int = field(default=32, metadata={"help": "Requests under way at once."})
-    timeout: float = field(default=300.0, metadata={"help": "Seconds that one try of a request may take."})
-    max_retries: int = field(default=8, metadata={"help": "Further tries after 429, 5xx, time-outs, lost connections."})
-    tolerated_failures: int = field(
-        default=3, metadata={"help": "Items in a row whose requests may fail for good before the run stops."}
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Of what is written; checks are made at 0."})
-    max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per reply."})
+    concurrency: int = option(32, "Requests under way at once.")
+    timeout: float = option(300.0, "Seconds that one try of a request may take.")
+    max_retries: int = option(8, "Further tries after 429, 5xx, time-outs, lost connections.")
+    tolerated_failures: int = option(3, "Items in a row whose requests may fail for good before the run stops.")
+    temperature: float = option(0.7, "Of what is written; checks are made at 0.")
+    max_tokens: int = option(2048, "Maximum number of tokens per reply.")
     # Of any type for the parser, whose message about another type shows the value: it may hold a key.
-    extra_body: Any = field(
-        default=None, metadata={"help": "Further fields of each request, JSON; null leaves a field out."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Requests per batch with --backend transformers."})
-    seed: int = field(default=0, metadata={"help": "Every request's seed follows from it."})
-    prompts: str | None = field(default=None, metadata={"help": "Folder; its files replace the prompts of that name."})
-    replay: str | None = field(default=None, metadata={"help": "Output folder of a run whose replies are taken."})
-    price_in: float | None = field(default=None, metadata={"help": "Price of a million prompt tokens."})
-    price_out: float | None = field(default=None, metadata={"help": "Price of a million completion tokens."})
-    limit: int | None = field(default=None, metadata={"help": "Stop after so many; a later call may go further."})
-    retry_failed: bool = field(default=False, metadata={"help": "Try again what failed requests have set aside."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete the run that the output folder holds."})
+    extra_body: Any = option(None, "Further fields of each request, JSON; null leaves a field out.")
+    batch_size: int = option(8, "Requests per batch with --backend transformers.")
+    seed: int = option(0, "Every request's seed follows from it.")
+    prompts: str | None = option(None, "Folder; its files replace the prompts of that name.")
+    replay: str | None = option(None, "Output folder of a run whose replies are taken.")
+    price_in: float | None = option(None, "Price of a million prompt tokens.")
+    price_out: float | None = option(None, "Price of a million completion tokens.")
+    limit: int | None = option(None, "Stop after so many; a later call may go further.")
+    retry_failed: bool = option(False, "Try again what failed requests have set aside.")
+    overwrite: bool = option(False, "Delete the run that the output folder holds.")
 
     def __post_init__(self):
         self.extra_body = mapping("extra_body", self.extra_body)

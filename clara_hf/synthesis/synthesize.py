@@ -9,7 +9,7 @@ Interrupt it at any time; run the same command again to resume. See docs/synthes
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clara_hf.data.documents import Columns, Document, corpus_files, read_dataset, read_files
-from clara_hf.program import UsageError, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.synthesis.backends.cloze import cloze_passage
 from clara_hf.synthesis.checks import PassageChecks
 from clara_hf.synthesis.leaks import LeakIndex
@@ -39,37 +39,27 @@ EXCERPT = 200
 class SynthesisArguments(TeacherArguments):
     """Documents, passages, rounds and checks of SCP data synthesis."""
 
-    corpus: list[str] = field(default_factory=list, metadata={"help": "JSONL, Parquet or text files, or folders."})
-    dataset: str | None = field(default=None, metadata={"help": "Instead: a data set of the Hub, or one on disk."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    text_column: str = field(default="text", metadata={"help": "Column or key of the text."})
-    title_column: str = field(default="title", metadata={"help": "Of the title, which is put in front of passages."})
-    id_column: str = field(default="id", metadata={"help": "Of the document's id, if it has one."})
-    language: str = field(default="en", metadata={"help": "Of the documents, for cutting sentences: en, de, zh, …"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Counts tokens: folder or Hub name of the base model. Default: an estimate."}
-    )
-    passage_tokens: int = field(default=256, metadata={"help": "Budget of a passage: the model's doc_max_length."})
-    min_passage_tokens: int = field(default=16, metadata={"help": "Shorter passages are set aside."})
-    max_rounds: int = field(default=10, metadata={"help": "Supplementary rounds for facts that no pair covers."})
-    paraphrase_attempts: int = field(default=3, metadata={"help": "Paraphrases to ask for until one is faithful."})
-    keep_uncovered: bool = field(
-        default=False, metadata={"help": "Write also the verified pairs of passages that are not covered in the end."}
-    )
-    reconstruct: bool = field(
-        default=False, metadata={"help": "Write also, for every passage, a row whose target is the passage itself."}
-    )
-    validation_share: float = field(
-        default=0.02, metadata={"help": "Share of the documents that are written to scp_validation.jsonl."}
-    )
-    answer_overlap: float = field(
-        default=0.7, metadata={"help": "Share of a simple answer's words that must be the passage's; 0: any."}
-    )
-    exclude: list[str] = field(default_factory=list, metadata={"help": "Files with texts that must not leak in."})
-    exclude_ngram: int = field(default=13, metadata={"help": "Words in a row that count as a leak."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "USER/NAME: upload the data, with a card."})
-    public: bool = field(default=False, metadata={"help": "Make the uploaded data set public."})
+    corpus: list[str] = option(help="JSONL, Parquet or text files, or folders.", default_factory=list)
+    dataset: str | None = option(None, "Instead: a data set of the Hub, or one on disk.")
+    dataset_config: str | None = option(None, "Its configuration.")
+    dataset_split: str = option("train", "Its split.")
+    text_column: str = option("text", "Column or key of the text.")
+    title_column: str = option("title", "Of the title, which is put in front of passages.")
+    id_column: str = option("id", "Of the document's id, if it has one.")
+    language: str = option("en", "Of the documents, for cutting sentences: en, de, zh, …")
+    tokenizer: str | None = option(None, "Counts tokens: folder or Hub name of the base model. Default: an estimate.")
+    passage_tokens: int = option(256, "Budget of a passage: the model's doc_max_length.")
+    min_passage_tokens: int = option(16, "Shorter passages are set aside.")
+    max_rounds: int = option(10, "Supplementary rounds for facts that no pair covers.")
+    paraphrase_attempts: int = option(3, "Paraphrases to ask for until one is faithful.")
+    keep_uncovered: bool = option(False, "Write also the verified pairs of passages that are not covered in the end.")
+    reconstruct: bool = option(False, "Write also, for every passage, a row whose target is the passage itself.")
+    validation_share: float = option(0.02, "Share of the documents that are written to scp_validation.jsonl.")
+    answer_overlap: float = option(0.7, "Share of a simple answer's words that must be the passage's; 0: any.")
+    exclude: list[str] = option(help="Files with texts that must not leak in.", default_factory=list)
+    exclude_ngram: int = option(13, "Words in a row that count as a leak.")
+    push_to_hub: str | None = option(None, "USER/NAME: upload the data, with a card.")
+    public: bool = option(False, "Make the uploaded data set public.")
 
     def __post_init__(self):
         super().__post_init__()

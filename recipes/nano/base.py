@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from world import (  # noqa: E402
     two_hop_question,
 )
 
-from clara_hf.program import parse, run_program, written_beside
+from clara_hf.program import option, parse, run_program, written_beside
 
 
 HERE = Path(__file__).resolve().parent
@@ -49,21 +49,21 @@ PARAPHRASE_REQUEST = PROMPTS["paraphrase"]["user"][0].removeprefix("{docs}\n")
 class Arguments:
     """Settings of the base training."""
 
-    out: str = field(default=str(HERE / "pretrained" / "base"), metadata={"help": "folder for the finished model"})
-    work: str = field(default="runs/nano-base", metadata={"help": "folder for the training state and the log"})
-    steps: int = field(default=2500, metadata={"help": "optimiser steps"})
-    batch_tokens: int = field(default=4096, metadata={"help": "approximate tokens per step, padding included"})
-    lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
-    optimizer: str = field(default="muon", metadata={"help": "muon (matrices by Muon, the rest by AdamW) or adamw"})
-    document_weight: float = field(default=0.1, metadata={"help": "weight of the documents' own next-token loss"})
-    easy_share: float = field(default=0.24, metadata={"help": "share of steps, the first, with at most two documents"})
+    out: str = option(str(HERE / "pretrained" / "base"), "folder for the finished model")
+    work: str = option("runs/nano-base", "folder for the training state and the log")
+    steps: int = option(2500, "optimiser steps")
+    batch_tokens: int = option(4096, "approximate tokens per step, padding included")
+    lr: float = option(3e-3, "peak learning rate")
+    optimizer: str = option("muon", "muon (matrices by Muon, the rest by AdamW) or adamw")
+    document_weight: float = option(0.1, "weight of the documents' own next-token loss")
+    easy_share: float = option(0.24, "share of steps, the first, with at most two documents")
     hidden_size: int = 192
     intermediate_size: int = 512
     layers: int = 4
     eval_every: int = 100
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast in training, as the shipped run"})
+    bf16: bool = option(False, "bfloat16 autocast in training, as the shipped run")
     seed: int = 0
-    device: str = field(default="", metadata={"help": "cuda, cpu, …; the accelerator if there is one, by default"})
+    device: str = option("", "cuda, cpu, …; the accelerator if there is one, by default")
 
 
 def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from clara_hf.evaluation.results import Results
 from clara_hf.evaluation.run import EvalSettings
 from clara_hf.evaluation.run import run as evaluate
-from clara_hf.program import UsageError, parse, read_json, run_program, stages, text_lora, write_json
+from clara_hf.program import UsageError, option, parse, read_json, run_program, stages, text_lora, write_json
 from clara_hf.program.machine import choose_threads
 from clara_hf.program.training import TRAINER_STATE_NAME
 
@@ -56,22 +56,15 @@ LOG = "demo.log"
 class DemoArguments:
     """Settings of the demo; the stages' own are in the YAML files beside it."""
 
-    output_dir: str = field(default="runs/nano", metadata={"help": "Folder of data, checkpoints and results."})
-    start: str = field(
-        default=str(NANO / "pretrained" / "scp"),
-        metadata={"help": "CLaRa checkpoint, or decoder, that SCP starts from."},
+    output_dir: str = option("runs/nano", "Folder of data, checkpoints and results.")
+    start: str = option(str(NANO / "pretrained" / "scp"), "CLaRa checkpoint, or decoder, that SCP starts from.")
+    base: str = option(str(NANO / "pretrained" / "base"), "Decoder of the raw-text baseline.")
+    joint_start: str = option(
+        "scp", "Stage that joint training and its supervised baseline start from.", choices=["scp", "instruct"]
     )
-    base: str = field(default=str(NANO / "pretrained" / "base"), metadata={"help": "Decoder of the raw-text baseline."})
-    joint_start: str = field(
-        default="scp",
-        metadata={
-            "help": "Stage that joint training and its supervised baseline start from.",
-            "choices": ["scp", "instruct"],
-        },
-    )
-    max_steps: int | None = field(default=None, metadata={"help": "Steps of every stage, for a quick look."})
-    limit: int | None = field(default=None, metadata={"help": "Test questions to take, for a quick look."})
-    overwrite: bool = field(default=False, metadata={"help": "Start again: delete what the folder holds."})
+    max_steps: int | None = option(None, "Steps of every stage, for a quick look.")
+    limit: int | None = option(None, "Test questions to take, for a quick look.")
+    overwrite: bool = option(False, "Start again: delete what the folder holds.")
 
 
 def stage_arguments(args: DemoArguments, stage: str) -> list[str]:

@@ -31,7 +31,7 @@ from lexicon import (  # noqa: E402
     SUBJECTS,
 )
 
-from clara_hf.program import UsageError, parse, run_program, write_json, write_text
+from clara_hf.program import UsageError, option, parse, run_program, write_json, write_text
 
 
 SPLITS = ("train", "validation", "test")
@@ -493,14 +493,10 @@ def ensure(
 class WorldArguments:
     """What is written, and where."""
 
-    output_dir: str = field(
-        default="runs/nano/data", metadata={"help": "Folder for the JSONL files.", "aliases": "--out"}
-    )
+    output_dir: str = option("runs/nano/data", "Folder for the JSONL files.", aliases="--out")
     seed: int = 0
-    more_test: int | None = field(
-        default=None, metadata={"help": "Also write so many more test questions, to test_more.jsonl."}
-    )
-    candidates: int = field(default=CANDIDATES, metadata={"help": "Of a question, 2 or more."})
+    more_test: int | None = option(None, "Also write so many more test questions, to test_more.jsonl.")
+    candidates: int = option(CANDIDATES, "Of a question, 2 or more.")
 
     def __post_init__(self):
         if self.candidates < 2:

@@ -1,12 +1,12 @@
 """Claims about differences between two systems, and what the scores of several seeds say about them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from clara_hf.evaluation.statistics import LEVEL, RESAMPLES
-from clara_hf.program import UsageError
+from clara_hf.program import UsageError, option
 
 
 LEAST_SEEDS = 3
@@ -32,7 +32,7 @@ class Claim:
     worse: str = ""
     type: str | None = None
     title: str = ""
-    not_run: str = field(default="", metadata={"help": "Why there are no runs."})
+    not_run: str = option("", "Why there are no runs.")
 
     def __post_init__(self):
         if not self.not_run and not (self.metric and self.better and self.worse):
