@@ -28,7 +28,7 @@ class MemoryReader:
             Readers whose models have the same `compressor_fingerprint()` can share it.
     """
 
-    def __init__(self, model, batch_size: int, max_new_tokens: int, store=None, max_tokens: int | None = None):
+    def __init__(self, model, batch_size: int | None, max_new_tokens: int, store=None, max_tokens: int | None = None):
         self.model = model
         self.processor = model.processor
         self.batch_size = None if max_tokens is not None else batch_size
