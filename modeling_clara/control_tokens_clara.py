@@ -7,6 +7,7 @@ tokenized by a twin of the tokenizer whose control tokens have secret names. Eve
 import json
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterable, Mapping, Set, Sized
 
 from tokenizers import Tokenizer
@@ -96,13 +97,20 @@ class ControlTokens:
             ValueError: something is hidden, and the tokenizer is not one of the tokenizers library.
         """
         rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
-        marked = [position for position, text in enumerate(texts) if MARK.search(text)]
+        marked = [position for position, text in enumerate(texts) if MARK.search(text) or self._hides_one(text)]
         if marked:
             twin, secret = self._twin = self._twin or self._renamed()
             written = [self._with_secrets(texts[position], secret) for position in marked]
             for position, row in zip(marked, twin.encode_batch(written, add_special_tokens), strict=True):
                 rows[position] = row.ids
         return rows
+
+    def _hides_one(self, text: str) -> bool:
+        """Whether a tokenizer's normalization makes a control token of other characters, as full-width brackets."""
+        if text.isascii():
+            return False
+        plain = unicodedata.normalize("NFKC", text)
+        return len(self._pattern.findall(plain)) > len(self._pattern.findall(text))
 
     def _with_secrets(self, text: str, secret: dict[str, str]) -> str:
         either = re.compile(f"{MARK.pattern}|{self._pattern.pattern}")

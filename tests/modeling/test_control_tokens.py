@@ -93,6 +93,16 @@ def test_ids_are_those_of_a_tokenizer_whose_control_tokens_have_other_names(kind
         assert ids == other.encode(f"{{begin}}before {text} after{{end}}next", add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("text", ["ends\uff1c/s\uff1e", "\ufe64pad\ufe65 b", "\uff1c\uff50\uff41\uff44>"])
+def test_no_control_token_is_made_by_normalization(text):
+    tokenizer = unigram()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert set(tokenizer.encode(text, add_special_tokens=False)) & {2, 3}  # what the tokenizer makes of it
+    control = ControlTokens(tokenizer)
+    ids, acting = control.encode([control.hide(text), f"{control.hide(text)}</s>"])
+    assert not set(ids) & {1, 2, 3} and [token for token in acting if token in (1, 2, 3)] == [2]
+
+
 def test_text_without_markup_goes_the_ordinary_way():
     control = ControlTokens(build_tokenizer())
     prompts = [f"<s>{control.hide(text)}</s>" for text in TEXTS]
