@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
-from transformers.utils.quantization_config import GgufConfig
+from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin
 
 from .adapters_clara import lora_layers
 from .configuration_clara import CLaRaConfig
@@ -37,10 +37,15 @@ def base_only(quantization, config: CLaRaConfig):
         quantization (`QuantizationConfigMixin` or `dict`): as in `from_pretrained(quantization_config=...)`.
 
     Raises:
-        ValueError: a method that cannot leave modules out.
+        ValueError: a method that cannot leave modules out, or what is no configuration.
     """
     if isinstance(quantization, dict):
         quantization = AutoQuantizationConfig.from_dict(quantization)
+    if not isinstance(quantization, QuantizationConfigMixin):
+        raise ValueError(
+            f"quantization_config is {quantization!r:.60}: it must be a configuration of transformers or its "
+            "dictionary, such as BitsAndBytesConfig(load_in_4bit=True)."
+        )
     quantization = copy.deepcopy(quantization)
     field = next((name for name in SKIP_FIELDS if name in vars(quantization)), None)
     if field is None:

@@ -105,6 +105,9 @@ def test_quantizer_that_leaves_nothing_out_and_quantized_base_are_refused(checkp
     config = CLaRaForRetrievalGeneration.from_pretrained(checkpoint).config
     with pytest.raises(ValueError, match="EveryLayer"):
         base_only(EveryLayer(), config)
+    for value in ("4bit", 4, ["load_in_4bit"]):
+        with pytest.raises(ValueError, match="quantization_config is .*BitsAndBytesConfig"):
+            base_only(value, config)
     shutil.copytree(base, tmp_path / "packed")
     values = json.loads((tmp_path / "packed/config.json").read_text())
     values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
