@@ -399,3 +399,4 @@ class Addition:
                 others = []  # these are the parts, and nobody else writes meanwhile
             table.commit(parts)
             table.set_columns(others, pick(self.arrays, [missing[key] for key in others]))
+            table.deletions.note()

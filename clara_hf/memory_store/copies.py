@@ -58,6 +58,8 @@ def files_of(table: MemoryTable) -> list[str]:
     digests = [(column or "").rpartition("_")[2] for column in (table.memory_column, table.sketch_column)]
     patterns = [f"fitted-{digests[0]}.*", f"sketch-{digests[1]}.*", f"index-{digests[1]}-*.faiss", "fit.json"]
     side = [f"{SIDE_FOLDER}/{file.name}" for pattern in patterns for file in table.side_files(pattern)]
+    named = {name for piece in snapshot.pieces for name in piece.files}
+    side += [f"{SIDE_FOLDER}/{copy.name}" for name, copy in table.deletions.copies() if name in named]
     # Lance numbers manifests backwards, so that the newest is the first in a listing; before, forwards.
     manifests = {f"_versions/{2**64 - 1 - snapshot.version:020}.manifest", f"_versions/{snapshot.version}.manifest"}
     if table.remote is None:

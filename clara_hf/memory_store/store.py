@@ -125,7 +125,7 @@ class MemoryStore(StoreReader):
                 f"dtype is {dtype!r}, and the store at {path} holds {table.dtype}, not {dtype}: choose another path, "
                 "or dtype='auto'"
             )
-        if form not in ("auto", table.wanted_form):
+        if form != "auto" and form != table.wanted_form:  # "auto" reads no rows, so that a damaged store can be mended
             raise ValueError(
                 f"form is {form!r}, and the store at {path} has form {table.wanted_form!r}: open it with form='auto' "
                 f"and call recode({form!r}), or choose another path"

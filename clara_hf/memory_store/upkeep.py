@@ -149,6 +149,13 @@ def _fit_form(store, form: str, rng: np.random.Generator, show_progress: bool) -
 def verify_store(store, repair: bool, show_progress: bool) -> Report:
     """See [`MemoryStore.verify`]."""
     table, report = store._table, Report()
+    report.files |= dict.fromkeys(table.deletions.damaged(again=True), "which rows are deleted: a copy is kept")
+    if report.files and not repair:
+        return report  # what else is read would be other rows
+    if report.files:
+        store._check_writable("to repair")
+        with table.parts.lock(exclusive=True):
+            table.deletions.mend()
     table.refresh()
     for piece in table.snapshot().unreadable:
         report.lost += piece.stop - piece.start
@@ -181,6 +188,8 @@ def _check_side_files(store, report: Report) -> None:
                 table.read_side_file(name, digest)
             except CorruptMemoryError as error:
                 report.files[f"{SIDE_FOLDER}/{name}"] = str(error)
+    for path in table.deletions.damaged_copies():
+        report.files[f"{SIDE_FOLDER}/{path.name}"] = "a copy of which rows are deleted: it can be made anew"
     for path in store._searcher.damaged_indexes():
         report.files[f"{SIDE_FOLDER}/{path.name}"] = "the search index: it can be made anew"
     for name in table.texts.damaged(again=True):
@@ -197,6 +206,8 @@ def _repair(store, report: Report) -> None:
         if broken:
             table.drop_sketches(table.sketch_columns)
         store._searcher.remove_damaged_indexes()
+        for path in table.deletions.damaged_copies():
+            path.unlink()
         if table.texts.damaged():
             table.texts.make()
         table.remove(without_text)

@@ -283,3 +283,28 @@ def test_compacting_removes_what_a_killed_writer_left_and_keeps_what_is_announce
     assert not left.exists()
     assert copied.columns(copied.keys(["waits"])) == {"text": ["waits"], "number": [-2]} and len(copied) == 1201
     assert copied.verify(show_progress=False).is_sound
+
+
+def test_a_damaged_record_of_deleted_rows_is_named_before_it_is_read_and_mended(copied, tmp_path):
+    copied.delete(copied.keys(TEXTS[3:5]))
+    copied.copy_to(tmp_path / "other")
+    for path in (copied.path, tmp_path / "other"):
+        (file,) = (path / "_deletions").iterdir()
+        content = file.read_bytes()
+        for place in range(0, len(content), 50):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(CorruptMemoryError, match=file.name):
+                len(MemoryStore.open(path))
+        store = MemoryStore.open(path, SpectrumModel())
+        assert list(store.verify(show_progress=False).files) == [f"_deletions/{file.name}"]
+        assert list(store.verify(repair=True, show_progress=False).files) == [f"_deletions/{file.name}"]
+        assert file.read_bytes() == content and store.verify(show_progress=False).is_sound
+        assert len(store) == 1198 and not set(copied.keys(TEXTS[3:5])) & set(store)
+    (copy,) = (copied.path / "_search").glob("deleted-*")
+    copy.write_bytes(b"else")
+    assert list(copied.verify(repair=True, show_progress=False).files) == [f"_search/{copy.name}"]
+    assert copied.verify(show_progress=False).is_sound
+    copied.delete(copied.keys(TEXTS[5:7]))
+    copied.compact()
+    assert len(list((copied.path / "_search").glob("deleted-*"))) == len(list((copied.path / "_deletions").iterdir()))
+    assert len(MemoryStore.open(copied.path)) == 1196

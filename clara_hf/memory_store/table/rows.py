@@ -15,6 +15,7 @@ import torch
 from ..encoding import FITTED, Fitted, Form, Plain, Rotated, from_file
 from ..keys import KEY_LENGTH, Maker, key_of
 from .columns import checksums, guard_of, is_own
+from .deletions import Deletions
 from .journal import Parts, write_beside
 from .layout import (
     FORMAT,
@@ -54,6 +55,7 @@ class Rows:
         self.frozen = frozen
         self.parts = Parts(self.folder, self.remote)
         self.texts = Texts(self)
+        self.deletions = Deletions(self)
         self.maker = Maker(**metadata["maker"])
         self.dtype = metadata["dtype"]
         self.format = metadata["format"]
@@ -127,6 +129,12 @@ class Rows:
         return before is None or before.version != self._loaded.version
 
     def _load(self, version: int | None = None) -> Snapshot:
+        damaged = self.deletions.damaged()
+        if damaged:
+            raise CorruptMemoryError(
+                f"{damaged[0]} of the memory store at {self.path}, which names deleted rows, is damaged on disk: call "
+                "verify(repair=True)"
+            )
         try:
             with reading():
                 return Snapshot.load(self.path, self._loaded, version)
@@ -425,7 +433,8 @@ class Rows:
                 found = snapshot.dataset.to_table(columns=["key"], filter=condition)["key"].to_pylist()
         except Unreadable as error:
             raise ValueError(
-                f"filter {condition!r} is no condition over the columns {self.column_names}: {error}"
+                f"filter {condition!r} is no condition over the columns {self.column_names}: "
+                f"{str(error).partition('. Valid fields')[0]}"
             ) from error
         if self.format > 1:
             wanted = np.array(found, dtype=snapshot.keys.dtype)

@@ -66,7 +66,10 @@ class MemoryTable(Rows):
                 self.remove_unreadable()
                 self.drop_sketches(self.sketch_columns[:-1])
                 self.texts.note()
+                self.deletions.note()
             yield got
+            if got:
+                self.deletions.note()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
