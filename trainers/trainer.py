@@ -273,13 +273,18 @@ class CLaRaTrainer(CheckpointTrainer):
         return loss * (len(inputs[EXAMPLE_INDEX]) * batches / self.questions_in_batch)
 
     def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        config, before = self.model.config, self.model.config.rate
-        if (rate := drawn_rate(config, self.args.seed, self.state.global_step)) is not None:
-            inputs, config.rate = batch_at_rate(inputs, config, rate), rate
-        try:
+        config, rate = self.model.config, None
+        if isinstance(self.model, CLaRaForRetrievalGeneration):  # DRO's has no memories
+            rate = drawn_rate(config, self.args.seed, self.state.global_step)
+        if rate is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            config.rate = before
+        else:
+            # Only where nothing else was chosen is a rate drawn.
+            inputs, config.rate = batch_at_rate(inputs, config, rate), rate
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                config.rate = None
         count_batch(self.counters, inputs)
         self.guard.batches.append((loss, inputs[EXAMPLE_INDEX]))
         return loss

@@ -218,6 +218,7 @@ class PublishArguments:
         help="ID:TASK=[DATA/]METRIC: show a figure of the results on the leaderboard of a registered benchmark, "
         "such as user/qa:default=f1.",
         default_factory=list,
+        adds=True,
     )
 
     def __post_init__(self):

@@ -58,11 +58,12 @@ def parse(
     """Dataclasses filled from `--config FILE.yaml`, if given, and the command line, which overrides it; of
     several files a later one overrides those before, a mapping key by key.
 
-    A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, by spaces or
-    commas, or by its option more than once; a comma in the name of an existing file does not split it. A field of a
-    dataclass's type takes a mapping, or a text for its first field. `~/` and `${NAME}` in texts are expanded. A field's
-    `metadata` may hold `help`, `choices` and `aliases`, as for `HfArgumentParser`; `fields_of`: the dataclass whose
-    fields its mapping holds; and `positional`: its value may stand without its name, a list's being all that are left.
+    A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, or by spaces or
+    commas; a comma in the name of an existing file does not split it. Of an option that is given twice the last one
+    counts. A field of a dataclass's type takes a mapping, or a text for its first field. `~/` and `${NAME}` in texts
+    are expanded. A field's `metadata` may hold `help`, `choices` and `aliases`, as for `HfArgumentParser`; `fields_of`:
+    the dataclass whose fields its mapping holds; `positional`: its value may stand without its name, a list's being all
+    that are left; and `adds`: given twice, a list's option adds up.
 
     Args:
         kinds: a dataclass, or several whose fields have different names.
@@ -110,18 +111,19 @@ def command_line(known: Mapping[str, Any], arguments: Sequence[str], description
     places = [name for name, (field, _) in known.items() if field.metadata.get("positional")]
     usage = " ".join(["%(prog)s", *map(str.upper, places), "[--NAME VALUE ...]"])
     parser = Parser(usage=usage, description=description, allow_abbrev=False, formatter_class=Help)
-    many: dict[str, Any] = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": "", "action": "extend"}
+    many: dict[str, Any] = {"nargs": "*", "default": argparse.SUPPRESS, "metavar": ""}
     parser.add_argument(
         "--config",
         help="YAML files with any of these; later ones override, mappings key by key, and so does the command line.",
-        **many | {"action": "store"},
+        **many,
     )
     switches = set()
     for name, (field, hint) in known.items():
         flags = [f"--{name}", *aliases(field)]
         flags += [flag for flag in dict.fromkeys("--" + f[2:].replace("_", "-") for f in flags) if flag not in flags]
         # With values that stand alone, an option must not take them for its own.
-        own = {} if takes(hint, list) else {"action": "store", "nargs": "?" if places else "*"}
+        own: dict[str, Any] = {"action": "extend"} if field.metadata.get("adds") else {}
+        own |= {"nargs": "?"} if places and not takes(hint, list) else {}
         parser.add_argument(*flags, dest=name, help=help_text(field), **many | own)
         if takes(hint, bool) and not takes(hint, str):
             switches.update(flags)
@@ -131,7 +133,7 @@ def command_line(known: Mapping[str, Any], arguments: Sequence[str], description
             parser.add_argument(*dict.fromkeys(no), dest=name, action="store_const", const=["false"], **hidden)
     for old, new in RENAMED.items():
         if new in known and old not in known:
-            parser.add_argument(f"--{old}", dest=new, **many | {"help": argparse.SUPPRESS, "action": "store"})
+            parser.add_argument(f"--{old}", dest=new, **many | {"help": argparse.SUPPRESS})
     found, rest = parser.parse_known_args(with_values(arguments, switches) if places else list(arguments))
     # Names only, since the value may be a key.
     unknown = [word.partition("=")[0] for word in rest if word.startswith("-") and word != "--"]

@@ -60,6 +60,7 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
     print_what_can_be_printed()
     keep_freed_memory()
     before = signal.signal(signal.SIGINT, stop_quietly_unless(os.getpid()))
+    called = sys.argv[0]
     try:
         code = main()
     except SystemExit:
@@ -76,6 +77,7 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
             raise
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.argv[0] = called
         if "torch" in sys.modules:
             distributed = sys.modules["torch"].distributed
             if distributed.is_available() and distributed.is_initialized():

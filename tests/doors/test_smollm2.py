@@ -29,7 +29,7 @@ STAGES = {"scp": SCPConfig, "instruct": InstructionConfig, "joint": JointConfig,
 TEXT = (TextArguments, SFTConfig, ModelConfig)
 TRAINING = ("scp", "instruct", "joint", "contrastive", "text-lora")
 SHRUNKEN = {
-    **{name: "--max_steps 2 --per_device_train_batch_size 2 --train_limit 6 --disable_tqdm true" for name in TRAINING},
+    **{name: "--max_steps 2 --per_device_train_batch_size 2 --train_limit 24 --disable_tqdm true" for name in TRAINING},
     "eval": "--limit 3 --batch_size 3 --max_new_tokens 4",
 }
 # The baseline on raw text evaluates nothing while it trains.

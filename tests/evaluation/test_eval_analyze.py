@@ -65,7 +65,9 @@ def test_reliability_bins_are_equal_and_their_intervals_are_wilsons():
 def test_means_are_those_of_the_compressors_hidden_states(clara):
     seen = []
     hook = clara.decoder.base_model.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
-    memories = clara.compress(TEXTS[:1])
+    inputs = clara.processor.pad_encodings(clara.processor.encode_documents(TEXTS[:1]))
+    with torch.no_grad():
+        memories, _ = clara.encode("compressor", **inputs)
     hook.remove()
     texts, means = mean_states(clara, TEXTS[:3], batch_size=2)
     count = clara.config.num_memory_tokens

@@ -53,7 +53,7 @@ class RuleModel:
     def encode_prompts(self, questions, num_documents):
         return {"attention_mask": torch.tensor(num_documents)[:, None]}
 
-    def compress(self, documents, batch_size, show_progress):
+    def compress(self, documents, batch_size, show_progress, max_tokens_per_batch=None):
         self.compressed.extend(documents)
         return torch.tensor([[[float(DOCS.index(document))]] for document in documents])
 

@@ -374,14 +374,14 @@ def test_full_disk_is_said_and_leaves_nothing_that_looks_finished(config, tmp_pa
 
 
 def test_three_stages_hand_their_checkpoints_on_and_train_from_mapped_rows(config, qa_file, tmp_path, monkeypatch):
-    files, reads, prepare = [], [], CLaRaTrainer.prepare
+    files, reads, prepare = [], [], CLaRaTrainer.prepare_rows
 
     def watched(self, rows):
         examples = prepare(self, rows)
         files.append([data.cache_files[0]["filename"] for data in (rows, examples)])
         return examples
 
-    monkeypatch.setattr(CLaRaTrainer, "prepare", watched)
+    monkeypatch.setattr(CLaRaTrainer, "prepare_rows", watched)
     monkeypatch.setattr("clara_hf.data.mapped.iter_examples", lambda *a, **k: reads.append(a) or iter_examples(*a, **k))
 
     def stage(main, start, out, **changes):

@@ -1,0 +1,1 @@
+../../../../modeling_clara/decoding_clara.py
