@@ -327,7 +327,7 @@ def test_broken_files_give_one_error_and_no_output(home, tmp_path, capsys, kind)
     assert exit_code(main, [str(folder), str(tmp_path / "new" / "ours")]) == 1
     captured = capsys.readouterr()
     error = captured.err.strip().split("\n")[-1]
-    assert error.startswith("error: ") and message in error and captured.out == ""
+    assert ": error: " in error and message in error and captured.out == ""
     assert not (tmp_path / "new").exists() and not (home / "sprung").exists()
 
 

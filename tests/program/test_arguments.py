@@ -189,7 +189,12 @@ class Placed:
     questions: list[str] = field(metadata={"positional": True})
     exact: bool = False
     top_k: int = 5
-    columns: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list, metadata={"adds": True})
+    systems: list[str] = field(default_factory=list)
+
+
+def test_of_an_option_given_twice_the_last_one_counts():
+    assert parse(Placed, ["s", "q", "--systems", "x", "y", "--systems", "z"]).systems == ["z"]
 
 
 @pytest.mark.parametrize(
