@@ -134,14 +134,14 @@ def compressor_to_train(
         with gathered([model.memory_projection.weight]):
             matrix = whole_copy(model.memory_projection.weight)
         if torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype)):
-            cosine = model.fit_memory_projection(documents_to_fit(train_dataset))
-            logger.info("Memory projection fitted: cosine of mapped states and token embeddings %.3f.", cosine)
+            share = model.fit_memory_projection(documents_to_fit(train_dataset))
+            logger.info("Memory projection fitted: it gives back %.3f of the token embeddings' squares.", share)
     return model
 
 
 def documents_to_fit(train_dataset: Dataset) -> list[str]:
     """Documents of up to [`FITTED_ROWS`] rows, evenly spread over the training set; every process takes the same."""
-    rows = range(0, len(train_dataset), max(1, len(train_dataset) // FITTED_ROWS))
+    rows = range(0, len(train_dataset), max(1, -(-len(train_dataset) // FITTED_ROWS)))
     return list(dict.fromkeys(text for row in rows for text in train_dataset[row]["docs"]))
 
 
@@ -158,6 +158,30 @@ def other_documents(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if is_known[row]:
             other[row, : len(own)] = torch.tensor(chosen)
     return other, is_known
+
+
+@torch.no_grad()
+def losses_by_memory(
+    model: CLaRaForRetrievalGeneration, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput
+) -> torch.Tensor:
+    """Losses `[B, 3]` of a batch's targets with the right, no and wrong memories; NaN where other rows have not enough
+    documents.
+
+    Args:
+        inputs: a batch of [`~trainers.batches.CompressionCollator`].
+        outputs: what `model` made of it.
+    """
+    labels, index = inputs["labels"], inputs["document_index"]
+    prompts = {"input_ids": inputs["input_ids"], "labels": labels, "memories": outputs.memories}
+    config, mask = model.config, inputs["attention_mask"]
+    slots = torch.tensor([*config.memory_token_ids, config.sep_token_id], device=mask.device)
+    # Positions that are not attended are not counted either: as if the slots were not there.
+    unread = mask.masked_fill(torch.isin(inputs["input_ids"], slots), 0)
+    without = model(**prompts, attention_mask=unread, document_index=index)
+    other, is_known = other_documents(index)
+    wrong = model(**prompts, attention_mask=mask, document_index=other)
+    losses = [row_losses(found.logits, labels) for found in (outputs, without, wrong)]
+    return torch.stack([*losses[:2], losses[2].masked_fill(~is_known, float("nan"))], dim=1)
 
 
 class SCPTrainer(CLaRaTrainer):
@@ -195,23 +219,8 @@ class SCPTrainer(CLaRaTrainer):
         gaps = memory_gaps(np.zeros((2, 3))) if args.compare_memories and not args.prediction_loss_only else ()
         return [*super().scores(args), *gaps]
 
-    @torch.no_grad()
     def losses_by_memory(self, inputs: dict[str, torch.Tensor], outputs: CLaRaOutput) -> torch.Tensor | None:
-        """Losses `[B, 3]` of the batch's targets with the right, no and wrong memories; NaN where other rows have not
-        enough documents."""
-        if not self.args.compare_memories:
-            return None
-        labels, index = inputs["labels"], inputs["document_index"]
-        prompts = {"input_ids": inputs["input_ids"], "labels": labels, "memories": outputs.memories}
-        config, mask = self.model.config, inputs["attention_mask"]
-        slots = torch.tensor([*config.memory_token_ids, config.sep_token_id], device=mask.device)
-        # Positions that are not attended are not counted either: as if the slots were not there.
-        unread = mask.masked_fill(torch.isin(inputs["input_ids"], slots), 0)
-        without = self.model(**prompts, attention_mask=unread, document_index=index)
-        other, is_known = other_documents(index)
-        wrong = self.model(**prompts, attention_mask=mask, document_index=other)
-        losses = [row_losses(found.logits, labels) for found in (outputs, without, wrong)]
-        return torch.stack([*losses[:2], losses[2].masked_fill(~is_known, float("nan"))], dim=1)
+        return losses_by_memory(self.model, inputs, outputs) if self.args.compare_memories else None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if self.mix_sampler is not None and self.args.max_tokens_per_batch is None:

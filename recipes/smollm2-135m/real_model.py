@@ -5,8 +5,8 @@
 
 For each kind of row, the cross entropy of its target with the right memory, with none, and with another row's; the gaps
 are paired, with half of their 95% intervals. Then the same rows in other precisions, attention kernels and batches:
-the largest difference of a row's loss from the reference, which reads one row at a time in float32 through SDPA, the
-least cosine of a document's memory, and how many greedy answers are the same.
+the largest difference of a row's loss from the reference, float32 through SDPA, the least cosine of a document's
+memory, and how many greedy answers are the same.
 """
 
 import sys
@@ -22,21 +22,30 @@ from clara_hf.program import UsageError, parse, run_program, write_json
 from clara_hf.program.models import ModelSource, load_trained
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.batches import CompressionCollator
-from trainers.losses import memory_gaps, row_losses
-from trainers.scp import SCPRows
+from trainers.losses import memory_gaps
+from trainers.scp import SCPRows, losses_by_memory
 
 
-REFERENCE = "float32 sdpa, one by one"
+REFERENCE = "float32 sdpa"
 # How a variant's model is loaded, and how many rows it reads together. Attention that is not SDPA pads batches.
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
-    REFERENCE: ({"dtype": "float32", "attn_implementation": "sdpa"}, 1),
-    "float32 sdpa": ({"dtype": "float32", "attn_implementation": "sdpa"}, 8),
+    REFERENCE: ({"dtype": "float32", "attn_implementation": "sdpa"}, 8),
+    "float32 sdpa, one by one": ({"dtype": "float32", "attn_implementation": "sdpa"}, 1),
     "float32 eager, padded": ({"dtype": "float32", "attn_implementation": "eager"}, 8),
     "bfloat16 sdpa": ({"dtype": "bfloat16", "attn_implementation": "sdpa"}, 8),
     "bfloat16 eager, padded": ({"dtype": "bfloat16", "attn_implementation": "eager"}, 8),
     "bfloat16 flash": ({"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}, 8),
     "4 bits": ({"dtype": "float32", "attn_implementation": "sdpa", "load_in_4bit": True}, 8),
 }
+# What the model reads of a batch.
+READ = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "document_input_ids",
+    "document_attention_mask",
+    "document_index",
+)
 
 
 @dataclass
@@ -47,7 +56,7 @@ class RealModelArguments:
     data: str = field(metadata={"help": "Rows of the first stage (JSONL)."})
     limit: int = field(default=32, metadata={"help": "Rows of each kind."})
     variants: list[str] = field(
-        default_factory=lambda: ["float32 sdpa", "float32 eager, padded", "bfloat16 sdpa", "bfloat16 eager, padded"],
+        default_factory=lambda: ["float32 sdpa, one by one", "float32 eager, padded", "bfloat16 sdpa"],
         metadata={"help": f"Beside the reference, or reference for it alone: {'; '.join(VARIANTS)}."},
     )
     answers: int = field(default=16, metadata={"help": "Questions that are answered in every variant."})
@@ -71,32 +80,14 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def losses_of(model: CLaRaForRetrievalGeneration, rows: list[dict], batch_size: int, max_length: int) -> np.ndarray:
-    """Losses `[rows, 3]` with the right memory, with none, and with that of the next row over another document."""
+    """Losses `[rows, 3]`, see [`losses_by_memory`]."""
     encode, collator = SCPRows(model.processor, 0, max_length), CompressionCollator(model.processor)
-    examples = [encode(row, number) for number, row in enumerate(rows)]
-    slots = torch.tensor([*model.config.memory_token_ids, model.config.sep_token_id])
-    found = []
+    examples, found = [encode(row, number) for number, row in enumerate(rows)], []
     for start in range(0, len(rows), batch_size):
-        chosen = range(start, min(start + batch_size, len(rows)))
-        inputs = collator([examples[number] for number in chosen])
-        other = collator([examples[_next_other(rows, number)] for number in chosen])
-        prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels", "document_index")}
-        own = {name: inputs[name] for name in ("document_input_ids", "document_attention_mask")}
-        wrong = {name: other[name] for name in (*own, "document_index")}
-        unread = prompt["attention_mask"].masked_fill(torch.isin(prompt["input_ids"], slots), 0)
-        kinds = (own, {**own, "attention_mask": unread}, wrong)
-        outputs = [model(**_on(model, {**prompt, **kind})) for kind in kinds]
-        found.append(torch.stack([row_losses(one.logits.cpu(), inputs["labels"]) for one in outputs], dim=1))
+        batch = collator(examples[start : start + batch_size])
+        inputs = {name: value.to(model.device) for name, value in batch.items() if name in READ}
+        found.append(losses_by_memory(model, inputs, model(**inputs)).cpu())
     return torch.cat(found).numpy()
-
-
-def _next_other(rows, number):
-    behind = (rank % len(rows) for rank in range(number + 1, number + len(rows)))
-    return next(rank for rank in behind if rows[rank]["docs"] != rows[number]["docs"])
-
-
-def _on(model, inputs):
-    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
 def find(name: str, args: RealModelArguments, rows: list[dict]) -> Found:
