@@ -273,18 +273,15 @@ class CLaRaTrainer(CheckpointTrainer):
         return loss * (len(inputs[EXAMPLE_INDEX]) * batches / self.questions_in_batch)
 
     def training_step(self, model, inputs: dict, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        config, rate = self.model.config, None
-        if isinstance(self.model, CLaRaForRetrievalGeneration):  # DRO's has no memories
-            rate = drawn_rate(config, self.args.seed, self.state.global_step)
-        if rate is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            # Only where nothing else was chosen is a rate drawn.
+        config = self.model.config
+        rate = drawn_rate(config, self.args.seed, self.state.global_step) if self.has_memories else None
+        if rate is not None:
             inputs, config.rate = batch_at_rate(inputs, config, rate), rate
-            try:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            finally:
-                config.rate = None
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            if rate is not None:
+                config.rate = None  # a rate is drawn only where none was set
         count_batch(self.counters, inputs)
         self.guard.batches.append((loss, inputs[EXAMPLE_INDEX]))
         return loss
