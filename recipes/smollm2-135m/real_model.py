@@ -10,7 +10,7 @@ memory, and how many greedy answers are the same.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from clara_hf.data.schema import load_scp
-from clara_hf.program import UsageError, parse, run_program, write_json
+from clara_hf.program import UsageError, option, parse, run_program, write_json
 from clara_hf.program.models import ModelSource, load_trained
 from modeling_clara import CLaRaForRetrievalGeneration
 from trainers.batches import CompressionCollator
@@ -30,10 +30,10 @@ REFERENCE = "float32 sdpa"
 # How a variant's model is loaded, and how many rows it reads together. Attention that is not SDPA pads batches.
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     REFERENCE: ({"dtype": "float32", "attn_implementation": "sdpa"}, 8),
-    "float32 sdpa, one by one": ({"dtype": "float32", "attn_implementation": "sdpa"}, 1),
-    "float32 eager, padded": ({"dtype": "float32", "attn_implementation": "eager"}, 8),
+    "float32 unbatched": ({"dtype": "float32", "attn_implementation": "sdpa"}, 1),
+    "float32 eager": ({"dtype": "float32", "attn_implementation": "eager"}, 8),
     "bfloat16 sdpa": ({"dtype": "bfloat16", "attn_implementation": "sdpa"}, 8),
-    "bfloat16 eager, padded": ({"dtype": "bfloat16", "attn_implementation": "eager"}, 8),
+    "bfloat16 eager": ({"dtype": "bfloat16", "attn_implementation": "eager"}, 8),
     "bfloat16 flash": ({"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}, 8),
     "4 bits": ({"dtype": "float32", "attn_implementation": "sdpa", "load_in_4bit": True}, 8),
 }
@@ -52,17 +52,17 @@ READ = (
 class RealModelArguments:
     """What is compared."""
 
-    model: str = field(metadata={"help": "CLaRa checkpoint."})
-    data: str = field(metadata={"help": "Rows of the first stage (JSONL)."})
-    limit: int = field(default=32, metadata={"help": "Rows of each kind."})
-    variants: list[str] = field(
-        default_factory=lambda: ["float32 sdpa, one by one", "float32 eager, padded", "bfloat16 sdpa"],
-        metadata={"help": f"Beside the reference, or reference for it alone: {'; '.join(VARIANTS)}."},
+    model: str = option(help="CLaRa checkpoint.")
+    data: str = option(help="Rows of the first stage (JSONL).")
+    limit: int = option(32, "Rows of each kind.")
+    variants: list[str] = option(
+        help=f"Beside the reference, or reference for it alone: {'; '.join(VARIANTS)}.",
+        default_factory=lambda: ["float32 unbatched", "float32 eager", "bfloat16 sdpa"],
     )
-    answers: int = field(default=16, metadata={"help": "Questions that are answered in every variant."})
-    max_new_tokens: int = field(default=12, metadata={"help": "Of an answer."})
-    max_length: int = field(default=256, metadata={"help": "Of a prompt with its target, in tokens."})
-    output_file: str = field(default="runs/benchmarks/real_model.json", metadata={"help": "For the figures."})
+    answers: int = option(16, "Questions that are answered in every variant.")
+    max_new_tokens: int = option(12, "Of an answer.")
+    max_length: int = option(256, "Of a prompt with its target, in tokens.")
+    output_file: str = option("runs/benchmarks/real_model.json", "For the figures.")
 
     def __post_init__(self):
         self.variants = [] if self.variants == ["reference"] else self.variants
