@@ -54,8 +54,11 @@ if __name__ == "__main__":
     if os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
         del sys.path[0]  # else this folder's modules would stand before those of the libraries
     try:
-        main(*sys.argv[1:])
-    except BrokenPipeError:  # nobody reads on
+        try:
+            main(*sys.argv[1:])
+        except BrokenPipeError:  # nobody reads on
+            pass
+        # All rows are out. Unloading Arrow while one of its threads still runs has aborted the interpreter at its end.
         os._exit(0)
     except (Exception, MemoryError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]

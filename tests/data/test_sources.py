@@ -376,6 +376,13 @@ def test_arrow_files_and_other_folders_are_read(tmp_path):
         load_examples(tmp_path / "rows.parquet.gz")
 
 
+def test_a_reader_that_aborts_after_its_last_row_has_read_the_file(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(dataset().data.table, tmp_path / "rows.parquet")
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert load_examples(tmp_path / "rows.parquet") == EXAMPLES
+
+
 def test_an_object_over_several_lines_is_one_row(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS[1], indent=2))
     assert load_examples(tmp_path / "a.json") == [EXAMPLES[1]]
