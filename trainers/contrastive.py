@@ -32,6 +32,9 @@ class ContrastiveConfig(RetrievalTrainingArguments):
         in_batch_negatives (`bool`, *optional*, defaults to `False`):
             Whether the candidates of the other questions of a process's batch count as negatives too. A document that
             is among a question's own positives never does. The loss then depends on the batch size per device.
+        positives (`str`, *optional*, defaults to `"one"`):
+            What the loss asks of a question with several relevant documents: that one of them is found (`"one"`, the
+            paper's), or that all are (`"all"`).
     """
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
@@ -39,11 +42,17 @@ class ContrastiveConfig(RetrievalTrainingArguments):
     in_batch_negatives: bool = field(
         default=False, metadata={"help": "Take the other questions' candidates as negatives too."}
     )
+    positives: str = field(
+        default="one",
+        metadata={"help": "How many of a question's relevant documents are to be found.", "choices": ["one", "all"]},
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature!r}.")
+        if self.positives not in ("one", "all"):
+            raise ValueError(f"positives must be one or all, got {self.positives!r}.")
 
 
 @dataclass
@@ -98,7 +107,8 @@ class ContrastiveTrainer(RetrievalTrainer):
         them."""
         outputs = model(**model_inputs(inputs))
         is_candidate = inputs["document_index"] >= 0
-        loss = contrastive_loss(outputs.scores, inputs[IS_POSITIVE], is_candidate, self.args.temperature)
+        args = self.args
+        loss = contrastive_loss(outputs.scores, inputs[IS_POSITIVE], is_candidate, args.temperature, args.positives)
         if self.model.training:
             for k in (1, max(RECALL_KS)):
                 count(self.counters, f"recall@{k}", *batch_recall(ranking_of(outputs.scores, k), inputs[IS_POSITIVE]))

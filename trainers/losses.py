@@ -1,6 +1,7 @@
 """Losses, and what training measures of outputs, as pure functions of tensors and arrays."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,15 +17,22 @@ RECALL_KS = (1, 3, 5)
 
 
 def contrastive_loss(
-    scores: torch.Tensor, is_positive: torch.Tensor, is_candidate: torch.Tensor, temperature: float
+    scores: torch.Tensor,
+    is_positive: torch.Tensor,
+    is_candidate: torch.Tensor,
+    temperature: float,
+    positives: Literal["one", "all"] = "one",
 ) -> torch.Tensor:
-    r"""Multi-positive contrastive loss, the mean over questions of
+    r"""Contrastive loss of questions with one or several positives; with one, InfoNCE either way.
+
+    `"one"`, the loss of Sup-, the supervised baseline of arXiv 2511.18659, is the mean over questions of
 
     `logsumexp_{i in candidates}(s_i / τ) - logsumexp_{i in positives}(s_i / τ)`
 
     the negative log of the probability that a softmax over the candidates gives to the positives together: one positive
-    that is found is enough. It is the loss of Sup-, the supervised baseline of arXiv 2511.18659;
-    with one positive, InfoNCE.
+    that is found is enough. `"all"` asks for each of them: the mean over a question's positives p of
+
+    `logsumexp_{i in negatives and p}(s_i / τ) - s_p / τ`
 
     Args:
         scores (`[B, N]`, floating): similarity of question and candidate; any value, -inf included, where there is no
@@ -32,14 +40,21 @@ def contrastive_loss(
         is_positive (`[B, N]` bool): relevant candidates, at least one per question.
         is_candidate (`[B, N]` bool): `False` where a question has fewer than N candidates.
         temperature (`float`): τ.
+        positives (`"one"` or `"all"`): whether one that is found is enough, or all are asked for.
 
     Returns:
         `[]`, at least 0, in float32, or float64 for float64 scores; infinite if a question has no positive.
     """
     logits = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
     logits = logits.masked_fill(~is_candidate, float("-inf"))
-    positives = logits.masked_fill(~is_positive, float("-inf"))
-    return (logits.logsumexp(dim=-1) - positives.logsumexp(dim=-1)).mean()
+    if positives == "one":
+        found = logits.masked_fill(~is_positive, float("-inf"))
+        return (logits.logsumexp(dim=-1) - found.logsumexp(dim=-1)).mean()
+    negatives = logits.masked_fill(is_positive, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    each = logits.masked_fill(~is_positive, 0.0)
+    each = (torch.logaddexp(negatives, each) - each).masked_fill(~is_positive, 0.0)
+    counts = is_positive.sum(dim=-1)
+    return (each.sum(dim=-1) / counts).masked_fill(counts == 0, float("inf")).mean()
 
 
 def ranking_of(scores: torch.Tensor, depth: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from clara_hf.memory_store.store import MemoryStore
 from modeling_clara import CLaRaForRetrievalGeneration
 from recipes import contrastive
 from trainers import ContrastiveConfig
+from trainers.batches import IS_POSITIVE, model_inputs
 from trainers.losses import contrastive_loss
 
 
@@ -74,6 +75,22 @@ def test_loss_is_that_of_the_scores_a_user_sees(in_batch_negatives, base, tmp_pa
     gold = torch.tensor([[0], [1 if in_batch_negatives else 0]])
     expected = contrastive_loss(found.scores, found.indices == gold, is_candidate, 0.1)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_each_positive_can_be_asked_for(base, tmp_path):
+    rows = Dataset.from_list([{"question": "Who is Mara?", "docs": TEXTS[:4], "pos_index": [0, 3]}])
+    losses, options = {}, {"rows": rows, "temperature": 1.0}
+    for positives in ("one", "all"):
+        model = build_clara(base, lora_dropout=0.0)
+        trainer = make_trainer("contrastive", base, tmp_path / positives, model, positives=positives, **options)
+        batch = batch_of(trainer, (0,))
+        scores = model(**model_inputs(batch)).scores.detach()
+        losses[positives] = trainer.compute_loss(model, batch).item()
+        expected = contrastive_loss(scores, batch[IS_POSITIVE], batch["document_index"] >= 0, 1.0, positives)
+        assert losses[positives] == pytest.approx(expected.item(), abs=1e-5)
+    assert losses["all"] > losses["one"] > 0
+    with pytest.raises(ValueError, match="positives.*every"):
+        make_trainer("contrastive", base, tmp_path / "c", rows=ROWS, positives="every")
 
 
 def test_neither_generator_nor_saved_temperature_changes(base, tmp_path):

@@ -1,6 +1,7 @@
 """The losses against slow versions of themselves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,16 @@ from trainers.losses import contrastive_loss
 TEMPERATURE = 0.07
 
 
-def slow_contrastive_loss(scores: list[torch.Tensor], golds: list[set[int]], temperature: float) -> torch.Tensor:
+def slow_contrastive_loss(scores, golds: list[set[int]], temperature: float, positives: str) -> torch.Tensor:
     """Question by question and candidate by candidate, over lists that have no padding."""
     total = 0.0
     for row, gold in zip(scores, golds, strict=True):
+        if positives == "all":
+            for place in gold:
+                others = [score for number, score in enumerate(row) if number == place or number not in gold]
+                everything = sum(torch.exp(score / temperature) for score in others)
+                total = total - torch.log(torch.exp(row[place] / temperature) / everything) / len(gold)
+            continue
         everything = sum(torch.exp(score / temperature) for score in row)
         relevant = sum(torch.exp(row[place] / temperature) for place in gold)
         total = total - torch.log(relevant / everything)
@@ -32,13 +39,14 @@ def ragged():
     return scores, is_positive, is_candidate, counts, golds
 
 
-def test_contrastive_loss_and_its_gradient_equal_the_slow_ones(ragged):
+@pytest.mark.parametrize("positives", ["one", "all"])
+def test_contrastive_loss_and_its_gradient_equal_the_slow_ones(ragged, positives):
     scores, is_positive, is_candidate, counts, golds = ragged
     padded = scores.clone().requires_grad_()
-    loss = contrastive_loss(padded, is_positive, is_candidate, TEMPERATURE)
+    loss = contrastive_loss(padded, is_positive, is_candidate, TEMPERATURE, positives)
     loss.backward()
     rows = [row[:count].clone().requires_grad_() for row, count in zip(scores, counts, strict=True)]
-    slow = slow_contrastive_loss(rows, golds, TEMPERATURE)
+    slow = slow_contrastive_loss(rows, golds, TEMPERATURE, positives)
     slow.backward()
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=1e-12)
@@ -47,11 +55,19 @@ def test_contrastive_loss_and_its_gradient_equal_the_slow_ones(ragged):
         assert torch.equal(padded.grad[row, count:], torch.zeros(5 - count, dtype=torch.float64))
 
 
-def test_contrastive_loss_has_the_gradient_of_finite_differences(ragged):
+@pytest.mark.parametrize("positives", ["one", "all"])
+def test_contrastive_loss_has_the_gradient_of_finite_differences(ragged, positives):
     _, is_positive, _, _, _ = ragged
     scores = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
     is_candidate = torch.ones(3, 5, dtype=torch.bool)
-    assert torch.autograd.gradcheck(lambda s: contrastive_loss(s, is_positive, is_candidate, TEMPERATURE), (scores,))
+    loss = partial(
+        contrastive_loss,
+        is_positive=is_positive,
+        is_candidate=is_candidate,
+        temperature=TEMPERATURE,
+        positives=positives,
+    )
+    assert torch.autograd.gradcheck(loss, (scores,))
 
 
 def test_what_stands_at_masked_candidates_does_not_count(ragged):
@@ -60,6 +76,15 @@ def test_what_stands_at_masked_candidates_does_not_count(ragged):
     for value in (1.0, -1.0, 1e6):
         filled = scores.masked_fill(~is_candidate, value)
         assert torch.equal(contrastive_loss(filled, is_positive, is_candidate, TEMPERATURE), expected)
+
+
+def test_all_positives_are_asked_for_where_one_would_be_enough():
+    scores, every = torch.tensor([[0.9, -0.9, 0.0]]), torch.ones(1, 3, dtype=torch.bool)
+    both = torch.tensor([[True, True, False]])
+    assert contrastive_loss(scores, both, every, 0.02).item() == pytest.approx(0.0, abs=1e-6)
+    assert contrastive_loss(scores, both, every, 0.02, "all").item() == pytest.approx(22.5)
+    for positives in ("one", "all"):
+        assert contrastive_loss(scores, ~every, every, 0.02, positives).item() == math.inf
 
 
 def test_contrastive_loss_of_known_cases():
