@@ -1,7 +1,7 @@
 """The claims about CLaRa, settled on the nano world by runs over several seeds.
 
 python recipes/nano/world.py --out runs/nano/data
-python benchmarks/evidence.py benchmarks/evidence.yaml
+python benchmarks/evidence.py benchmarks/evidence/full.yaml
 """
 
 from clara_hf.evaluation.evidence.suite import main

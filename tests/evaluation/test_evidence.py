@@ -139,6 +139,14 @@ def test_a_suite_killed_at_random_ends_in_the_report_of_an_undisturbed_one(confi
     settled = read_json(tmp_path / "whole" / "evidence.json")["claims"]
     assert [row["verdict"] for row in settled.values()] == ["undecided"] * 7 + ["not run"]
     assert settled["twin"]["questions"] == 2 and settled["bm25"]["questions"] == 3
+    # Some variants alone, from the same runs: claims about others are not settled.
+    suite.main([*arguments_of(config, tmp_path / "whole"), "--only", "hard"])
+    some = read_json(tmp_path / "whole" / "evidence.json")["claims"]
+    assert {name: row for name, row in some.items() if row["verdict"] != "not run"} == {
+        name: row for name, row in settled.items() if name in ("bm25", "start", "lens", "hard", "order")
+    }
+    with pytest.raises(UsageError, match="only.*absent"):
+        suite.main([*arguments_of(config, tmp_path / "absent"), "--only", "absent"])
     # Everything is there: nothing trains and nothing is computed again.
     for folder in (tmp_path / "whole" / "runs").iterdir():
         is_dro = folder.name.startswith("dro")
@@ -189,7 +197,7 @@ def test_mistakes_name_the_variant_before_anything_is_written(config, tmp_path):
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", ["evidence.yaml", "evidence_short.yaml"])
+@pytest.mark.parametrize("name", ["full.yaml", "retrieval.yaml", "compression.yaml"])
 def test_the_suites_that_come_along_know_their_variants(name, tmp_path, monkeypatch):
     data = tmp_path / "runs" / "nano" / "data"
     for folder in (data, data.with_name("data-5")):
@@ -199,11 +207,11 @@ def test_the_suites_that_come_along_know_their_variants(name, tmp_path, monkeypa
     (data / "test.jsonl").touch()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    settings = parse(EvidenceSettings, ["--config", str(ROOT / "benchmarks" / name)])
+    settings = parse(EvidenceSettings, ["--config", str(ROOT / "benchmarks/evidence" / name)])
     trained = [name for name, variant in settings.variants.items() if variant.of is None]
     names = {Suite(settings).folder(variant, 0).name for variant in settings.variants}
     assert len(names) == len(trained)
     for claim in settings.claims.values():
         for variant, system in () if claim.not_run else claim.sides:
             assert system in settings.variants[variant].systems
-    assert yaml.safe_load((ROOT / "benchmarks" / name).read_text())["seeds"] == [0, 1, 2]
+    assert yaml.safe_load((ROOT / "benchmarks/evidence" / name).read_text())["seeds"] == [0, 1, 2]

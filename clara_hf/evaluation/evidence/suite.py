@@ -1,7 +1,7 @@
 """The evidence suite: variants × seeds are trained and evaluated, and claims about them settled.
 
-    clara evidence benchmarks/evidence.yaml
-    clara evidence benchmarks/evidence.yaml --seeds 0 1
+    clara evidence benchmarks/evidence/full.yaml
+    clara evidence benchmarks/evidence/full.yaml --only joint sup --seeds 0 1
 
 Every run has a folder that is named by its content: settings, data, starting checkpoint and code. A finished one is
 reused, an interrupted one resumed; evaluations resume from their cache. The report follows from these alone.
@@ -109,6 +109,10 @@ class EvidenceSettings:
     test_file: str = field(metadata={"help": "Questions to evaluate on."})
     limit: int | None = field(default=None, metadata={"help": "Take only so many of them from the start."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A run of every variant for each."})
+    only: list[str] | None = field(
+        default=None,
+        metadata={"help": "Variants to run, besides those that they start from; claims about others are not settled."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Questions, or documents, per batch of an evaluation."})
     max_new_tokens: int = field(default=12, metadata={"help": "Limit of an answer's length in tokens."})
     variants: dict[str, Variant] = field(default_factory=dict, metadata={"help": "By name."})
@@ -128,6 +132,18 @@ class EvidenceSettings:
             if " " in name:
                 raise UsageError(f"variants: {name!r} has a space, which separates a variant from a system in claims.")
             known.append(name)
+        if self.only is not None:
+            self.variants = self._with_what_they_need(self.only)
+
+    def _with_what_they_need(self, chosen: list[str]) -> dict[str, Variant]:
+        unknown = [name for name in chosen if name not in self.variants]
+        if unknown or not chosen:
+            raise UsageError(f"only is {chosen}: give names of variants, {', '.join(self.variants)}.")
+        needed = set(chosen)
+        for name in reversed(self.variants):
+            if name in needed:
+                needed |= {self.variants[name].after, self.variants[name].of}
+        return {name: variant for name, variant in self.variants.items() if name in needed}
 
 
 class Suite:
