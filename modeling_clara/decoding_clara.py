@@ -1,5 +1,6 @@
 """Greedy decoding on a CPU without padding, with the prompts' common beginning once, and without finished rows."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -91,7 +92,8 @@ def read_prompts(decoder: PreTrainedModel, prompts: torch.Tensor, mask: torch.Te
     shared = common_beginning(texts)
     lengths = [shared, *(len(text) - shared for text in texts)]
     row = torch.cat([texts[0][:shared], *(text[shared:] for text in texts)])
-    last, kept = torch.tensor(lengths, device=row.device).cumsum(0)[1:] - 1, []
+    last = torch.tensor(lengths, device=row.device).cumsum(0)[1:] - 1
+    kept = deque()  # no list, of which accelerate's hooks hand on a copy
     logits = run_row(decoder, decoder, row, lengths, last, shared=shared, kept=kept)
     for number, states in enumerate(kept):
         cache.update(*(_as_rows(each, lengths, mask.shape[1]) for each in states), number)

@@ -1,5 +1,6 @@
 """Functions of tensors: banks of memories, scores, positions, texts without padding."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
@@ -258,7 +259,7 @@ def _packed_attention(
         whole, places: keys and values of all T tokens, where `query` are those of some; and these tokens' places, a
             tensor for each text.
         shared: the length of the first text, where all others go on from it; else 0.
-        kept: a list that the layer's keys and values are put into.
+        kept: a deque that the layer's keys and values are put into.
     """
     if kept is not None and whole is None:
         kept.append((key, value))
@@ -356,13 +357,13 @@ def run_row(
     lengths: list[int],
     places: torch.Tensor | None = None,
     shared: int = 0,
-    kept: list | None = None,
+    kept: deque | None = None,
 ) -> torch.Tensor:
     """[`run_packed`] of a `row` `[T, H]` of texts of these lengths.
 
     Args:
         shared: the length of the first text, where all others go on from it; else 0.
-        kept (*optional*): a list that gets, for each layer, keys and values `[1, heads, T, head_dim]`.
+        kept (*optional*): a deque that gets, for each layer, keys and values `[1, heads, T, head_dim]`.
     """
     starts = [0, *(shared for _ in lengths[1:])]
     positions = [

@@ -94,9 +94,14 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
     """
 
     def add_query_reasoner(self) -> None:
-        """Give the model a query-reasoner adapter that starts as a copy of the compressor; nothing if it has one."""
+        """Give the model a query-reasoner adapter that starts as a copy of the compressor; nothing if it has one.
+
+        Raises:
+            ValueError: weights are offloaded (`device_map`).
+        """
         if self.config.query_reasoner:
             return
+        self._check_all_at_hand()
         add_adapter(self.decoder, QUERY_REASONER, self.config)
         copy_adapter(self.decoder, COMPRESSOR, QUERY_REASONER)
         self.config.query_reasoner = True

@@ -32,6 +32,7 @@ from .weights_clara import (
     ADDED_OUTPUT_ROWS,
     BASE_SAMPLE,
     absence_told,
+    absolute_place,
     check_complete,
     check_has_weights,
     damage_told,
@@ -131,6 +132,16 @@ class CLaRaPreTrainedModel(PreTrainedModel):
     def processor(self, processor: CLaRaProcessor):
         self._processor = processor
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the first weight's device, or the one that it is brought to where it is offloaded."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (module._hf_hook for module in self.modules() if hasattr(module, "_hf_hook"))
+        places = (hook.execution_device for hook in hooks if hasattr(hook, "execution_device"))
+        return torch.device(next((place for place in places if place is not None), device))
+
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
 
@@ -211,7 +222,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: there is no base at `base_model_name_or_path`.
-            ValueError: an unknown field, one out of range, or a base that is a CLaRa checkpoint.
+            ValueError: an unknown field, one out of range, a base that is a CLaRa checkpoint, or a `device_map` that
+                offloads layers with adapters.
         """
         name = os.fspath(base_model_name_or_path)
         fields, read, own, place = _split_base_arguments(fields)
@@ -232,7 +244,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             **fields,
             **ids,
             decoder_config=decoder_config,
-            base_model_name_or_path=name,
+            base_model_name_or_path=absolute_place(name),
             eos_token_id=_end_token_ids(base, tokenizer),
             pad_token_id=_pad_token_id(tokenizer),
         )
@@ -246,6 +258,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             model, info = cls._load(None, config=config, state_dict=state, **place)
         info["missing_keys"] = {key for key in info["missing_keys"] if ".lora_" not in key}
         check_complete(info, f"a model over the base {name!r}")
+        # Adapters that are made after loading have no place where accelerate would find them.
+        model._check_all_at_hand({key: value for key, value in model.state_dict().items() if is_own_weight(key)})
         if quantization:
             settle_quantized(model, place["quantization_config"])
         if config.query_reasoner:
@@ -284,6 +298,9 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
         refuse_quantized(config, name)
         config = _checked(config, name, save_format)
+        # The place as seen from here, so that the model can be saved somewhere else.
+        beside = "." if given and os.path.isdir(given) else os.path.join(name, hub.get("subfolder", ""))
+        config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, beside)
         if quantization := kwargs.get("quantization_config"):
             kwargs["quantization_config"] = base_only(quantization, config)
         with absence_told(name):
@@ -294,9 +311,6 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         with quiet_load_report(), damage_told(name):
             if is_adapter:
                 own_weights = read_adapter_checkpoint(name, hub)
-                # The place as seen from here, so that the model can be saved somewhere else.
-                if not (given and os.path.isdir(given)):
-                    config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, name)
                 own = {option: value for option, value in hub.items() if option not in _OF_CHECKPOINT}
                 own |= {option: kwargs[option] for option in _BASE_OPTIONS if option in kwargs}
                 base = load_base(config.base_model_name_or_path, dtype, **own)
@@ -413,16 +427,17 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         state = self.state_dict() if state_dict is None else state_dict
         if away := next((key for key, value in state.items() if value.is_meta), None):
             raise ValueError(
-                f"{away} is offloaded by device_map: its values are needed to save adapters and to tell whose memories "
-                "a store holds; load the model without offloading."
+                f"{away} is offloaded by device_map: its values are needed to make, load or save adapters and to tell "
+                "whose memories a store holds; load the model without offloading."
             )
 
     def load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Put back the adapters and memory embeddings of an `adapter_state_dict`, in place; the base stays as it is.
 
         Raises:
-            ValueError: `state_dict` lacks some of them, or holds others.
+            ValueError: `state_dict` lacks some of them, or holds others; weights are offloaded (`device_map`).
         """
+        self._check_all_at_hand()
         own = {key: value for key, value in self.state_dict().items() if is_own_weight(key)}
         given = {key: value for key, value in state_dict.items() if is_own_weight(key)}
         if set(given) != set(own):

@@ -303,10 +303,21 @@ def place_of_base(base: str | None, checkpoint: str) -> str | None:
     A name that begins with a dot is meant from there, whatever the working directory holds under that name.
     """
     if not base or (os.path.isdir(base) and not base.startswith(".")):
-        return base
-    # Where the checkpoint is reached by a link, its base may lie beside the link, or beside what it leads to.
-    beside = os.path.normpath(os.path.join(checkpoint, base)), os.path.realpath(os.path.join(checkpoint, base))
-    return next((place for place in beside if os.path.isdir(place)), base)
+        return absolute_place(base)
+    # Where the checkpoint is reached by links, its base may lie beside one of them, or beside what they lead to.
+    places, folder = [], os.path.abspath(checkpoint)
+    while folder not in places:
+        places.append(folder)
+        if os.path.islink(folder):
+            folder = os.path.abspath(os.path.join(os.path.dirname(folder), os.readlink(folder)))
+    beside = [os.path.normpath(os.path.join(place, base)) for place in places]
+    beside.append(os.path.realpath(os.path.join(checkpoint, base)))
+    return absolute_place(next((place for place in beside if os.path.isdir(place)), base))
+
+
+def absolute_place(base: str | None) -> str | None:
+    """`base`, if it is a folder as it is reached from everywhere, whatever the working directory is or becomes."""
+    return os.path.abspath(base) if base and os.path.isdir(base) else base
 
 
 def check_has_weights(folder: str) -> None:

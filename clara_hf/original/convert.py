@@ -22,7 +22,7 @@ from clara_hf.program.files import new_folder
 from modeling_clara.configuration_clara import PROMPT_KINDS, CLaRaConfig
 from modeling_clara.modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.processing_clara import CLaRaProcessor
-from modeling_clara.weights_clara import NOTICES, embedding_keys
+from modeling_clara.weights_clara import NOTICES, absolute_place, embedding_keys
 
 from .export import to_original
 from .layout import (
@@ -222,7 +222,7 @@ def _make_config(original: OriginalCheckpoint, base: Base, templates: dict) -> C
         return CLaRaConfig(
             **ids,
             decoder_config=decoder_config,
-            base_model_name_or_path=base.name,
+            base_model_name_or_path=absolute_place(base.name),
             doc_max_length=config["doc_max_length"],
             compression_rate=config["compr_rate"],
             query_max_length=config["doc_max_length"],

@@ -16,6 +16,7 @@ from clara_hf.program import option, parse
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
 from modeling_clara.quantization_clara import dequantized
+from modeling_clara.weights_clara import absolute_place
 from trainers.checkpoints import EndsAtLastStep
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> TextTrainer:
         processor = CLaRaProcessor.from_pretrained(data.clara_checkpoint)
-        base = model.model_name_or_path
+        base = absolute_place(model.model_name_or_path)
         if data.gguf_file is not None:
             base = dequantized(base, data.gguf_file)
         begin()

@@ -121,8 +121,31 @@ def test_base_beside_a_link_or_beside_what_it_leads_to_is_found(beside, base, tm
     # Another folder of that name, as seen from the working directory, is not the base; named as an argument it is.
     (tmp_path / "base").mkdir(exist_ok=True)
     assert torch.equal(CLaRaForRetrievalGeneration.from_pretrained("clara").compress(TEXTS), model.compress(TEXTS))
-    with pytest.raises((OSError, ValueError), match=r"\.\./base"):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path / "base")):
         CLaRaForRetrievalGeneration.from_pretrained("clara", base_model_name_or_path="../base")
+    # By a link to the link, and as a subfolder.
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "clara").symlink_to("../work/clara")
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "far" / "clara")
+    assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
+    inside = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "work", subfolder="clara")
+    assert torch.equal(inside.compress(TEXTS), model.compress(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["base", "./base", "../work/base"])
+def test_a_base_named_from_the_working_directory_is_found_from_others(name, tmp_path, monkeypatch):
+    build_base(tmp_path / "work" / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    model = build_clara(name, checkpoint_format="adapter")
+    model.save_pretrained("clara")
+    model.config.base_model_name_or_path = "../base"
+    model.save_pretrained("runs/beside")
+    (tmp_path / "work" / "runs" / "base").symlink_to(tmp_path / "work" / "base")
+    CLaRaForRetrievalGeneration.from_pretrained("runs/beside").save_pretrained("again")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("clara", "again"):
+        loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "work" / folder)
+        assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
 
 
 def test_merged_generator_answers_as_the_adapter_does(checkpoint, tmp_path):

@@ -267,9 +267,33 @@ def test_offloaded_layers_compress_the_same_and_are_named_where_their_values_are
         tmp_path / "clara", device_map=places, offload_folder=tmp_path / "offload"
     )
     torch.testing.assert_close(loaded.compress(TEXTS), expected)
-    with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
-        loaded.compressor_fingerprint()
+    own = clara.adapter_state_dict()
+    for refused in (loaded.compressor_fingerprint, lambda: loaded.load_adapter_state_dict(own)):
+        with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
+            refused()
     loaded.config.checkpoint_format = "adapter"
     with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    loaded.remove_query_reasoner()
+    with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
+        loaded.add_query_reasoner()
+    with pytest.raises(ValueError, match=r"layers\.1.*device_map"):
+        CLaRaForRetrievalGeneration.from_base(
+            clara.config.base_model_name_or_path, device_map=places, offload_folder=tmp_path / "base"
+        )
+
+
+@pytest.mark.parametrize("checkpoint_format", ["full", "adapter"])
+@pytest.mark.parametrize("places", [{"": "disk"}, {"decoder": "cpu", "memory_embeddings": "disk"}, "some"])
+def test_offloaded_models_retrieve_and_answer_the_same(places, checkpoint_format, clara, tmp_path):
+    clara.config.checkpoint_format = checkpoint_format
+    clara.save_pretrained(tmp_path / "clara")
+    options = {"device_map": places} if places != "some" else {"device_map": "auto", "max_memory": {"cpu": "200KB"}}
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "clara", offload_folder=tmp_path / "o", **options)
+    assert "disk" in loaded.hf_device_map.values()
+    questions = ["Who keeps bees?", "Where is the market of Velholm held on Thursdays?"]
+    torch.testing.assert_close(loaded.compress(TEXTS), clara.compress(TEXTS))
+    for rest in ({}, {"num_beams": 2}):
+        expected, found = (model.generate(questions, documents=[TEXTS] * 2, **rest) for model in (clara, loaded))
+        assert found.texts == expected.texts and torch.equal(found.indices, expected.indices)

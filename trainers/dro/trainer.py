@@ -21,6 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from clara_hf.data.schema import distinct_docs
 from modeling_clara.adapters_clara import GENERATOR
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
+from modeling_clara.weights_clara import absolute_place
 
 from ..arguments import CLaRaTrainingArguments
 from ..batches import EXAMPLE_INDEX
@@ -152,7 +153,7 @@ class DROTrainer(CLaRaTrainer):
         set_seed(args.seed)
         if not isinstance(model, PreTrainedModel):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(absolute_place(model))  # adapters name it when they are saved
         if tokenizer is None:
             raise ValueError("tokenizer is missing: a model that is given loaded needs its own.")
         model = add_adapters(model, args)
