@@ -50,6 +50,7 @@ from .weights_clara import (
     push_folder,
     quiet_load_report,
     read_adapter_checkpoint,
+    remove_stale_weights,
     sample_base,
     saved_format,
     saved_rows,
@@ -371,6 +372,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
+        remove_stale_weights(save_directory, kwargs.get("variant"))
         if adapters is not None:
             write_adapters(save_directory, adapters, self.decoder, self.config.base_model_name_or_path)
         if self.config.original is not None and self.name_or_path:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
@@ -43,6 +44,7 @@ CLARA_WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "clara.safetensors", "adapter_model.s
 _STALE = ("model*.safetensors", SAFE_WEIGHTS_INDEX_NAME, CLARA_WEIGHTS, *(f"{name}/adapter_*" for name in ADAPTERS))
 # Of a release, beside its weights.
 NOTICES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE_MODEL", "NOTICE", "ACKNOWLEDGEMENTS")
+_WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _LORA_KEY = re.compile(r"decoder\.(.+\.lora_[AB])\.([^.]+)\.weight")
 _PEFT_KEY = re.compile(r"base_model\.model\.(.+\.lora_[AB])\.weight")
 
@@ -68,11 +70,9 @@ def write_adapters(folder: str, adapters: dict[str, dict], decoder: PreTrainedMo
     """
     os.replace(os.path.join(folder, SAFE_WEIGHTS_NAME), os.path.join(folder, CLARA_WEIGHTS))
     for name in ADAPTERS:
-        place = os.path.join(folder, name)
-        if os.path.exists(os.path.join(place, PEFT_CONFIG)):
-            shutil.rmtree(place)  # of an earlier save
         if name not in adapters:
             continue
+        place = os.path.join(folder, name)
         os.makedirs(place, exist_ok=True)
         save_file(adapters[name], os.path.join(place, PEFT_WEIGHTS), metadata={"format": "pt"})
         settings = copy.deepcopy(decoder.peft_config[name])
@@ -80,6 +80,24 @@ def write_adapters(folder: str, adapters: dict[str, dict], decoder: PreTrainedMo
         if isinstance(settings.target_modules, set):
             settings.target_modules = sorted(settings.target_modules)
         settings.save_pretrained(place)
+
+
+def remove_stale_weights(folder: str, variant: str | None) -> None:
+    """Remove weights of an earlier save to `folder`, which would be read in place of those that `save_pretrained` of
+    transformers has just written there. Other variants stay."""
+    single, index = (os.path.join(folder, _add_variant(name, variant)) for name in _WHOLE)
+    stale = [os.path.join(folder, CLARA_WEIGHTS)]
+    if os.path.exists(index):
+        # transformers has removed the shards of an earlier save.
+        try:
+            stale.append(single if all(map(os.path.exists, _shards_of(index, folder))) else index)
+        except OSError:
+            stale.append(index)
+    for path in filter(os.path.exists, stale):
+        os.remove(path)
+    for name in ADAPTERS:
+        if os.path.exists(os.path.join(folder, name, PEFT_CONFIG)):
+            shutil.rmtree(os.path.join(folder, name))
 
 
 def read_adapter_checkpoint(name: str, hub: dict | None = None) -> dict[str, torch.Tensor]:
@@ -104,10 +122,27 @@ def read_adapter_checkpoint(name: str, hub: dict | None = None) -> dict[str, tor
     if path := place_of(SAFE_WEIGHTS_NAME):
         return load_file(path)
     if path := place_of(SAFE_WEIGHTS_INDEX_NAME):
-        with open(path, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        return {key: value for shard in shards for key, value in load_file(place_of(os.path.basename(shard))).items()}
+        state = {}
+        for shard in _shards_of(path):
+            if (place := place_of(shard)) is None:
+                raise OSError(f"{name} lacks {shard}, which its {SAFE_WEIGHTS_INDEX_NAME} names: fetch it again.")
+            state.update(load_file(place))
+        return state
     raise OSError(f"{name} has no weights ({CLARA_WEIGHTS} or {SAFE_WEIGHTS_NAME}): save or fetch it again.")
+
+
+def _shards_of(index: str, folder: str = "") -> list[str]:
+    """The files that an index of weights divides them into, in `folder`.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = {os.path.basename(shard) for shard in json.load(file)["weight_map"].values()}
+            return sorted(os.path.join(folder, name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{index} is damaged ({error!r:.80}): save or fetch it again.") from error
 
 
 def saved_format(name: str, config: CLaRaConfig, hub: dict) -> str:
@@ -321,12 +356,17 @@ def absolute_place(base: str | None) -> str | None:
 
 
 def check_has_weights(folder: str) -> None:
-    """Raise an `OSError` where a folder (no Hub id) holds no weights at all."""
+    """Raise an `OSError` where a folder (no Hub id) holds no weights at all, or lacks a file that their index names."""
     if os.path.isdir(folder) and not any(file.endswith(".safetensors") for file in os.listdir(folder)):
         raise OSError(
             f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
             "another folder or save the model again."
         )
+    single, index = (os.path.join(folder, name) for name in _WHOLE)
+    if os.path.exists(index) and not os.path.exists(single):
+        gone = [shard for shard in _shards_of(index, folder) if not os.path.exists(shard)]
+        if gone:
+            raise OSError(f"{gone[0]} is missing, which {index} names: save or fetch the model again.")
 
 
 def check_complete(info: dict, name: str) -> None:
@@ -362,7 +402,7 @@ def damage_told(name: str) -> Iterator[None]:
     """Say of damaged files whose they are."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OSError(
             f"the weights of {name}, or of its base, are damaged or were not written to their end ({error}): save or "
             "fetch them again."

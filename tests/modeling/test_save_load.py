@@ -518,6 +518,43 @@ def test_saving_over_an_older_checkpoint_replaces_it(models, base, tmp_path):
     assert torch.equal(loaded.compress(TEXTS), other.compress(TEXTS))
 
 
+@pytest.mark.parametrize("now", ["full", "adapter", "flat"])
+@pytest.mark.parametrize("before", ["full", "adapter", "flat"])
+def test_of_an_older_checkpoint_in_another_form_or_number_of_files_nothing_is_read(base, tmp_path, before, now):
+    older, newer = (build_clara(base, seed=seed) for seed in (0, 5))
+    expected = newer.compress(TEXTS)
+    for sizes in (("20KB", "1GB"), ("1GB", "20KB"), ("60KB", "20KB")):
+        for model, form, size in zip((older, newer), (before, now), sizes, strict=True):
+            model.config.checkpoint_format = form
+            model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(CLaRaForRetrievalGeneration.from_pretrained(tmp_path).compress(TEXTS), expected), sizes
+        indices, single = list(tmp_path.glob("*.index.json")), (tmp_path / "model.safetensors").exists()
+        assert len(indices) + single == (now != "adapter") and (tmp_path / "clara.safetensors").exists() != (
+            now != "adapter"
+        )
+
+
+def test_a_variant_leaves_what_lies_beside_it(base, tmp_path):
+    plain, variant = (build_clara(base, seed=seed) for seed in (0, 5))
+    plain.save_pretrained(tmp_path, max_shard_size="60KB")
+    variant.save_pretrained(tmp_path, variant="fp16")
+    variant.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+    for options, model in (({}, plain), ({"variant": "fp16"}, variant)):
+        loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path, **options)
+        assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
+
+
+@pytest.mark.parametrize("form", ["full", "flat"])
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "gone.safetensors"}}'])
+def test_a_damaged_index_is_told(base, tmp_path, form, index):
+    model = build_clara(base, checkpoint_format=form)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(OSError, match=str(tmp_path)) as told:
+        CLaRaForRetrievalGeneration.from_pretrained(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_adapters_over_a_base_with_a_padded_vocabulary_come_back(tmp_path):
     base = build_base(tmp_path / "base", padded_rows=20)
     model = build_clara(base, checkpoint_format="adapter")
