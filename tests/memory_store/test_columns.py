@@ -86,6 +86,19 @@ def test_empty_lists_and_missing_values_do_not_bar_what_comes_later(store, first
     assert store.columns(keys, ["value"])["value"] == [first, later]
 
 
+@pytest.mark.parametrize("later", [5, 2.5, "abc", ["a"], {"a": 1}, NOON.replace(tzinfo=BERLIN)], ids=str)
+def test_a_column_of_nothing_but_none_comes_back_and_takes_its_type_from_the_first_value(store, later):
+    keys = store.add(["one", "two"], {"value": [None, None]}, show_progress=False)
+    assert MemoryStore.open(store.path).columns(keys) == {"text": ["one", "two"], "value": [None, None]}
+    keys += store.add(["three"], {"value": [None]}, show_progress=False)
+    store.compact()
+    assert store.verify(show_progress=False).is_sound
+    keys += store.add(["two", "four"], {"value": [later, later]}, show_progress=False)[1:]
+    expected = [None, later, None, later]
+    assert MemoryStore.open(store.path).columns(keys, ["value"])["value"] == expected
+    assert store.verify(show_progress=False).is_sound
+
+
 @pytest.mark.parametrize("value", [{}, {"a": {}}, [{}]])
 def test_an_empty_dictionary_is_refused_before_anything_is_written(store, value):
     with pytest.raises(ValueError, match="column 'value'.*dictionary without keys"):

@@ -38,13 +38,14 @@ def check_columns(columns: Mapping[str, Sequence] | None, count: int) -> None:
             raise ValueError(f"column {name!r} has {len(values)} values for {count} documents")
 
 
-def to_arrow(name: str, values: Sequence, known: pa.DataType | None) -> pa.Array | None:
-    """A column in Arrow, of the type that the table `known` it by if it does; None if nothing gives it a type.
+def to_arrow(name: str, values: Sequence, known: pa.DataType | None) -> pa.Array:
+    """A column in Arrow, of the type that the table `known` it by if it does; of nothing but None, of the null type.
 
     Raises:
         ValueError: a value would not come back as it is.
     """
     values = list(values)
+    known = None if known is not None and pa.types.is_null(known) else known
     try:
         array = pa.array(values, type=known)
         if known is None and not pa.types.is_null(array.type):
@@ -53,8 +54,6 @@ def to_arrow(name: str, values: Sequence, known: pa.DataType | None) -> pa.Array
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         wanted = "values of one type" if known is None else f"values of type {known}, as stored"
         raise ValueError(f"column {name!r} must hold {wanted}: {error}") from error
-    if pa.types.is_null(array.type):  # nothing but None gives no type to make a column of
-        return None
     for position, (given, kept) in enumerate(zip(values, found, strict=True)):
         if not _same(given, kept):
             stored = f"the store keeps this column as {array.type}" if known else f"the column's type is {array.type}"

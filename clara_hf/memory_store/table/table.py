@@ -89,11 +89,10 @@ class MemoryTable(Rows):
         return digest
 
     def arrays(self, columns: Mapping[str, Sequence] | None) -> dict[str, pa.Array]:
-        """The user's columns in Arrow, typed as in the table if it has them."""
+        """The user's columns in Arrow, typed as in the table if it has them and anything but None in them."""
         schema = self.snapshot().dataset.schema
         known = {name: schema.field(name).type for name in schema.names}
-        arrays = {name: to_arrow(name, values, known.get(name)) for name, values in (columns or {}).items()}
-        return {name: array for name, array in arrays.items() if array is not None}
+        return {name: to_arrow(name, values, known.get(name)) for name, values in (columns or {}).items()}
 
     def guarded(self, keys: Sequence[str], arrays: dict[str, pa.Array]) -> dict[str, pa.Array]:
         """`arrays` with their checksums; a column of a store of format 1 may have none."""
@@ -199,6 +198,7 @@ class MemoryTable(Rows):
 
     def set_columns(self, keys: list[str], arrays: dict[str, pa.Array]) -> None:
         """Adds the columns that the table lacks, and gives the rows of `keys` the values in `arrays`."""
+        self.drop_untyped(arrays)
         new = {name: array for name, array in arrays.items() if name not in self.names}
         known = {name: array for name, array in arrays.items() if name in self.names}
         rows = self.changed_rows(keys, known)
@@ -215,6 +215,15 @@ class MemoryTable(Rows):
                 dataset.merge(pa.table({"key": self.key_array(keys), **guarded}), "key")
             else:
                 dataset.add_columns([pa.field(name, array.type) for name, array in guarded.items()])
+            self.refresh()
+
+    def drop_untyped(self, arrays: dict[str, pa.Array]) -> None:
+        """Drops columns of nothing but None that have a type in `arrays`, as if the table lacked them."""
+        schema = self.snapshot().dataset.schema
+        typed = [name for name, array in arrays.items() if name in schema.names and not pa.types.is_null(array.type)]
+        if untyped := [name for name in typed if pa.types.is_null(schema.field(name).type)]:
+            guards = [guard_of(name) for name in untyped if guard_of(name) in schema.names]
+            self.snapshot().dataset.drop_columns([*untyped, *guards])
             self.refresh()
 
     def changed_rows(self, keys: list[str], arrays: dict[str, pa.Array]) -> list[int]:
