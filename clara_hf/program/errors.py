@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import select
 import signal
 import sys
 import unicodedata
@@ -16,7 +17,7 @@ from typing import Any
 from clara_hf.program.machine import keep_freed_memory
 
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 # Errors whose message is written for users. Those of libraries that need not be installed are known by name.
 EXPECTED = (ValueError, OSError, ImportError)
 EXPECTED_NAMES = ("SafetensorError", "OperationalError", "DatabaseError", "DataLoaderWorkerError")
@@ -49,7 +50,8 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
     """Call `main` as a program, and leave with its exit code.
 
     An error that the user can mend is one sentence on stderr. Exit codes: 0, or what `main` returns; 2 for a
-    [`UsageError`]; 1 for another error; 130 after Ctrl-C. Other errors are faults of ours and keep their traceback.
+    [`UsageError`]; 1 for another error; 130 after Ctrl-C; 141, without a word, where what reads the output has ended,
+    as `head` does. Other errors are faults of ours and keep their traceback.
 
     Args:
         again: the command that resumes an interrupted run.
@@ -63,6 +65,8 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
     called = sys.argv[0]
     try:
         code = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -70,6 +74,8 @@ def run_program(main: Callable[[], int | None], again: str = "the same command")
         if was_interrupted(error):
             print(f"{name}: interrupted; run {again} again to resume.", file=sys.stderr)
             code = INTERRUPTED
+        elif isinstance(error, BrokenPipeError) and nobody_reads():
+            code = UNREAD
         elif isinstance(error, EXPECTED) or type(error).__name__ in EXPECTED_NAMES or is_full_disk(error):
             print(f"{name}: error: {one_sentence(error, again)}", file=sys.stderr)
             code = USAGE if isinstance(error, UsageError) else FAILED
@@ -94,6 +100,18 @@ def stop_quietly_unless(process: int) -> Callable:
         raise KeyboardInterrupt
 
     return handle
+
+
+def nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone; what is still to be written to it is then dropped."""
+    if not isinstance(sys.stdout, io.TextIOWrapper) or not hasattr(select, "poll"):
+        return False
+    watch = select.poll()
+    watch.register(sys.stdout, select.POLLOUT)
+    is_gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_gone
 
 
 def was_interrupted(error: BaseException | None) -> bool:

@@ -46,6 +46,16 @@ def test_exit_codes_and_what_a_terminal_can_print(ending, code, words, encoding)
         assert said.strip() == 'F1 76.1 +/- 0.4 - Zurich, "?" -> ?'
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_where_nobody_reads_the_output_on_a_program_ends_without_a_word(lines):
+    code = "from clara_hf.program import run_program\nrun_program(lambda: [print('a line') for _ in range({})] and 0)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code.format(lines)], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == b""
+
+
 def test_the_kernel_imports_neither_torch_nor_transformers():
     code = "import sys, clara_hf.program; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
