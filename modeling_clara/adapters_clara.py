@@ -4,6 +4,7 @@ PEFT's `set_adapter` is global and toggles `requires_grad`, which loses gradient
 adapters. Here the adapter of a forward pass is chosen inside a context manager and `requires_grad` is never touched.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
@@ -37,19 +38,53 @@ def add_adapter(decoder: nn.Module, name: str, config) -> None:
     """Put a LoRA adapter with the settings of a `CLaRaConfig` on the linear layers of `decoder`, in place.
 
     Raises:
-        ValueError: the settings name fused experts.
+        ValueError: the settings name fused experts, embeddings, or layers that are not there or carry no adapter.
     """
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=linear_targets(decoder, config.lora_target_modules),
-    )
-    with warnings.catch_warnings():
+    check_targets(decoder, config.lora_target_modules)
+    with warnings.catch_warnings(), targets_named(config.lora_target_modules):
         # PEFT warns of a second adapter; three on one decoder are what this model is.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=linear_targets(decoder, config.lora_target_modules),
+        )
         inject_adapter_in_model(lora, decoder, adapter_name=name)
+
+
+def check_targets(decoder: nn.Module, targets: str | list[str]) -> None:
+    """Raise a `ValueError` where `targets` reach an embedding matrix, whose rows for added tokens a checkpoint holds
+    under the base's own name, or are no regular expression."""
+    if targets == "all-linear":
+        return
+    settings = LoraConfig(target_modules=targets)
+    ends = (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+    for name, module in decoder.named_modules():
+        if not any(module is end for end in ends):
+            continue
+        try:
+            is_reached = check_target_module_exists(settings, name)
+        except re.error as error:
+            raise ValueError(f"lora_target_modules={targets!r:.200} is no regular expression: {error}.") from error
+        if is_reached:
+            raise ValueError(
+                f"lora_target_modules={targets!r:.200} reaches {name!r}, which carries no adapter: name linear layers "
+                "other than the output head, or 'all-linear'."
+            )
+
+
+@contextmanager
+def targets_named(targets: str | list[str]) -> Iterator[None]:
+    """Name the argument in what PEFT says of `targets`."""
+    try:
+        yield
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        if "lora_target_modules" in reason:
+            raise
+        raise ValueError(f"lora_target_modules={targets!r:.200} cannot be used: {reason:.300}") from error
 
 
 def linear_targets(decoder: nn.Module, targets: str | list[str]) -> str | list[str]:

@@ -51,6 +51,26 @@ def test_fused_experts_carry_no_adapter_and_naming_them_is_refused(architecture,
         CLaRaForRetrievalGeneration.from_base(bases[architecture], lora_target_modules=targets)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    ("targets", "reached"),
+    [
+        (["q_proj", "lm_head"], "lm_head"),
+        (".*lm_head|.*q_proj", "lm_head"),
+        (["embed_tokens"], "embed_tokens"),
+        (["nothing"], "nothing"),
+        (["q_proj", "norm"], "RMSNorm"),
+        ("[", "regular expression"),
+        ("", ""),
+    ],
+    ids=str,
+)
+def test_layers_that_carry_no_adapter_are_refused_in_one_sentence(targets, reached, architecture, bases):
+    with pytest.raises(ValueError, match=reached) as told:
+        CLaRaForRetrievalGeneration.from_base(bases[architecture], lora_target_modules=targets)
+    assert str(told.value).startswith(f"lora_target_modules={targets!r}") and "\n" not in str(told.value)
+
+
 def test_base_whose_weights_are_not_all_there_is_refused(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases["mixtral"])
     state = base.state_dict()
