@@ -60,8 +60,9 @@ def parse(
 
     A value is read by its field's type, also inside mappings and lists. A list is given as YAML list, or by spaces or
     commas; a comma in the name of an existing file does not split it. Of an option that is given twice the last one
-    counts. A field of a dataclass's type takes a mapping, or a text for its first field. `~/` and `${NAME}` in texts
-    are expanded. A field's `metadata` may hold `help`, `choices` and `aliases`, as for `HfArgumentParser`; `fields_of`:
+    counts. `null` and `~` are `None` on the command line, as in YAML, where the field may be that; `none` is a text.
+    A field of a dataclass's type takes a mapping, or a text for its first field. `~/` and `${NAME}` in texts are
+    expanded. A field's `metadata` may hold `help`, `choices` and `aliases`, as for `HfArgumentParser`; `fields_of`:
     the dataclass whose fields its mapping holds; `positional`: its value may stand without its name, a list's being all
     that are left; and `adds`: given twice, a list's option adds up.
 

@@ -17,6 +17,7 @@ from clara_hf.program.errors import UsageError
 
 
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+NULL = ("null", "Null", "NULL", "~")  # what YAML reads as nothing
 EMPTY = ("", "null", "none", "~")
 NOTHING = object()  # what a value of another type is read as
 
@@ -128,6 +129,8 @@ def convert(value: Any, hint: Any, place: str, field: Field | None = None) -> An
         UsageError: it has another type, or is none of the field's `choices`.
     """
     options = options_of(hint)
+    if isinstance(value, Text) and value in NULL and type(None) in options:
+        return None
     if value is None or isinstance(value, str) and value.lower() in EMPTY and not takes(hint, str):
         if type(None) in options or hint is Any:
             return None

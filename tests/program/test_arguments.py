@@ -132,6 +132,18 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert (found.wet, found.output_dir, found.rate, found.weights, found.limit) == (True, "here", 0.02, {"a": 1}, None)
 
 
+@pytest.mark.parametrize("word", ["null", "Null", "~"])
+def test_null_on_the_command_line_is_none_as_in_a_file_where_a_field_may_be_that(word, tmp_path):
+    (tmp_path / "options.yaml").write_text(f"place: {word}")
+    assert parse(Options, ["--config", str(tmp_path / "options.yaml")]).place is None
+    assert parse(Options, ["--config", str(tmp_path / "options.yaml"), "--place", "here"]).place == "here"
+    (tmp_path / "options.yaml").write_text("place: here")
+    assert parse(Options, ["--config", str(tmp_path / "options.yaml"), "--place", word]).place is None
+    (tmp_path / "options.yaml").write_text(f"place: '{word}'")
+    assert parse(Options, ["--config", str(tmp_path / "options.yaml")]).place == word
+    assert parse(Options, ["--place", "none"]).place == "none" and parse(Options, ["--out", word]).output_dir == word
+
+
 def test_a_mapping_of_a_later_file_changes_only_what_it_names(tmp_path):
     for name, mapping in (("a", "{top_k: 3, temperature: 0.5}"), ("b", "{top_k: 4}"), ("c", "null")):
         (tmp_path / name).write_text(f"model_name_or_path: x\nclara_config: {mapping}\n")
