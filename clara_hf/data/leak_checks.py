@@ -19,6 +19,7 @@ KS = (1, 3, 5)
 CLOSED_ANSWERS = ("", "yes", "no", "noanswer")
 MAX_QUESTIONS = 2000  # of the question-blind baseline; more would only narrow its error
 REGULARIZATION = 0.01  # scikit-learn's C
+BYTE_ORDER_MARK = "\ufeff"
 LENGTHS = 32  # classes of a document's length, each half as long again as the one before
 
 
@@ -41,7 +42,8 @@ class AnswerFinder:
         """Whether the text contains any of the answers."""
         if not self.needles:
             return False
-        text = f" {self.normalize(text)} "
+        # A byte order mark would else be a letter of the word behind it.
+        text = f" {self.normalize(text.replace(BYTE_ORDER_MARK, ' '))} "
         return any(needle in text for needle in self.needles)
 
 

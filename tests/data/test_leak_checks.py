@@ -72,6 +72,8 @@ def test_gold_documents_in_front_show_in_the_file_order():
         (["no", "lynx"], "no lynx", True),
         (["the"], "the", False),
         ([], "anything", False),
+        (["goat"], "\ufeffGoat, a friend.", True),
+        (["goat"], "A friend is a goat \n", True),
     ],
 )
 def test_answers_are_looked_for_word_by_word(answers, document, found):

@@ -123,6 +123,16 @@ def test_copies_are_one_candidate_in_ranking_recall_and_prompt_and_told_once(cla
     assert len(told) == 1 and "3 questions" in told[0]
 
 
+def test_texts_that_differ_by_space_or_a_byte_order_mark_are_candidates_of_their_own(clara):
+    docs = [TEXTS[0], f"{TEXTS[0]} ", f"\ufeff{TEXTS[0]}", TEXTS[1]]
+    question = {"question": "Who keeps bees?", "answers": ["x"], "id": "one", "docs": docs, "pos_index": [1]}
+    results = Evaluator([question], "bm25,clara,gold", top_k=2, **FEW)(clara)
+    for system in ("bm25", "clara"):
+        (row,) = results.records["questions"][system]
+        assert sorted(row["ranking"]) == [0, 1, 2, 3] and row["pos_index"] == [1]
+    assert len({memory.numpy().tobytes() for memory in clara.compress(docs)}) == 4
+
+
 # In a Trainer
 
 

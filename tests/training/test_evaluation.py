@@ -142,6 +142,13 @@ def test_copies_of_a_document_are_one_candidate_in_ranking_recall_prompt_and_tra
     assert trainer.train_dataset[0]["input_ids"].count(trainer.model.config.sep_token_id) == 3
 
 
+def test_texts_that_differ_by_space_or_a_byte_order_mark_are_documents_of_their_own(base, tmp_path):
+    docs = [TEXTS[0], f"{TEXTS[0]} ", f"\ufeff{TEXTS[0]}"]
+    rows = Dataset.from_list([{"question": "What is sold?", "answers": ["lanterns"], "docs": docs, "pos_index": [1]}])
+    trainer = make_trainer("joint", base, tmp_path, rows=rows)
+    assert len(set(trainer.train_dataset[0]["keys"])) == 3
+
+
 def test_cut_documents_are_told_once_for_all_rows(base, tmp_path, caplog):
     rows = Dataset.from_list([{**SCP_ROWS[row], "docs": [" ".join(TEXTS)]} for row in range(6)])
     make_trainer("scp", base, tmp_path, rows=rows)
