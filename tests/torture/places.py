@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="clara-home-")
 os.chmod(HOME, 0o777)
 
+import datasets  # noqa: E402
 from common import PROGRAMS, ROOT, arguments, forked, prepare, serve_teacher  # noqa: E402
 from kills import compare  # noqa: E402
 
@@ -47,6 +48,9 @@ def confine(place: str, folder: Path, out: Path) -> None:
     elif place == "descriptors":
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     elif place == "user" and os.geteuid() == 0:
+        # Rows that root has kept have locks that are root's.
+        datasets.config.HF_DATASETS_CACHE = tempfile.mkdtemp(prefix="rows-", dir=HOME)
+        os.chown(datasets.config.HF_DATASETS_CACHE, NOBODY, NOBODY)
         os.setgid(NOBODY)
         os.setuid(NOBODY)
 
