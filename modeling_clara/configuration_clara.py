@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -28,6 +29,7 @@ SWITCHES = (
 # Arguments of every `from_pretrained` that say where files are and how they are fetched.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 ORIGINAL_MODEL_TYPE = "CLaRa"
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 PROMPT_KINDS = ("answer", "qa", "paraphrase")
 DEFAULT_PROMPTS = {
     "answer": {
@@ -412,6 +414,15 @@ def check_others_can_load(config: CLaRaConfig) -> None:
             "adapters alone. Push the full model (checkpoint_format 'full', --full of clara publish), or set "
             "base_model_name_or_path to the base's Hub id."
         )
+
+
+def give_usual_rights(folder: str) -> None:
+    """Give the weights in a folder the rights of the configuration beside them, as the umask has it: safetensors leaves
+    its files to their owner alone."""
+    beside = [path for name in CONFIGURATIONS if os.path.exists(path := os.path.join(folder, name))]
+    for name in os.listdir(folder) if beside else ():
+        if name.endswith(".safetensors"):
+            shutil.copymode(beside[0], os.path.join(folder, name))
 
 
 def forget_places(folder: str) -> None:

@@ -22,7 +22,14 @@ from .adapters_clara import (
     keeping_attention,
     lora_layers,
 )
-from .configuration_clara import EMBEDDING_SCALE, HUB_ARGUMENTS, CLaRaConfig, check_others_can_load, is_hub_id
+from .configuration_clara import (
+    EMBEDDING_SCALE,
+    HUB_ARGUMENTS,
+    CLaRaConfig,
+    check_others_can_load,
+    give_usual_rights,
+    is_hub_id,
+)
 from .functional_clara import check_has_first_layers
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
@@ -229,8 +236,15 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(base_model_name_or_path)
         fields, read, own, place = _split_base_arguments(fields)
         dtype = _checked_dtype(dtype)
+        if gguf_file is not None or os.path.isdir(name):
+            name = os.path.join(name, read.pop("subfolder", "")) if read.get("subfolder") else name
         if gguf_file is not None:
-            name = dequantized(os.path.join(name, read.pop("subfolder", "")), gguf_file, dtype)
+            name = dequantized(name, gguf_file, dtype)
+        if read.get("subfolder") and fields.get("checkpoint_format", "full") != "full":
+            raise ValueError(
+                f"checkpoint_format is {fields['checkpoint_format']!r}, but the base is in the subfolder "
+                f"{read['subfolder']!r} of {name}, where adapters alone could not find it again: save 'full'."
+            )
         base = load_base(name, dtype, **read, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **read)
         first_added = len(tokenizer)
@@ -375,6 +389,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         remove_stale_weights(save_directory, kwargs.get("variant"))
         if adapters is not None:
             write_adapters(save_directory, adapters, self.decoder, self.config.base_model_name_or_path)
+        give_usual_rights(save_directory)
         if self.config.original is not None and self.name_or_path:
             keep_release(save_directory, self.config, named, self.name_or_path, self._hub_arguments)
         if push_to_hub:

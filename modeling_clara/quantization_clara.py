@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin
 
 from .adapters_clara import lora_layers
-from .configuration_clara import CLaRaConfig
+from .configuration_clara import CLaRaConfig, give_usual_rights
 
 
 logger = logging.get_logger(__name__)
@@ -163,6 +163,7 @@ def _write_dequantized(folder: str, gguf_file: str, dtype: torch.dtype, place: s
         raise ImportError(f'a GGUF file needs the package gguf: pip install "clara-hf[gguf]" ({error})') from error
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
+    give_usual_rights(place)
 
 
 def _is_own(name: str) -> bool:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from glob import glob
+from glob import escape, glob
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -21,7 +21,7 @@ from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
-from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig, forget_places
+from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig, forget_places, give_usual_rights
 from .quantization_clara import refuse_quantized
 from .sharded_clara import gathered, unpartitioned
 
@@ -80,6 +80,7 @@ def write_adapters(folder: str, adapters: dict[str, dict], decoder: PreTrainedMo
         if isinstance(settings.target_modules, set):
             settings.target_modules = sorted(settings.target_modules)
         settings.save_pretrained(place)
+        give_usual_rights(place)
 
 
 def remove_stale_weights(folder: str, variant: str | None) -> None:
@@ -362,6 +363,9 @@ def check_has_weights(folder: str) -> None:
             f"{folder} has no weights ({SAFE_WEIGHTS_NAME}): saving was interrupted, or it is no checkpoint; give "
             "another folder or save the model again."
         )
+    for path in glob(os.path.join(escape(folder), "*.safetensors")):
+        with open(path, "rb"):  # of a file that this user may not read, safetensors says that it is not there
+            pass
     single, index = (os.path.join(folder, name) for name in _WHOLE)
     if os.path.exists(index) and not os.path.exists(single):
         gone = [shard for shard in _shards_of(index, folder) if not os.path.exists(shard)]

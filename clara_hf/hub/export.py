@@ -18,6 +18,7 @@ from clara_hf.program.files import new_folder
 from clara_hf.program.models import DTYPES, ModelSource
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import GENERATOR
+from modeling_clara.configuration_clara import give_usual_rights
 
 
 def merged_generator(model: CLaRaForRetrievalGeneration) -> PreTrainedModel:
@@ -59,6 +60,7 @@ def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.Pat
         tokenizer.init_kwargs.pop("auto_map", None)
         tokenizer._processor_class = None
         tokenizer.save_pretrained(folder)
+        give_usual_rights(folder)
 
 
 @dataclass

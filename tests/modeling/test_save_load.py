@@ -534,6 +534,32 @@ def test_of_an_older_checkpoint_in_another_form_or_number_of_files_nothing_is_re
         )
 
 
+@pytest.mark.parametrize("form", ["full", "adapter", "flat"])
+def test_whoever_may_read_a_configuration_may_read_its_weights(base, tmp_path, form):
+    build_clara(base, checkpoint_format=form).save_pretrained(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "config.json").stat().st_mode}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+def test_weights_that_this_user_may_not_read_are_told(base, tmp_path):
+    build_clara(base).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").chmod(0)
+    with pytest.raises(PermissionError, match="model.safetensors"):
+        CLaRaForRetrievalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_base_in_a_subfolder_is_found_again_and_on_the_hub_refused_for_adapters_alone(base, tmp_path):
+    shutil.copytree(base, tmp_path / "deep" / "base")
+    settings = {"subfolder": "deep/base", "checkpoint_format": "adapter", "doc_max_length": 32, "compression_rate": 8}
+    model = CLaRaForRetrievalGeneration.from_base(str(tmp_path), **settings)
+    model.save_pretrained(tmp_path / "clara")
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "clara")
+    assert torch.equal(loaded.compress(TEXTS), model.compress(TEXTS))
+    with pytest.raises(ValueError, match="checkpoint_format.*'adapter'.*subfolder 'deep/base' of user/base"):
+        CLaRaForRetrievalGeneration.from_base("user/base", **settings)
+
+
 def test_a_variant_leaves_what_lies_beside_it(base, tmp_path):
     plain, variant = (build_clara(base, seed=seed) for seed in (0, 5))
     plain.save_pretrained(tmp_path, max_shard_size="60KB")

@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clara_hf.data.schema import distinct_docs
 from modeling_clara.adapters_clara import GENERATOR
+from modeling_clara.configuration_clara import give_usual_rights
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
 from modeling_clara.weights_clara import absolute_place
 
@@ -213,6 +214,8 @@ class DROTrainer(CLaRaTrainer):
         """Write both adapters, each in a folder, tokenizer and `dro.json`: what [`DRO.from_pretrained`] reads."""
         if self.args.should_save:
             self._save(output_dir)
+            for name in (SELECTION, GENERATOR):
+                give_usual_rights(os.path.join(output_dir or self.args.output_dir, name))
         self._push_model(_internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

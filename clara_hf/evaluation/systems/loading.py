@@ -135,7 +135,7 @@ def describe_dro(folder: str) -> dict:
 def _check_weights(folder: Path) -> None:
     for path in sorted(folder.rglob("*.safetensors")):
         try:
-            with safe_open(path, "pt"):
+            with path.open("rb"), safe_open(path, "pt"):  # safetensors does not tell of a file that may not be read
                 pass
         except SafetensorError as error:
             raise OSError(f"{path.name} is damaged ({error}).") from error
