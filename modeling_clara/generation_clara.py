@@ -529,6 +529,8 @@ def check_generation_options(options: dict) -> None:
     config = options.get("generation_config")
     if not isinstance(config, (dict, GenerationConfig, type(None))):
         raise TypeError(f"generation_config must be a GenerationConfig or a dictionary, got {type(config).__name__}.")
+    if isinstance(config, dict) and (unknown := sorted(map(str, set(config) - set(vars(GenerationConfig()))))):
+        raise ValueError(f"generation_config has no {unknown[0]!r}: give options of transformers' GenerationConfig.")
     values = options if config is None else {**(config if isinstance(config, dict) else config.to_dict()), **options}
     for name, reason in WITHOUT_USE.items():
         if values.get(name) is not None:

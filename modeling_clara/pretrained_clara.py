@@ -302,8 +302,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         name = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         given = kwargs.get("base_model_name_or_path")
-        dtype, save_format = kwargs.pop("dtype", None), kwargs.pop("checkpoint_format", None)
-        dtype = _checked_dtype(kwargs.pop("torch_dtype", None) if dtype is None else dtype)
+        dtype, former, save_format = (kwargs.pop(name, None) for name in ("dtype", "torch_dtype", "checkpoint_format"))
+        dtype = _checked_dtype(former if dtype is None else dtype)
         # Loaded as remote code, the configuration's class may come from another copy of the module than CLaRaConfig.
         if not isinstance(config, PreTrainedConfig):
             source = config if config is not None else name

@@ -117,8 +117,9 @@ class MemoryStore(StoreReader):
         table = MemoryTable.open(path, frozen)
         if maker is not None and not maker.makes_the_same_as(table.maker):
             raise ValueError(
-                f"the memories in {path} were made by {table.maker}; the model given is {maker}: open the store with "
-                "the model that made it, at its rate, or choose another path"
+                f"the memories in {path} were made by {table.maker}; the model given is {maker}, in dtype "
+                f"{str(model.dtype).removeprefix('torch.')}: open the store with the model that made it, in the dtype "
+                "and at the rate of then, or choose another path"
             )
         if dtype not in ("auto", table.dtype):
             raise ValueError(

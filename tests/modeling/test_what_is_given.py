@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import TEXTS
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoModel, GenerationConfig
 
+from clara_hf.memory_store import MemoryStore
 from modeling_clara import CLaRaConfig, CLaRaForRetrievalGeneration
 
 
@@ -105,6 +106,8 @@ def test_generation_config_may_be_a_dictionary(untouched_clara):
     memories = untouched_clara.compress(TEXTS)
     given = untouched_clara.generate(QUESTIONS, memories=memories, generation_config={"max_new_tokens": 3})
     assert given.texts == untouched_clara.generate(QUESTIONS, memories=memories, max_new_tokens=3).texts
+    with pytest.raises(ValueError, match="generation_config.*'max_new_token'"):
+        untouched_clara.generate(QUESTIONS, memories=memories, generation_config={"max_new_token": 3})
     with pytest.raises(TypeError, match="generation_config.*int"):
         untouched_clara.generate(QUESTIONS, memories=memories, generation_config=3)
 
@@ -242,11 +245,21 @@ def test_loading_options_are_the_same_for_both_kinds_of_checkpoints(checkpoint_f
     loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path, torch_dtype=torch.float64, **options)
     assert loaded.dtype == torch.float64
     assert torch.allclose(loaded.compress(TEXTS).float(), clara.compress(TEXTS), atol=1e-5)
+    for load in (CLaRaForRetrievalGeneration, AutoModel):
+        assert load.from_pretrained(tmp_path, torch_dtype="float16", dtype="float64").dtype == torch.float64
     with pytest.raises(TypeError, match="torch_dtpye"):
         CLaRaForRetrievalGeneration.from_pretrained(tmp_path, torch_dtpye=torch.float64)
     for dtype in ("float8_e4m3fn", "flaot32", torch.int8):
         with pytest.raises(ValueError, match=f"dtype.*{dtype}"):
             CLaRaForRetrievalGeneration.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_a_store_that_a_model_in_another_dtype_opens_is_refused_with_the_dtype(clara, tmp_path):
+    clara.save_pretrained(tmp_path / "clara")
+    MemoryStore.open(tmp_path / "store", clara).add(TEXTS, show_progress=False)
+    loaded = CLaRaForRetrievalGeneration.from_pretrained(tmp_path / "clara", dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype bfloat16"):
+        MemoryStore.open(tmp_path / "store", loaded)
 
 
 @pytest.mark.parametrize("checkpoint_format", ["adapter", "flat"])
