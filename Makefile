@@ -1,6 +1,7 @@
 # make quickstart   a finished nano model compresses, retrieves and answers (an environment with what that needs)
 # make demo         trains the nano model through all stages, evaluates it and prints one table (runs/nano)
-# make test         runs the whole test suite
+# make test         runs the tests, but for long ones that have shorter relatives
+# make test-all     runs every test
 # make test-fast    the part of it that takes no more than two minutes
 # make lint         formatting and lint
 # make typecheck    types, by mypy
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart demo test test-fast lint typecheck docs clean
+.PHONY: help quickstart demo test test-all test-fast lint typecheck docs clean
 
 help:
 	@sed -n "s/^# \(make .*\)/\1/p" $(MAKEFILE_LIST)
@@ -55,14 +56,15 @@ demo: export DS_ACCELERATOR ?= cpu
 demo: $(VENV)/.installed
 	@$(BIN)/python recipes/nano/demo.py $(DEMO_ARGS)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+test: MARKED := not long
+test test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "$(MARKED)" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # The rooms whose tests train and evaluate nothing.
 FAST := tests/data tests/metrics tests/program tests/modeling/test_topk.py tests/modeling/test_functional.py \
 	tests/modeling/test_configuration.py tests/training/test_losses.py tests/training/test_sampling.py
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not slow" --numprocesses logical --maxprocesses 4 $(FAST)
+	$(BIN)/python -m pytest -q -m "not slow and not long" --numprocesses logical --maxprocesses 4 $(FAST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

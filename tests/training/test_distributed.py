@@ -26,6 +26,13 @@ TOLERANCE = 1e-5
 STEPS, SAVE_STEPS, ROWS = 20, 5, 24
 KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 RESUMED = ("zero2", "zero3", "fsdp2")
+
+
+def each(kinds):
+    """ZeRO-3, which has the others' difficulties and more, in every run of the tests; the others in long ones."""
+    return [pytest.param(kind, marks=[] if kind == "zero3" else pytest.mark.long) for kind in kinds]
+
+
 CHECKPOINTING = {
     "kept": {},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -199,7 +206,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("stage", distributed_worker.STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_two_processes_equal_one_at_the_same_global_batch(kind, stage, runs):
     (alone, expected), (together, found) = runs("one", stage), runs(kind, stage)
     assert (alone["processes"], together["processes"]) == (1, 2)
@@ -219,7 +226,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(kind, stage, runs):
 
 
 @pytest.mark.parametrize("stage", distributed_worker.STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_evaluation_with_generation_gives_the_metrics_of_one_process(kind, stage, runs):
     (alone, _), (together, _) = runs("one", stage), runs(kind, stage)
     scores = {"f1", "em", "token_accuracy", "recall@1", "recall@3"}
@@ -229,7 +236,7 @@ def test_evaluation_with_generation_gives_the_metrics_of_one_process(kind, stage
         assert together["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-6), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", each(KINDS))
 def test_nothing_is_printed_once_per_process(kind, runs):
     runs.ensure(kind)
     lines = [line for line in runs.logs[kind].splitlines() if "'grad_norm'" in line]
@@ -238,7 +245,7 @@ def test_nothing_is_printed_once_per_process(kind, runs):
     assert len(lines) == STEPS * len(distributed_worker.STAGES) + gradient_jobs + resumed
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", each(RESUMED))
 def test_resumed_run_has_the_numbers_of_the_uninterrupted_one(kind, runs):
     (whole, expected), (resumed, found) = runs(kind, "joint"), runs(kind, "resumed")
     assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), abs=TOLERANCE), runs.checkpoint(kind)
@@ -257,7 +264,7 @@ def test_activation_checkpointing_keeps_the_gradients_under_zero3(name, stage, r
     assert_close(found, expected, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", each(["zero2", "zero3"]))
 def test_deepspeed_checkpoint_holds_once_what_trains_and_nothing_frozen(kind, runs):
     runs.ensure(kind)
     folder = runs.checkpoint(kind)
@@ -269,7 +276,7 @@ def test_deepspeed_checkpoint_holds_once_what_trains_and_nothing_frozen(kind, ru
     assert sum(tensor.numel() for tensor in written) == pytest.approx(3 * trained, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
+@pytest.mark.parametrize("kind", each(["zero2", "fsdp2"]))
 def test_saved_models_load_with_the_code_that_is_saved_with_them(kind, runs):
     _, trained = runs(kind, "joint")
     for folder in (runs.checkpoint(kind), runs.folder / kind / "joint-model"):
@@ -278,6 +285,7 @@ def test_saved_models_load_with_the_code_that_is_saved_with_them(kind, runs):
     assert_close({key: value for key, value in loaded.adapter_state_dict().items() if key in trained}, trained, 0.0)
 
 
+@pytest.mark.long
 def test_dro_under_zero2_equals_one_process_by_labels_and_resumes_with_lists_that_it_draws(base, tmp_path):
     (tmp_path / "qa.json").write_text(json.dumps(qa_rows()))
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "top_k": 2, "num_lists": 3, "lora_r": 4}

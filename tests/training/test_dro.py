@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, build_clara
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -264,6 +264,12 @@ def test_both_adapters_train_and_the_base_does_not(base, tmp_path):
     (row, *_) = [row for row in trainer.state.log_history if "loss" in row]
     assert 1 <= row["effective_lists"] <= 3 and 0 <= row["recall@2"] <= 1
     assert "tokens_per_second" not in row
+
+
+def test_a_clara_checkpoint_is_no_base(base, tmp_path):
+    build_clara(base).save_pretrained(tmp_path / "clara")
+    with pytest.raises(ValueError, match="clara.*no base"):
+        make(str(tmp_path / "clara"), tmp_path / "run")
 
 
 def test_evaluation_is_that_of_the_saved_model_at_use(base, tmp_path):

@@ -15,14 +15,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from clara_hf.data.schema import distinct_docs
 from modeling_clara.adapters_clara import GENERATOR
 from modeling_clara.configuration_clara import give_usual_rights
 from modeling_clara.processing_clara import IGNORE_INDEX, index_matrix
-from modeling_clara.weights_clara import absolute_place
+from modeling_clara.weights_clara import absolute_place, load_base
 
 from ..arguments import CLaRaTrainingArguments
 from ..batches import EXAMPLE_INDEX
@@ -153,8 +153,9 @@ class DROTrainer(CLaRaTrainer):
         # What trains: two adapters, drawn alike in every process.
         set_seed(args.seed)
         if not isinstance(model, PreTrainedModel):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(absolute_place(model))  # adapters name it when they are saved
+            name = absolute_place(model)  # adapters name it when they are saved
+            model = load_base(name, "auto")
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
         if tokenizer is None:
             raise ValueError("tokenizer is missing: a model that is given loaded needs its own.")
         model = add_adapters(model, args)
