@@ -276,7 +276,8 @@ class CLaRaGeneration:
 
         Args:
             questions (`list[str]`, B of them).
-            documents (`list[list[str]]`): candidates of each question, compressed here; or
+            documents (`list[list[str]]`): candidates of each question, compressed here; equal texts of a question are
+                one candidate, the first; or
             memories: made earlier, `[N, l, H]` shared by all questions or a list of B tensors `[N_b, l, H]`; or
             n_docs (`int`, *optional*): documents in the prompt; the configuration's `top_k` by default, all with
                 `rerank=False`.
@@ -488,7 +489,9 @@ def length_batches(lengths: Sequence[int], batch_size: int | None, most: int | N
 
 
 def _in_order(index: torch.Tensor) -> torch.Tensor:
-    return torch.arange(index.shape[1], device=index.device).expand_as(index).masked_fill(index < 0, -1)
+    """Positions of the documents in each row, -1 behind them where the row has copies or fewer than others."""
+    is_none, order = (index < 0).sort(dim=1, stable=True)
+    return order.masked_fill(is_none, -1)
 
 
 def _documents_wanted(n_docs: int | None, top_k: int | None) -> int | None:

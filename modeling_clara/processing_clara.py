@@ -407,7 +407,7 @@ class CLaRaProcessor(ProcessorMixin):
 
         Returns:
             `document_input_ids`, `document_attention_mask` of the distinct documents, `document_index` `[B, N]` (-1
-            where a question has fewer candidates), `query_input_ids`, `query_attention_mask`, `input_ids`,
+            where a question has fewer candidates, or a copy), `query_input_ids`, `query_attention_mask`, `input_ids`,
             `attention_mask` and, with answers, `labels`.
 
         Raises:
@@ -422,7 +422,7 @@ class CLaRaProcessor(ProcessorMixin):
         distinct, index = distinct_texts(documents)
         encoded = self.pad_encodings(self.encode_documents(distinct))
         query = self.pad_encodings(self.encode_questions(questions))
-        counts = [min(self.config.top_k, len(row)) for row in documents]
+        counts = [min(self.config.top_k, len(set(row))) for row in documents]
         batch = {
             "document_input_ids": encoded["input_ids"],
             "document_attention_mask": encoded["attention_mask"],
@@ -452,6 +452,12 @@ def index_matrix(rows: list[list[int]]) -> torch.Tensor:
 
 
 def distinct_texts(rows: list[list[str]]) -> tuple[list[str], torch.Tensor]:
-    """The distinct texts of `rows`, and which of them each row holds: their [`index_matrix`]."""
+    """The distinct texts of `rows`, and which of them each row holds: their [`index_matrix`], -1 for a text's copies
+    in its row."""
     position = {text: row for row, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
-    return list(position), index_matrix([[position[text] for text in row] for row in rows])
+    firsts = [{text: place for place, text in reversed(list(enumerate(row)))} for row in rows]
+    if any(len(first) < len(row) for first, row in zip(firsts, rows, strict=True)):
+        logger.warning_once("questions have candidates with equal texts, which count as one.")
+    pairs = zip(rows, firsts, strict=True)
+    index = [[position[text] if first[text] == at else -1 for at, text in enumerate(row)] for row, first in pairs]
+    return list(position), index_matrix(index)

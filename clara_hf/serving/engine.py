@@ -292,13 +292,14 @@ class Engine:
                 found[id(ask)] = hits, self.library.memories([hit.key for hit in hits])
         given = [ask for ask in batch if ask.documents is not None]
         if given:
-            memories = [self.compress(ask.documents) for ask in given]
+            texts = [list(dict.fromkeys(ask.documents)) for ask in given]  # copies are one candidate
+            memories = [self.compress(own) for own in texts]
             with self.metrics.timed("retrieve"):
                 ranked = self.model.retrieve([a.question for a in given], memories, max(a.n_docs for a in given))
-            rows = zip(given, memories, ranked.indices.tolist(), ranked.scores.tolist(), strict=True)
-            for ask, memory, indices, scores in rows:
+            rows = zip(given, texts, memories, ranked.indices.tolist(), ranked.scores.tolist(), strict=True)
+            for ask, own, memory, indices, scores in rows:
                 best = [pair for pair in zip(indices, scores, strict=True) if pair[0] >= 0][: ask.n_docs]
-                hits = [self._given_hit(ask.documents[index], index, score) for index, score in best]
+                hits = [self._given_hit(own[index], ask.documents.index(own[index]), score) for index, score in best]
                 found[id(ask)] = hits, memory[[index for index, _ in best]]
         return [(*found[id(ask)], self._words(ask)) for ask in batch]
 

@@ -172,6 +172,25 @@ def test_expanded_documents_stand_as_text_behind_the_memories_best_first(double_
     assert trimmed(double_clara, cut.sequences[0]) == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"expand": 2}, {"rerank": False}])
+def test_equal_texts_of_a_question_are_one_candidate(double_clara, texts, options):
+    copies, distinct = [[texts[0], texts[0], texts[1], texts[0]], texts[1:3]], [texts[:2], texts[1:3]]
+    found, wanted = (
+        double_clara.generate(QUESTIONS[:2], rows, n_docs=2, max_new_tokens=4, **options) for rows in (copies, distinct)
+    )
+    place = torch.tensor([0, 2])  # of the distinct texts among the copies
+    assert torch.equal(found.indices[0, :2], place[wanted.indices[0]])
+    assert torch.equal(found.indices[1], wanted.indices[1])
+    assert torch.equal(found.sequences, wanted.sequences)
+    # A batch of the processor: as many slots as distinct texts, copies chosen by none, and the loss of the texts alone.
+    losses = []
+    for rows in (copies, distinct):
+        output = double_clara(**double_clara.processor(QUESTIONS[:2], rows, ["In Velholm.", "Lanterns."]))
+        assert output.topk_indices[0].tolist() in ([0, 2], [2, 0], [0, 1], [1, 0])
+        losses.append(output.loss)
+    assert torch.allclose(*losses, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -138,6 +138,17 @@ def test_documents_in_the_request_take_the_place_of_the_collection(http, other_m
     assert [one["number"] for one in made["clara"]["documents"]] == wanted.indices[0].tolist()
 
 
+def test_copies_among_the_documents_of_a_request_are_one_candidate(http):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Who mends clocks?"}], "n_docs": 2}
+    found, wanted = (
+        http.post("/v1/chat/completions", json={**body, "documents": documents}).json()
+        for documents in (["Otto mends clocks."] * 3 + ["Selma paints."], ["Otto mends clocks.", "Selma paints."])
+    )
+    assert found["choices"][0]["message"]["content"] == wanted["choices"][0]["message"]["content"]
+    numbers = [[one["number"] for one in made["clara"]["documents"]] for made in (found, wanted)]
+    assert numbers[0] == [{0: 0, 1: 3}[number] for number in numbers[1]]
+
+
 def test_of_several_stop_texts_the_first_to_come_ends_the_answer():
     stream = TextStream("".join, stop=("c", "b"))
     assert stream.piece(list("abcd")) == "a" and stream.stopped
