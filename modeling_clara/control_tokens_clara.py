@@ -7,7 +7,6 @@ tokenized by a twin of the tokenizer whose control tokens have secret names. Eve
 import json
 import re
 import secrets
-import unicodedata
 from collections.abc import Iterable, Mapping, Set, Sized
 
 from tokenizers import Tokenizer
@@ -77,6 +76,8 @@ class ControlTokens:
         # The marks' own ends are hidden too, so that no text can be taken for one.
         self.hidden = [*self.names, "\ufdd0", "\ufdd1"]
         self._pattern = re.compile("|".join(map(re.escape, self.hidden)))
+        unknown = getattr(tokenizer, "unk_token", None)
+        self._ids = set(tokenizer.convert_tokens_to_ids([name for name in self.names if name != unknown]))
         self._twin = None
 
     def __getstate__(self) -> dict:
@@ -97,7 +98,9 @@ class ControlTokens:
             ValueError: something is hidden, and the tokenizer is not one of the tokenizers library.
         """
         rows = self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
-        marked = [position for position, text in enumerate(texts) if MARK.search(text) or self._hides_one(text)]
+        around = self.tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
+        pairs = enumerate(zip(texts, rows, strict=True))
+        marked = [at for at, (text, row) in pairs if MARK.search(text) or self._made_one(text, row, around)]
         if marked:
             twin, secret = self._twin = self._twin or self._renamed()
             written = [self._with_secrets(texts[position], secret) for position in marked]
@@ -105,12 +108,11 @@ class ControlTokens:
                 rows[position] = row.ids
         return rows
 
-    def _hides_one(self, text: str) -> bool:
-        """Whether a tokenizer's normalization makes a control token of other characters, as full-width brackets."""
-        if text.isascii():
-            return False
-        plain = unicodedata.normalize("NFKC", text)
-        return len(self._pattern.findall(plain)) > len(self._pattern.findall(text))
+    def _made_one(self, text: str, row: list[int], around: int) -> bool:
+        """Whether a tokenizer's normalization made a control token of other characters: of full-width brackets, capital
+        letters, or beside what it leaves out."""
+        count = sum(map(self._ids.__contains__, row)) - around
+        return count > 0 and count > len(self._pattern.findall(text))
 
     def _with_secrets(self, text: str, secret: dict[str, str]) -> str:
         either = re.compile(f"{MARK.pattern}|{self._pattern.pattern}")

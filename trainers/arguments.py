@@ -18,9 +18,11 @@ UNKNOWN_TRACKERS = ("azure_ml", "flyte")
 PASSED_OVER = {
     "label_smoothing_factor": 0.0,
     "use_liger_kernel": False,
+    "liger_kernel_config": None,
     "label_names": None,
     "length_column_name": "length",
 }
+WITH_TARGET_MODULES = ("galore", "apollo")
 AT_LEAST_ONE = (
     *("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("generation_max_new_tokens", "dataset_num_proc", "max_length", "max_tokens_per_batch"),
@@ -131,6 +133,11 @@ class CLaRaTrainingArguments(TrainingArguments):
                 f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
                 f"{self.lr_scheduler_type.value!r} ({error})."
             ) from error
+        if self.optim_target_modules is not None and not self.optim.startswith(WITH_TARGET_MODULES):
+            raise ValueError(
+                f"optim_target_modules is {self.optim_target_modules!r}, which optim {self.optim.value!r} does not read: "
+                "leave it out, or choose a GaLore or APOLLO optimizer."
+            )
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise ValueError(f"optim_args is {self.optim_args!r}: write it as NAME=VALUE,NAME=VALUE.")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -165,14 +166,23 @@ def split_control_tokens(model) -> None:
 
     Nothing is changed where its own prompts hold some.
     """
+    from tokenizers import Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerBase
 
     tokenizer = model.tokenizer
     prompts = " ".join(map(str, model.prompts.values()))
-    if isinstance(tokenizer, PreTrainedTokenizerBase) and not any(
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or any(
         token in prompts for token in tokenizer.all_special_tokens
     ):
-        tokenizer.split_special_tokens = True
+        return
+    tokenizer.split_special_tokens = True
+    if tokenizer.is_fast:
+        # A unigram model, as XLM-RoBERTa's, has them among its pieces too: cut behind their first character.
+        names = sorted((name for name in tokenizer.all_special_tokens if len(name) > 1), key=len, reverse=True)
+        first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        own = tokenizer.backend_tokenizer.pre_tokenizer
+        cut = pre_tokenizers.Split(Regex(first), "isolated")
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut] if own is None else [own, cut])
 
 
 def make_retriever(

@@ -32,8 +32,9 @@ def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
     """Rows as token ids and labels: TRL would read control tokens in a document as such."""
 
     def convert(row: dict) -> dict:
+        docs = processor.check_user_texts(row["docs"], "docs")
         answer = processor.target("answer", row["answers"])
-        return processor.training_example("answer", "\n".join(row["docs"]), answer, row["question"])
+        return processor.training_example("answer", "\n".join(docs), answer, row["question"])
 
     return rows.map(convert, remove_columns=rows.column_names, desc="Writing prompts")
 

@@ -22,8 +22,9 @@ LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # A chat template's marks and the prompts' own tags lose their effect when a space stands behind the bracket; some
 # models write the bar full-width.
 MARKS = re.compile(
-    r"<(?=[|\uff5c]|/?(?:passage|paraphrase|s|bos|eos|unk|pad|start_of_turn|end_of_turn|think|tool_call|tool_response)\b|"
-    r"<?/?SYS>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])",
+    r"<(?=[|\uff5c]|/?(?:passage|paraphrase|s|bos|eos|unk|pad|mask|sop|eop|(?:bos|eos)_token|(?:start|end)_of_\w+|think|"
+    r"thought|tools?|tool_\w+|seed:\w+)\b|<?/?SYS>)|\](?=~)|\[(?=e~\[|/?(?:INST|g?MASK|THINK|ARGS|CALL_ID|SYSTEM_PROMPT|"
+    r"MODEL_SETTINGS|AVAILABLE_TOOLS|TOOL_[A-Z]+)\])",
     re.I,
 )
 

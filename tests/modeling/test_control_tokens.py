@@ -3,14 +3,20 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TEXTS, build_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from datasets import Dataset
+from scripted_endpoint import Endpoint, Say
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from clara_hf.data.retrievers import split_control_tokens
+from clara_hf.evaluation.systems.judge import judge
 from clara_hf.evaluation.systems.listwise import ListwiseRanker
+from clara_hf.program.text_lora import as_examples
 from clara_hf.synthesis.backends.client import ChatRequest
 from clara_hf.synthesis.backends.local_model import LocalModel
 from modeling_clara.control_tokens_clara import ControlTokens
@@ -103,6 +109,35 @@ def test_no_control_token_is_made_by_normalization(text):
     assert not set(ids) & {1, 2, 3} and [token for token in acting if token in (1, 2, 3)] == [2]
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.Lowercase(), "ends</S>"),
+        (normalizers.Lowercase(), "<PAD> b"),
+        (normalizers.Replace("\u200b", ""), "ends<\u200b/s>"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "ends</s\u0301>"),
+        (normalizers.Replace("{", "<"), "{pad> b"),
+    ],
+)
+def test_no_control_token_is_made_by_what_a_normalizer_changes_or_leaves_out(normalizer, text):
+    tokenizer = unigram()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    assert set(tokenizer.encode(text, add_special_tokens=False)) & {2, 3}  # what the tokenizer makes of it
+    control = ControlTokens(tokenizer)
+    ids, acting = control.encode([control.hide(text), f"{control.hide(text)}</s>"])
+    assert not set(ids) & {1, 2, 3} and [token for token in acting if token in (1, 2, 3)] == [2]
+
+
+def test_a_normalized_control_token_is_split_in_capitals_too():
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("<|end|>", normalized=True, special=True)]})
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    control, own = ControlTokens(tokenizer), tokenizer.convert_tokens_to_ids("<|end|>")
+    assert own in tokenizer.encode("an <|END|>", add_special_tokens=False)
+    ids, acting = control.encode([control.hide("an <|END|>"), f"{control.hide('an <|END|>')}<|end|>"])
+    assert own not in ids and acting.count(own) == 1
+
+
 def test_text_without_markup_goes_the_ordinary_way():
     control = ControlTokens(build_tokenizer())
     prompts = [f"<s>{control.hide(text)}</s>" for text in TEXTS]
@@ -173,3 +208,31 @@ def test_listwise_prompts_and_the_local_model_of_synthesis_read_markup_as_text(b
     specials = set(local.tokenizer.all_special_ids)
     for marked, plain in zip(read("An end</s><s> of it"), read("An end of it"), strict=True):
         assert [token for token in marked if token in specials] == [token for token in plain if token in specials]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoders_make_no_control_token_of_their_texts_whatever_model_their_tokenizer_has(kind):
+    tokenizer = kind()
+    plain = tokenizer(TEXTS)["input_ids"]
+    split_control_tokens(SimpleNamespace(tokenizer=tokenizer, prompts={"query": "query: "}))
+    for text in MARKUP[:5]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert not set(ids) & set(tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"]))
+    assert tokenizer(TEXTS)["input_ids"] == plain
+
+
+def test_a_judge_gets_no_markup_of_a_chat():
+    with Endpoint(lambda messages, body, before: Say('{"correct": true}')) as endpoint:
+        assert judge(endpoint.url, "m", "NO_KEY", [("Who <s>?", ["a</s>"], "b<|im_end|>[/INST]<end_of_turn>")]) == [
+            True
+        ]
+    told = endpoint.requests[0]["messages"][0]["content"]
+    for mark in ("<s>", "</s>", "<|im_end|>", "[/INST]", "<end_of_turn>"):
+        assert mark not in told
+    assert json.loads(told.split("\n\n")[1])["answer"].startswith("b")
+
+
+def test_a_text_that_is_a_memory_slot_is_refused_wherever_text_stands_in_a_prompt(clara):
+    processor, rows = clara.processor, [{"question": "Who?", "answers": ["Mara"], "docs": [clara.processor.slot_text]}]
+    with pytest.raises(ValueError, match="reserve"):
+        as_examples(Dataset.from_list(rows), processor)

@@ -231,8 +231,26 @@ def test_prompts_are_filled_in_one_pass_and_what_is_filled_in_is_never_a_templat
         assert mark not in last["content"]
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "[THINK]",
+        "[/THINK]",
+        "[gMASK]<sop>",
+        "<start_of_image>",
+        "<seed:think>",
+        "[MODEL_SETTINGS]",
+        "<BOS_TOKEN>",
+        "]~b]",
+    ]
+    + ["[TOOL_CONTENT]", "[ARGS]", "[CALL_ID]", "<mask>", "<|eot_id|>", "<s>", "</think>", "<tools>", "[e~["],
+)
+def test_a_mark_of_any_chat_template_is_not_left_whole(mark):
+    assert mark not in prompt_text(f"before {mark} after")
+
+
 def test_text_that_is_no_mark_stays_as_it_is():
-    text = "a < b, <b>bold</b>, <sub>2</sub>, [1] and x<y"
+    text = "a < b, <b>bold</b>, <sub>2</sub>, [1] and x<y, <span>s</span> <strong>, [ARGS x], a[0][1]"
     assert prompt_text(text) == text
 
 

@@ -47,6 +47,8 @@ def test_a_run_with_deepspeed_on_a_cpu_compiles_no_kernel_that_only_inference_ca
     [
         ("label_smoothing_factor", 0.3),
         ("use_liger_kernel", True),
+        ("liger_kernel_config", {"rope": True}),
+        ("optim_target_modules", ["q_proj"]),
         ("label_names", ["labels"]),
         ("length_column_name", "tokens"),
         ("train_sampling_strategy", "batch_rebalance"),

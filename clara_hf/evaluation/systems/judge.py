@@ -8,6 +8,7 @@ import json_repair
 
 from clara_hf.program import UsageError
 from clara_hf.synthesis.backends.client import ChatClient, ChatRequest, RequestFailed, key_from_environment
+from clara_hf.synthesis.text import prompt_text
 
 
 PROMPT = (
@@ -39,7 +40,7 @@ def judge(url: str, model: str, key_env: str, asked: Sequence[tuple[str, Sequenc
 
     async def ask(client: ChatClient, question: str, accepted: Sequence[str], answer: str) -> bool | None:
         data = {"question": question, "accepted": list(accepted), "answer": answer}
-        text = PROMPT.format(data=json.dumps(data, ensure_ascii=False))
+        text = PROMPT.format(data=prompt_text(json.dumps(data, ensure_ascii=False)))
         try:
             reply = await client.complete(ChatRequest([{"role": "user", "content": text}], "verdict", SCHEMA, 0.0, 0))
         except RequestFailed:
