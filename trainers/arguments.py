@@ -135,8 +135,8 @@ class CLaRaTrainingArguments(TrainingArguments):
             ) from error
         if self.optim_target_modules is not None and not self.optim.startswith(WITH_TARGET_MODULES):
             raise ValueError(
-                f"optim_target_modules is {self.optim_target_modules!r}, which optim {self.optim.value!r} does not read: "
-                "leave it out, or choose a GaLore or APOLLO optimizer."
+                f"optim_target_modules is {self.optim_target_modules!r}, which optim {self.optim.value!r} does not "
+                "read: leave it out, or choose a GaLore or APOLLO optimizer."
             )
         if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
             raise ValueError(f"optim_args is {self.optim_args!r}: write it as NAME=VALUE,NAME=VALUE.")
