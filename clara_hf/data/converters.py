@@ -256,6 +256,8 @@ READERS = {
     "positive_ctxs": ("dpr",),
     "hard_negative_ctxs": ("dpr",),
     "negative_ctxs": ("dpr",),
+    "positive_passages": (),
+    "negative_passages": (),
     "ctxs": ("nq-open",),
     "context": ("hotpotqa", "2wikimultihopqa", "squad", "release"),
     "contexts": (),

@@ -9,6 +9,8 @@ from uuid import uuid4
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi, snapshot_download
 
+from clara_hf.program.paths import local_path
+
 from .table.layout import FOLDERS, SIDE_FOLDER, CorruptMemoryError, is_blank
 from .table.remote import Remote
 from .table.table import MemoryTable
@@ -41,7 +43,7 @@ def locate(path: str | os.PathLike, revision: str | None = None) -> tuple[Path |
     if scheme:
         hint = f"; as a string, a pathlib.Path has lost a '/' of {text!r}" if isinstance(path, Path) else ""
         raise ValueError(f"path is {text!r}: a memory store is a local folder, or {BUCKET}... or {HUB}...{hint}")
-    return Path(path).expanduser().absolute(), False
+    return local_path(path), False
 
 
 def files_of(table: MemoryTable) -> list[str]:

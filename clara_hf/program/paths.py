@@ -16,6 +16,12 @@ def is_plain_name(name) -> bool:
     )
 
 
+def local_path(path: str | Path) -> Path:
+    """The absolute path; `~` and `~/` stand for the home folder, any other name that begins with `~` for itself."""
+    is_home = Path(path).parts[:1] == ("~",)
+    return (Path(path).expanduser() if is_home else Path(path)).absolute()
+
+
 def check_model_name(argument: str, name: str, revision: str | None = None) -> None:
     """See, without the network, whether a model's name can be one: a folder that is there, or the form of a Hub id.
 

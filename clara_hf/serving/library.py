@@ -14,6 +14,7 @@ import torch
 
 from clara_hf.data.documents import Document
 from clara_hf.memory_store import MemoryStore
+from clara_hf.program.paths import local_path
 from clara_hf.serving.documents import Unreadable
 from clara_hf.synthesis.leaks import LeakIndex
 from clara_hf.synthesis.passages import PassageMaker
@@ -123,7 +124,7 @@ class Library:
             FileNotFoundError: `read_only`, and nothing is at `path`.
             ValueError: what is at `path` is no store, or another compressor's.
         """
-        path = Path(path).expanduser().absolute()
+        path = local_path(path)
         if read_only and not path.is_dir():
             raise FileNotFoundError(f"no memory store at {path}: build it first, or mend the path")
         store = MemoryStore.open(path, model)
@@ -159,7 +160,7 @@ class Library:
     @staticmethod
     def remembered(path: str | Path, name: str) -> str | None:
         """What [`remember`] has kept in the collection at `path`, without opening it; `None` if there is none."""
-        file = Path(path).expanduser().absolute() / DATABASE
+        file = local_path(path) / DATABASE
         if not file.exists():
             return None
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:

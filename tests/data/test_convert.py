@@ -346,6 +346,13 @@ def test_rows_of_another_format_are_refused_with_its_name(tmp_path, capsys, form
         assert f"--format {form} " in line and other in line.partition("use --format")[2]
 
 
+@pytest.mark.parametrize("form", ["nq-open", "questions", "triviaqa"])
+def test_rows_that_name_their_passages_as_tevatron_does_are_refused(tmp_path, capsys, form):
+    row = {"question": "Who?", "answer": ["x"], "answers": ["x"], "positive_passages": [{"title": "T", "text": "A."}]}
+    code, output = run(tmp_path, form, [row])
+    assert code == 2 and not os.path.exists(output) and "'positive_passages'" in capsys.readouterr().err
+
+
 def test_scp_rows_are_the_questions_of_each_passage(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(SQUAD))
     given = ["--format", "squad", "--to", "scp", "--input", str(tmp_path / "train.json")]
