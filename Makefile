@@ -56,9 +56,12 @@ demo: export DS_ACCELERATOR ?= cpu
 demo: $(VENV)/.installed
 	@$(BIN)/python recipes/nano/demo.py $(DEMO_ARGS)
 
-test: MARKED := not long
-test test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "$(MARKED)" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+TEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed
+	$(BIN)/python $(TEST) -m "not long" $(TEST_ARGS)
+
+test-all: $(VENV)/.installed
+	$(BIN)/python $(TEST) $(TEST_ARGS)
 
 # The rooms whose tests train and evaluate nothing.
 FAST := tests/data tests/metrics tests/program tests/modeling/test_topk.py tests/modeling/test_functional.py \

@@ -145,13 +145,13 @@ def test_two_variants_of_a_run_are_compared_in_a_sentence():
     assert told == "a against b: 4.0 times the speed, 0.25 of the peak memory."
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_benchmark_prints_a_table_and_writes_its_figures(tmp_path, capsys, monkeypatch):
     output = tmp_path / "runs" / "benchmarks" / "compress.json"
     settings = ["--documents", "4", "--batch_size", "2"]
     monkeypatch.setattr("sys.argv", ["compress.py"])
     monkeypatch.chdir(tmp_path)
-    compress.main(["--shape", "small", "--device", "cpu", "--repeats", "1", *settings])
+    compress.main(["--shape", "tiny", "--device", "cpu", "--repeats", "1", *settings])
     figures = json.loads(output.read_text())
     ours, theirs = figures["variants"]["compress"], figures["variants"][figures["reference"]]
     assert theirs["speed_over_reference"] == theirs["peak_memory_over_reference"] == 1
