@@ -15,7 +15,7 @@ from processes import in_process, killed_at
 from clara_hf.data.schema import parse_example
 from clara_hf.evaluation.evidence import claims, suite
 from clara_hf.evaluation.evidence.claims import Claim, hierarchical_interval, settle
-from clara_hf.evaluation.evidence.conditions import with_candidates
+from clara_hf.evaluation.evidence.conditions import store_in_form, with_candidates
 from clara_hf.evaluation.evidence.suite import EvidenceSettings, Suite
 from clara_hf.program import UsageError, parse, read_json
 
@@ -190,11 +190,39 @@ def test_mistakes_name_the_variant_before_anything_is_written(config, tmp_path):
         ({"systems": ["clara"]}, "stage and config"),
         ({**own, "candidates": "some"}, "some"),
         ({**own, "memory_form": "fitted1"}, "fitted1"),
+        ({**own, "systems": ["dance"]}, "joint.systems.*dance"),
+        ({**own, "systems": ["sup"]}, "joint.systems.*sup"),
+        ({**config["variants"]["dro"], "systems": ["clara"]}, "joint.systems.*clara"),
     ):
-        arguments = arguments_of(config, tmp_path / "out", variants={"joint": variant})
+        arguments = arguments_of(config, tmp_path / "out", variants={"joint": variant}, claims={})
         with pytest.raises(UsageError, match=word):
             suite.main(arguments)
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("side", ["absent", "sup gold"])
+def test_a_claim_about_what_is_not_run_is_refused(side, config, tmp_path):
+    claims = {"typo": {"states": "It helps", "metric": "f1", "better": "joint", "worse": side}}
+    with pytest.raises(UsageError, match=f"claims.typo.*{side}"):
+        suite.main(arguments_of(config, tmp_path / "out", claims=claims))
+
+
+def test_what_queries_say_and_stored_forms_are_kept_apart_by_questions_and_compressor(config, tmp_path, base):
+    def suite_of(rows) -> Suite:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        variants = {"joint": {**config["variants"]["joint"], "systems": ["lens-before-joint"]}}
+        changes = {"variants": variants, "claims": {}, "test_file": str(tmp_path / "rows.jsonl")}
+        return Suite(parse(EvidenceSettings, ["--config", *arguments_of(config, tmp_path / "out", **changes)]))
+
+    for rows in (ROWS, ROWS[1:]):
+        found = suite_of(rows).evaluate("joint", 0)["lens-before-joint"]
+        assert len(found) == len(rows)
+    assert len(list((tmp_path / "out" / "lens").iterdir())) == 2
+    places = []
+    for seed in (1, 2):
+        build_clara(base, seed=seed).save_pretrained(tmp_path / str(seed))
+        places += [store_in_form(str(tmp_path / str(seed)), "rotated4", tmp_path / "stores") for _ in range(2)]
+    assert places[0] == places[1] != places[2] == places[3]
 
 
 @pytest.mark.parametrize("name", ["full.yaml", "retrieval.yaml", "compression.yaml"])

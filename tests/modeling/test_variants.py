@@ -353,7 +353,10 @@ def test_a_weight_for_a_term_that_is_not_there_is_refused(stage, deep_base, tmp_
     make_trainer(stage, deep_base, tmp_path, model, mse_weight=0.0, **options)
 
 
-@pytest.mark.parametrize("fields", [{"readout": "mean_pool"}, {"compressor_layers": 1}, {"memory_scale": 0.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"readout": "mean_pool"}, {"compressor_layers": 1}, {"memory_projection": True}, {"memory_scale": 0.5}],
+)
 def test_the_published_layout_has_no_such_memories(fields, bases, tmp_path):
     model = build_clara(bases["mistral"], **fields)
     model.save_pretrained(tmp_path / "ours")

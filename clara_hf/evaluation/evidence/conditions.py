@@ -60,8 +60,11 @@ def lens_records(model: str, examples: list[QAExample], kept: Path) -> list[dict
 
 
 def store_in_form(model: str, form: str, folder: Path) -> str:
-    """A new or existing store for the memories of `model` in a stored form that needs no data; returns its folder."""
+    """A new or existing store in `folder` for the memories of `model` in a stored form that needs no data; every
+    compressor has its own. Returns where it is."""
     from clara_hf.memory_store.store import MemoryStore
 
-    MemoryStore.open(folder, load_clara(ModelSource(model)), form=form)
-    return str(folder)
+    clara = load_clara(ModelSource(model))
+    place = folder / f"{form}-{clara.compressor_fingerprint()[:10]}"
+    MemoryStore.open(place, clara, form=form)
+    return str(place)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from clara_hf.evaluation.evaluator import Evaluator
 from clara_hf.evaluation.evidence.claims import Claim, settle
 from clara_hf.evaluation.evidence.conditions import ALL, lens_records, store_in_form, with_candidates
 from clara_hf.evaluation.evidence.report import write_report
+from clara_hf.evaluation.plan import parse_system
 from clara_hf.evaluation.systems.loading import model_hash
 from clara_hf.memory_store.encoding import ROTATED
 from clara_hf.program import RunFolder, UsageError, parse, stages
@@ -132,8 +133,29 @@ class EvidenceSettings:
             if " " in name:
                 raise UsageError(f"variants: {name!r} has a space, which separates a variant from a system in claims.")
             known.append(name)
+        for name, variant in self.variants.items():
+            self._check_systems(name, variant)
+        for name, claim in self.claims.items():
+            self._check_sides(name, claim)
         if self.only is not None:
             self.variants = self._with_what_they_need(self.only)
+
+    def _check_systems(self, name: str, variant: Variant) -> None:
+        is_dro = (variant if variant.of is None else self.variants[variant.of]).stage == "dro"
+        for system in variant.systems:
+            if system in LENSES and not is_dro or system == "dro" and is_dro:
+                continue
+            try:
+                missing = parse_system(system).missing(() if is_dro else ("model", "before_joint"))
+            except ValueError as error:
+                raise UsageError(f"variants.{name}.systems: {error}.") from error
+            if missing is not None:
+                raise UsageError(f"variants.{name}.systems has {system!r}, which its runs cannot be asked as.")
+
+    def _check_sides(self, name: str, claim: Claim) -> None:
+        for variant, system in () if claim.not_run else claim.sides:
+            if variant not in self.variants or system not in self.variants[variant].systems:
+                raise UsageError(f"claims.{name} names {f'{variant} {system}'!r}, but no variant has such a system.")
 
     def _with_what_they_need(self, chosen: list[str]) -> dict[str, Variant]:
         unknown = [name for name in chosen if name not in self.variants]
@@ -201,9 +223,10 @@ class Suite:
         examples = self.examples if variant.candidates is None else with_candidates(self.examples, variant.candidates)
         records = {}
         for lens in filter(LENSES.__contains__, variant.systems):
-            kept = self.out / "lens" / f"{Path(folder).name}-{lens}-{settings.limit}.json"
+            asked = examples[: settings.limit]
+            kept = self.out / "lens" / f"{Path(folder).name}-{lens}-{digest([asdict(one) for one in asked])[:10]}.json"
             kept.parent.mkdir(exist_ok=True)
-            records[lens] = lens_records(folder if lens == "lens" else start, examples[: settings.limit], kept)
+            records[lens] = lens_records(folder if lens == "lens" else start, asked, kept)
         systems = [system for system in variant.systems if system not in LENSES]
         if not systems:
             return records
@@ -212,9 +235,7 @@ class Suite:
         if any("before-joint" in system for system in systems):
             options["before_joint"] = ModelSource(start, rate=variant.rate)
         if variant.memory_form is not None:
-            options["memory_store"] = store_in_form(
-                folder, variant.memory_form, self.out / "stores" / variant.memory_form
-            )
+            options["memory_store"] = store_in_form(folder, variant.memory_form, self.out / "stores")
         is_dro = self.trained(name).stage == "dro"
         labels = {f"dro {folder}" if is_dro and system == "dro" else system: system for system in systems}
         results = Evaluator(examples, list(labels), **options)(
