@@ -114,7 +114,7 @@ def test_a_store_has_one_rate(tokens, texts, tmp_path):
     assert answers.texts == model.generate(QUESTIONS, [texts, texts], rate=16, max_new_tokens=2).texts
     with pytest.raises(ValueError, match=r"\(2, 8, 32\).*\[any, 2, 32\].*rate"):
         model.retrieve(QUESTIONS, store)
-    with pytest.raises(ValueError, match="2 memory tokens.*8 memory tokens.*at its rate"):
+    with pytest.raises(ValueError, match="2 memory tokens.*8 memory tokens.*rate"):
         MemoryStore.open(tmp_path / "memories", model)
 
 
