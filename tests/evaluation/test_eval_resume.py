@@ -242,7 +242,7 @@ def evaluate(rank, arguments, folder):
         return exit_code(main, arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_what_one_gives(tmp_path, arguments, uninterrupted):
     out = tmp_path / "out"
     codes = in_processes(2, evaluate, tmp_path, [*arguments, "--output_dir", str(out)], tmp_path)

@@ -463,7 +463,7 @@ def test_the_script_runs_from_any_folder(tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.long)])
 def test_a_terminal_that_cannot_print_gets_the_table_in_what_it_can(tmp_path, data, encoding):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     command = [sys.executable, str(ROOT / "eval/run.py"), "--data", data, "--output_dir", str(tmp_path / "out")]

@@ -234,6 +234,7 @@ def test_a_converted_checkpoint_keeps_the_release_s_method_names(hub, tmp_path):
     assert "method names" in said.stderr and str(tmp_path / "full") in said.stderr
 
 
+@pytest.mark.long
 def test_the_example_pushes_and_another_process_answers(hub):
     command = [sys.executable, str(ROOT / "examples" / "push_and_pull.py"), "me/example"]
     environment = environment_of(hub.server, hub.cache)
