@@ -1,5 +1,6 @@
 """How every program ends: one sentence for what the user can mend, and an exit code."""
 
+import asyncio
 import codecs
 import errno
 import io
@@ -8,15 +9,17 @@ import re
 import select
 import signal
 import sys
+import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clara_hf.program.machine import keep_freed_memory
 
 
+Result = TypeVar("Result")
 FAILED, USAGE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 # Errors whose message is written for users. Those of libraries that need not be installed are known by name.
 EXPECTED = (ValueError, OSError, ImportError)
@@ -100,6 +103,18 @@ def stop_quietly_unless(process: int) -> Callable:
         raise KeyboardInterrupt
 
     return handle
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """`asyncio.run`, of which Ctrl-C cancels the work: raised in the midst of one of its tasks, it would be told with a
+    traceback as an error that nobody asked that task for."""
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(work)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in whose place asyncio puts its own
+    try:
+        return asyncio.run(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def nobody_reads() -> bool:

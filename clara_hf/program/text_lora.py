@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from clara_hf.program import option, parse
+from clara_hf.program import UsageError, option, parse
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
 from modeling_clara.quantization_clara import dequantized
@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> TextTrainer:
         processor = CLaRaProcessor.from_pretrained(data.clara_checkpoint)
-        base = absolute_place(model.model_name_or_path)
+        if model.model_name_or_path is None:
+            raise UsageError("--model_name_or_path is missing: give the folder or Hub id of the base.")
+        base = str(absolute_place(model.model_name_or_path))
         if data.gguf_file is not None:
             base = dequantized(base, data.gguf_file)
         begin()

@@ -1,6 +1,5 @@
 """The arguments of the programs that ask a language model, and the state of a run, open for one call."""
 
-import asyncio
 import json
 import shutil
 import sqlite3
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 
 from clara_hf.program import UsageError, option
+from clara_hf.program.errors import run_async
 from clara_hf.program.folders import LOCK_FILE, first_difference, release_lock, take_lock
 from clara_hf.program.values import load_text
 from clara_hf.synthesis.backends.client import ChatClient, key_from_environment
@@ -276,7 +276,7 @@ class Session:
 
     def work(self, work: Work, key: str, unit: str, kept: str) -> None:
         """Finish all items that are not finished; the progress bar counts `unit`, and what they give as `kept`."""
-        asyncio.run(self._work(work, key, unit, kept))
+        run_async(self._work(work, key, unit, kept))
 
     @contextmanager
     def partial_files(self, write: WriteOutputs) -> Iterator[None]:

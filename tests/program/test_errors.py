@@ -82,6 +82,33 @@ def test_freed_memory_is_kept_where_pytorch_runs_on_a_cpu_and_malloc_is_not_set(
     assert freed["ours"] < 1000 < 30_000 < freed["the user's"]  # pages of 4 KiB, of 128 MiB
 
 
+INTERRUPTED_TASKS = """
+import asyncio, os, signal
+from clara_hf.program import run_program
+from clara_hf.program.errors import run_async
+
+async def part(number):
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(30)
+
+async def work():
+    parts = [asyncio.ensure_future(part(number)) for number in range(3)]
+    try:
+        await asyncio.wait(parts)
+    finally:
+        print(sum(each.cancel() for each in parts), "parts stopped")
+
+run_program(lambda: run_async(work()))
+"""
+
+
+def test_an_interrupt_in_the_midst_of_a_task_is_one_sentence():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_TASKS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (130, ["3", "parts", "stopped"])
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_errors_that_name_each_other_as_causes_end():
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first

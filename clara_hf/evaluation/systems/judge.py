@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import json_repair
 
 from clara_hf.program import UsageError
+from clara_hf.program.errors import run_async
 from clara_hf.synthesis.backends.client import ChatClient, ChatRequest, RequestFailed, key_from_environment
 from clara_hf.synthesis.text import prompt_text
 
@@ -54,7 +55,7 @@ def judge(url: str, model: str, key_env: str, asked: Sequence[tuple[str, Sequenc
             return await asyncio.gather(*(ask(client, *one) for one in asked))
 
     try:
-        return asyncio.run(ask_all())
+        return run_async(ask_all())
     except UsageError as error:
         told = str(error).replace("--base_url", "--judge").replace("--model", "--judge_model")
         raise UsageError(f"--judge: {told.replace('--api_key_env', '--judge_key_env')}") from error
