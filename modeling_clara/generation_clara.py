@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_BATCH_SIZE = 32
+LONGEST_MESSAGE = 400  # characters of transformers' messages about options
 WHOLE_NUMBERS = (
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
     *("no_repeat_ngram_size",),
@@ -515,8 +516,12 @@ def _options_named(options: dict) -> Iterator[None]:
         yield
     except (AttributeError, TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         is_the_machines = isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
-        if is_the_machines or not options or any(name in str(error) for name in options):
+        if is_the_machines or not options:
             raise
+        if any(name in str(error) for name in options):
+            if len(str(error)) <= LONGEST_MESSAGE:
+                raise
+            raise ValueError(f"{error!s:.{LONGEST_MESSAGE}}…") from error  # it holds a long value whole
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
         kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
         raise kind(f"generate failed with {given}: one of them cannot be used ({error}).") from error

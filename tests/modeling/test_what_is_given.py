@@ -189,6 +189,12 @@ def test_options_that_fail_within_transformers_are_named(option, untouched_clara
         untouched_clara.generate(QUESTIONS[:1], documents=[TEXTS[:2]], **option)
 
 
+def test_a_long_value_of_an_option_is_not_told_whole(untouched_clara):
+    with pytest.raises(ValueError, match="early_stopping") as told:
+        untouched_clara.generate(QUESTIONS[:1], documents=[TEXTS[:2]], early_stopping="a" * 3000)
+    assert len(str(told.value)) < 500
+
+
 def test_stop_strings_end_an_answer(untouched_clara):
     arguments = {"questions": QUESTIONS[:1], "documents": [TEXTS[:2]], "max_new_tokens": 12}
     (text,) = untouched_clara.generate(**arguments).texts
