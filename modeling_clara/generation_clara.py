@@ -518,12 +518,12 @@ def _options_named(options: dict) -> Iterator[None]:
         is_the_machines = isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
         if is_the_machines or not options:
             raise
+        kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
         if any(name in str(error) for name in options):
             if len(str(error)) <= LONGEST_MESSAGE:
                 raise
-            raise ValueError(f"{error!s:.{LONGEST_MESSAGE}}…") from error  # it holds a long value whole
+            raise kind(f"{error!s:.{LONGEST_MESSAGE}}…") from error  # it holds a long value whole
         given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
-        kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
         raise kind(f"generate failed with {given}: one of them cannot be used ({error}).") from error
 
 

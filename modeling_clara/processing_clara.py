@@ -455,9 +455,13 @@ def distinct_texts(rows: list[list[str]]) -> tuple[list[str], torch.Tensor]:
     """The distinct texts of `rows`, and which of them each row holds: their [`index_matrix`], -1 for a text's copies
     in its row."""
     position = {text: row for row, text in enumerate(dict.fromkeys(text for row in rows for text in row))}
-    firsts = [{text: place for place, text in reversed(list(enumerate(row)))} for row in rows]
-    if any(len(first) < len(row) for first, row in zip(firsts, rows, strict=True)):
-        logger.warning_once("questions have candidates with equal texts, which count as one.")
-    pairs = zip(rows, firsts, strict=True)
-    index = [[position[text] if first[text] == at else -1 for at, text in enumerate(row)] for row, first in pairs]
+    index = []
+    for row in rows:
+        unseen = set(row)
+        if len(unseen) < len(row):
+            logger.warning_once("questions have candidates with equal texts, which count as one.")
+        index.append([])
+        for text in row:
+            index[-1].append(position[text] if text in unseen else -1)
+            unseen.discard(text)
     return list(position), index_matrix(index)

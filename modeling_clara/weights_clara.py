@@ -17,7 +17,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
@@ -86,7 +85,8 @@ def write_adapters(folder: str, adapters: dict[str, dict], decoder: PreTrainedMo
 def remove_stale_weights(folder: str, variant: str | None) -> None:
     """Remove weights of an earlier save to `folder`, which would be read in place of those that `save_pretrained` of
     transformers has just written there. Other variants stay."""
-    single, index = (os.path.join(folder, _add_variant(name, variant)) for name in _WHOLE)
+    ends = (os.path.splitext(os.path.join(folder, name)) for name in _WHOLE)
+    single, index = (f"{stem}.{variant}{end}" if variant else stem + end for stem, end in ends)
     stale = [os.path.join(folder, CLARA_WEIGHTS)]
     if os.path.exists(index):
         # transformers has removed the shards of an earlier save.

@@ -5,6 +5,7 @@ A damaged file can end the process that decodes it. Run as a script by `clara_hf
 
 import os
 import sys
+from contextlib import suppress
 
 
 ROWS = 128  # in one batch: twenty documents of 100 kB each make 250 MB
@@ -54,10 +55,8 @@ if __name__ == "__main__":
     if os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
         del sys.path[0]  # else this folder's modules would stand before those of the libraries
     try:
-        try:
+        with suppress(BrokenPipeError):  # nobody reads on
             main(*sys.argv[1:])
-        except BrokenPipeError:  # nobody reads on
-            pass
         # All rows are out. Unloading Arrow while one of its threads still runs has aborted the interpreter at its end.
         os._exit(0)
     except (Exception, MemoryError) as error:
