@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from clara_hf.program import UsageError, option, parse
 from clara_hf.program.training import DataArguments, carry_out, nano_recipe
 from modeling_clara import CLaRaProcessor
+from modeling_clara.configuration_clara import give_usual_rights
 from modeling_clara.quantization_clara import dequantized
 from modeling_clara.weights_clara import absolute_place
 from trainers.checkpoints import EndsAtLastStep
@@ -41,6 +42,10 @@ def as_examples(rows: Dataset, processor: CLaRaProcessor) -> Dataset:
 
 class TextTrainer(EndsAtLastStep, SFTTrainer):
     """TRL's trainer, which ends at its last step also where it goes on from there."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        give_usual_rights(output_dir or self.args.output_dir)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -51,6 +51,9 @@ def test_two_steps_lower_the_loss_of_the_answers_alone_and_the_adapter_loads(bas
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
     assert state["global_step"] == 2 and losses[0] > losses[1] > losses[2]
+    # Who may read the adapter's configuration may read its weights.
+    rights = {path.stat().st_mode for path in (tmp_path / "run").glob("**/adapter_*") if path.is_file()}
+    assert rights == {(tmp_path / "run" / "adapter_config.json").stat().st_mode}
 
     def answer_loss(model) -> float:
         """Over the tokens of the answers, which nothing but the prompts' own texts precedes."""
