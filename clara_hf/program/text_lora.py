@@ -45,7 +45,7 @@ class TextTrainer(EndsAtLastStep, SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        give_usual_rights(output_dir or self.args.output_dir)
+        give_usual_rights(str(output_dir or self.args.output_dir))
 
 
 def main(arguments: list[str] | None = None) -> None:
