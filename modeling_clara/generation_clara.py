@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, merged_adapter
-from .decoding_clara import can_decode_packed, decode_packed
+from .decoding_clara import can_decode_packed, check_generation_options, decode_packed, options_named
 from .functional_clara import (
     check_document_index,
     check_finite,
@@ -29,27 +29,6 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_BATCH_SIZE = 32
-LONGEST_MESSAGE = 400  # characters of transformers' messages about options
-WHOLE_NUMBERS = (
-    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k"),
-    *("no_repeat_ngram_size",),
-)
-NUMBERS = (
-    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "max_time"),
-    *("repetition_penalty", "length_penalty"),
-)
-SWITCHES = ("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions")
-ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
-FORCED = ("forced_bos_token_id", "forced_eos_token_id")
-END_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
-_MADE_HERE = "it is made here, of the questions and documents"
-_IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
-WITHOUT_USE = {
-    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _MADE_HERE),
-    **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"), _IDS_ONLY),
-    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask", "token_healing"), _IDS_ONLY),
-    **dict.fromkeys(("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"), _IDS_ONLY),
-}
 FINITE_WEIGHTS = "load weights that are finite, or a dtype with a wider range"
 
 
@@ -416,7 +395,7 @@ class CLaRaGeneration:
             if can_decode_packed(self.decoder, attention_mask, options):
                 bound = {"prompts": embeddings, "mask": attention_mask, "pad_token_id": options["pad_token_id"]}
                 options["custom_generate"] = partial(decode_packed, **bound)
-            with _options_named(generate_kwargs):
+            with options_named(generate_kwargs):
                 output = self.decoder.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
         sequences, generation = (output.sequences, output) if isinstance(output, ModelOutput) else (output, None)
         texts = self.processor.tokenizer.batch_decode(sequences, skip_special_tokens=True)
@@ -507,61 +486,3 @@ def _documents_wanted(n_docs: int | None, top_k: int | None) -> int | None:
 def _samples(options: dict) -> bool:
     """Whether an option says to sample, so that `top_k` is sampling's."""
     return bool(options.get("do_sample")) or options.get("generation_config") is not None
-
-
-@contextmanager
-def _options_named(options: dict) -> Iterator[None]:
-    """Name the options given, where what transformers does with them fails in its own code."""
-    try:
-        yield
-    except (AttributeError, TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
-        is_the_machines = isinstance(error, (torch.OutOfMemoryError, NotImplementedError))
-        if is_the_machines or not options:
-            raise
-        kind = TypeError if isinstance(error, (AttributeError, TypeError)) else ValueError
-        if any(name in str(error) for name in options):
-            if len(str(error)) <= LONGEST_MESSAGE:
-                raise
-            raise kind(f"{error!s:.{LONGEST_MESSAGE}}…") from error  # it holds a long value whole
-        given = ", ".join(f"{name}={repr(value)[:60]}" for name, value in options.items())
-        raise kind(f"generate failed with {given}: one of them cannot be used ({error}).") from error
-
-
-def check_generation_options(options: dict) -> None:
-    """Raise unless options of transformers' `generate` are of their types, and ones that this model has a use for.
-
-    Raises:
-        TypeError: a `generation_config` of another kind.
-        ValueError: an option of another type, or without use here.
-    """
-    config = options.get("generation_config")
-    if not isinstance(config, (dict, GenerationConfig, type(None))):
-        raise TypeError(f"generation_config must be a GenerationConfig or a dictionary, got {type(config).__name__}.")
-    if isinstance(config, dict) and (unknown := sorted(map(str, set(config) - set(vars(GenerationConfig()))))):
-        raise ValueError(f"generation_config has no {unknown[0]!r}: give options of transformers' GenerationConfig.")
-    values = options if config is None else {**(config if isinstance(config, dict) else config.to_dict()), **options}
-    for name, reason in WITHOUT_USE.items():
-        if values.get(name) is not None:
-            raise ValueError(f"generate takes no {name}: {reason}.")
-    for names, types, wanted in (
-        (WHOLE_NUMBERS, int, "a whole number"),
-        (NUMBERS, (int, float), "a number"),
-        (SWITCHES, bool, "True or False"),
-        (ID_LISTS, (list, tuple), "a list of ids"),
-        (FORCED, (int, list, tuple), "an id or a list of ids"),
-    ):
-        for name in names:
-            value = values.get(name)
-            is_other = not isinstance(value, types) or (types is not bool and isinstance(value, bool))
-            if value is not None and is_other:
-                raise ValueError(f"{name} must be {wanted}, got {value!r:.80}.")
-    for name in (*ID_LISTS, *FORCED, *END_IDS):
-        value = values.get(name)
-        for one in value if isinstance(value, (list, tuple)) else ():
-            if not isinstance(one, int) or isinstance(one, bool) or abs(one) >= 2**63:
-                raise ValueError(f"{name} must hold token ids, got {one!r:.80} among them.")
-    for name in ("num_return_sequences", "num_beams", "max_new_tokens"):
-        if values.get(name) is not None and values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}.")
-    if abs(values.get("length_penalty") or 0) > 100:  # an exponent: a large whole one would be worked out in full
-        raise ValueError(f"length_penalty must lie between -100 and 100, got {values['length_penalty']!r:.80}.")
