@@ -20,7 +20,7 @@ import torch
 from common import BenchmarkArguments, build_model, natural_documents, run_benchmark
 
 from clara_hf.program import option, parse, run_program
-from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, functional_clara, modeling_clara
+from modeling_clara import CLaRaForRetrievalGeneration, adapters_clara, decoding_clara, modeling_clara
 from modeling_clara.adapters_clara import COMPRESSOR, use_adapter
 from modeling_clara.functional_clara import position_ids
 from modeling_clara.processing_clara import ENCODER_MARKERS
@@ -80,7 +80,7 @@ def values(*changes: tuple[ModuleType, str, object]) -> Iterator[None]:
 UNPACKED = (modeling_clara, "can_pack", lambda *_, **__: False)
 UNFUSED = (adapters_clara, "can_fuse", lambda *_: False)
 UNMERGED = (adapters_clara, "MERGE_FROM", math.inf)
-WHOLE_LAST_LAYER = (functional_clara, "READS_UP_TO", 0)
+WHOLE_LAST_LAYER = (decoding_clara, "READS_UP_TO", 0)
 
 
 def changed(run: Callable, *changes: tuple[ModuleType, str, object]):

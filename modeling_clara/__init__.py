@@ -3,10 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_clara import CLaRaConfig
+from .functional_clara import straight_through_topk
 from .generation_clara import CLaRaGenerationOutput, CLaRaRetrievalOutput
 from .modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput
 from .processing_clara import CLaRaProcessor
-from .topk_clara import straight_through_topk
 
 
 AutoConfig.register("clara", CLaRaConfig, exist_ok=True)

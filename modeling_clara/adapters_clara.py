@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from .functional_clara import last_layer, use_attention, use_forward
-from .sharded_clara import gathered
+from .decoding_clara import last_layer, use_attention, use_forward
+from .functional_clara import gathered
 
 
 logger = logging.get_logger(__name__)

@@ -9,12 +9,12 @@ import shutil
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .topk_clara import ESTIMATORS, TAKEN_MASKS
-
 
 CHECKPOINT_FORMATS = ("full", "adapter", "flat")
 EMBEDDING_ROWS = ("added", "all")
 READOUTS = ("memory_tokens", "mean_pool")
+TAKEN_MASKS = ("exact", "published")
+ESTIMATORS = ("straight_through", "soft", "gumbel")
 # Value of `memory_scale` until `from_base` has measured the base.
 EMBEDDING_SCALE = "embeddings"
 SWITCHES = (

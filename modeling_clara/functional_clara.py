@@ -1,27 +1,106 @@
-"""Functions of tensors: banks of memories, scores, positions, texts without padding."""
+"""Functions of tensors: the straight-through top-k, banks of memories, scores, positions; whole tensors of those that
+DeepSpeed ZeRO-3 or FSDP spread over processes."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .configuration_clara import CLaRaConfig
+from .configuration_clara import ESTIMATORS, TAKEN_MASKS, CLaRaConfig
 from .processing_clara import IGNORE_INDEX, index_matrix
 
 
-# Name of the attention of texts that stand one after the other in one row: its own in each copy of this file, since a
-# process may hold those of several checkpoints, and transformers has one register.
-PACKED = f"packed_by_{__name__}"
-# Share of a row's positions up to which reading only these spares the last layer more than it costs.
-READS_UP_TO = 0.75
 # Keeps the root mean square of zeros, which padding may have, away from 0; squares of states are far larger.
 RMS_EPS = 1e-16
+PUBLISHED_EPSILON = 1e-8
+MIN_TEMPERATURE = 1e-6
+
+
+def straight_through_topk(
+    scores: torch.Tensor,
+    k: int,
+    temperature: float = 0.02,
+    candidate_mask: torch.Tensor | None = None,
+    taken_mask: str = "exact",
+    estimator: str = "straight_through",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Select the `k` best candidates of every row without cutting the gradient (arXiv 2511.18659, section 3).
+
+    Slot `j` holds the one-hot row of the `j`-th best candidate. Its gradient is that of
+    `softmax(scores / temperature + log(mask_j))`, where `mask_j` removes the candidates that slots `1 … j-1` took and
+    is a constant: `Z = Z_hard + Z_soft - stop_gradient(Z_soft)`. The forward value is exactly the hard choice.
+
+    Args:
+        scores (`torch.Tensor` of shape `[batch, candidates]`, floating): similarity of every candidate.
+        k (`int`): number of slots, `1 <= k <= candidates`.
+        temperature (`float`): divides the scores before the softmax; values under 1e-6 count as 1e-6.
+        candidate_mask (`torch.BoolTensor` of shape `[batch, candidates]`, *optional*): `False` where a row has no such
+            candidate. Slots beyond a row's number of candidates are all zero and their index is -1.
+        taken_mask (`"exact"` or `"published"`): how a taken candidate leaves the softmax of later slots. `"exact"` adds
+            -inf. `"published"` adds log(1e-8) = -18.4 as the published model does; a taken candidate that leads by more
+            than `18.4 * temperature` keeps the mass of later slots.
+        estimator (`"straight_through"`, `"soft"` or `"gumbel"`): what slots hold, for ablations. `"soft"`: the softmax
+            rows themselves, so that each slot reads a mixture. `"gumbel"`: as `"straight_through"`, after
+            Gumbel(0, 1) noise on the logits, which draws the slots from the softmax without replacement
+            (arXiv 1903.06059); other draws in every call.
+
+    Returns:
+        `weights` `[batch, k, candidates]` in the dtype of `scores`, and `indices` `[batch, k]` int64, best first. Equal
+        scores are taken in the order of the candidates. A row with a NaN among its candidates' scores has NaN weights,
+        so that the loss shows it, and indices that mean nothing.
+
+    Raises:
+        ValueError: `k`, `taken_mask` or `estimator` out of range, or `scores` not two-dimensional.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have the shape [batch, candidates], got {list(scores.shape)}.")
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"k must be between 1 and the number of candidates ({scores.shape[1]}), got {k}.")
+    if taken_mask not in TAKEN_MASKS:
+        raise ValueError(f"taken_mask must be one of {TAKEN_MASKS}, got {taken_mask!r:.80}.")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r:.80}.")
+
+    logits = scores / max(temperature, MIN_TEMPERATURE)
+    if candidate_mask is None:
+        candidate_mask = torch.ones_like(scores, dtype=torch.bool)
+    if estimator == "gumbel":
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    logits = logits.masked_fill(~candidate_mask, float("-inf"))
+
+    indices = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    slot_is_filled = candidate_mask.gather(1, indices)
+    hard = torch.nn.functional.one_hot(indices, scores.shape[1])
+    soft = slot_softmax(logits, hard, slot_is_filled, taken_mask)
+    held = soft if estimator == "soft" else hard + (soft - soft.detach())
+    weights = held * slot_is_filled.unsqueeze(-1)
+    return weights, indices.masked_fill(~slot_is_filled, -1)
+
+
+def slot_softmax(
+    logits: torch.Tensor, hard: torch.Tensor, slot_is_filled: torch.Tensor, taken_mask: str
+) -> torch.Tensor:
+    """The soft rows `[batch, k, candidates]` behind slots that hold the one-hot rows `hard`, best first.
+
+    Args:
+        logits (`[batch, candidates]`, floating): scores divided by the temperature, -inf where there is no candidate.
+        hard (`[batch, k, candidates]` int64): what each slot holds.
+        slot_is_filled (`[batch, k]` bool): where it holds anything; the soft rows of others mean nothing.
+        taken_mask: as in [`straight_through_topk`].
+    """
+    taken = hard.cumsum(dim=1) - hard
+    slot_logits = logits.unsqueeze(1).expand(-1, hard.shape[1], -1)
+    if taken_mask == "exact":
+        slot_logits = slot_logits.masked_fill(taken.bool(), float("-inf"))
+    else:
+        slot_logits = slot_logits + torch.log((1 - taken).to(logits.dtype) + PUBLISHED_EPSILON)
+    # A slot without a candidate has nothing but -inf: give it finite logits, and no weight afterwards.
+    slot_logits = slot_logits.masked_fill(~slot_is_filled.unsqueeze(-1), 0.0)
+    return slot_logits.softmax(dim=-1)
 
 
 def check_memories(memories: torch.Tensor, shape: tuple[int, int], argument: str) -> None:
@@ -233,195 +312,6 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-class _Attended(Exception):
-    """Leaves a layer at its attention, with the keys and values `[1, heads, T, head_dim]` that stand there."""
-
-
-def _packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    text_lengths,
-    leave=False,
-    whole=None,
-    places=None,
-    shared=0,
-    kept=None,
-    **options,
-):
-    """Causal attention `[1, T, heads, head_dim]` within each of the texts, of `[1, heads, T, head_dim]`.
-
-    Args:
-        text_lengths: of the texts, in tokens.
-        leave: whether to raise [`_Attended`].
-        whole, places: keys and values of all T tokens, where `query` are those of some; and these tokens' places, a
-            tensor for each text.
-        shared: the length of the first text, where all others go on from it; else 0.
-        kept: a deque that the layer's keys and values are put into.
-    """
-    if kept is not None and whole is None:
-        kept.append((key, value))
-    if leave:
-        raise _Attended(key, value)
-    queries = query.split(text_lengths if whole is None else [len(own) for own in places], dim=2)
-    keys, values = ([*states.split(text_lengths, dim=2)] for states in whole or (key, value))
-    if shared:
-        keys, values = ([first, *(torch.cat([first, rest], 2) for rest in rests)] for first, *rests in (keys, values))
-    rows = []
-    for number, text in enumerate(zip(queries, keys, values, strict=True)):
-        seen, count, end = None, text[0].shape[2], text[1].shape[2]
-        if places is not None or (shared and number):
-            own = torch.arange(count, device=query.device) if places is None else places[number]
-            seen = torch.arange(end, device=query.device) <= (own + (shared if number else 0)).unsqueeze(1)
-            seen = seen[None, None]
-        if count:
-            rows.append(sdpa_attention_forward(module, *text, seen, **options)[0])
-    return torch.cat(rows, dim=1), None
-
-
-# transformers makes no mask for a name that its masks do not know.
-AttentionInterface.register(PACKED, _packed_attention)
-
-
-@contextmanager
-def use_attention(decoder: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run the forward passes of the block with another attention implementation."""
-    before = decoder.config._attn_implementation
-    decoder.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = before
-
-
-@contextmanager
-def use_forward(module: nn.Module, forward: Callable | None) -> Iterator[None]:
-    """Let `module` compute by another function in the block, or for `None` by its class's."""
-    before = module.__dict__.get("forward")
-    _set_forward(module, forward)
-    try:
-        yield
-    finally:
-        _set_forward(module, before)
-
-
-def _set_forward(module: nn.Module, forward: Callable | None) -> None:
-    if forward is not None:
-        module.forward = forward
-    elif "forward" in module.__dict__:
-        del module.forward
-
-
-def can_pack(decoder: PreTrainedModel, attention_mask: torch.Tensor, reads_part: bool = False) -> bool:
-    """Whether [`run_packed`] spares work: on a CPU, where each position attends to all before it, through SDPA, and
-    there is padding or only a part of the positions is read."""
-    config, longest = decoder.config, attention_mask.shape[1]
-    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if attention_mask.all() and not reads_part:
-        return False
-    window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
-    attends_all = {*(kinds or ())} <= {"full_attention", "sliding_attention"} and (not window or longest <= window)
-    # Layers that carry a state from token to token would carry it from one text into the next.
-    is_known = decoder._supports_attention_backend and not decoder._is_stateful
-    return is_known and attends_all and config._attn_implementation == "sdpa"
-
-
-def run_packed(
-    decoder: PreTrainedModel,
-    module: nn.Module,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor,
-    places: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What `module`, the decoder or its base, computes of padded rows without padding: logits or last hidden states
-    `[1, T, ...]`.
-
-    The attended positions of all rows stand in one row: layers of single tokens see no padding, and attention runs
-    for each text by itself, without a mask. Attended positions differ from those of the padded pass by rounding.
-
-    Args:
-        places (`[n]` int64, *optional*): positions in that row, in order, that alone are returned, `[1, n, ...]`. The
-            last layer then computes of the others only what these attend to.
-    """
-    is_token = attention_mask.bool()
-    return run_row(decoder, module, inputs_embeds[is_token], is_token.sum(dim=1).tolist(), places)
-
-
-def run_row(
-    decoder: PreTrainedModel,
-    module: nn.Module,
-    row: torch.Tensor,
-    lengths: list[int],
-    places: torch.Tensor | None = None,
-    shared: int = 0,
-    kept: deque | None = None,
-) -> torch.Tensor:
-    """[`run_packed`] of a `row` `[T, H]` of texts of these lengths.
-
-    Args:
-        shared: the length of the first text, where all others go on from it; else 0.
-        kept (*optional*): a deque that gets, for each layer, keys and values `[1, heads, T, head_dim]`.
-    """
-    starts = [0, *(shared for _ in lengths[1:])]
-    positions = [
-        torch.arange(start, start + own, device=row.device) for start, own in zip(starts, lengths, strict=True)
-    ]
-    layer = None if places is None else _layer_to_read(decoder, len(places) / sum(lengths))
-    options = {"shared": shared} if shared else {}
-    if kept is not None:
-        options["kept"] = kept
-    if places is not None and module is decoder:
-        options["logits_to_keep"] = places if layer is None else 0
-    with use_attention(decoder, PACKED), nullcontext() if layer is None else _reads_only(layer, places, lengths):
-        output = module(
-            inputs_embeds=row.unsqueeze(0),
-            position_ids=torch.cat(positions).unsqueeze(0),
-            text_lengths=lengths,
-            use_cache=False,
-            **options,
-        )
-    if module is decoder:
-        return output.logits
-    hidden = output.last_hidden_state
-    return hidden if places is None or layer is not None else hidden[:, places]
-
-
-def last_layer(decoder: PreTrainedModel) -> nn.Module | None:
-    """The last layer that runs, see [`first_layers`], of a decoder that keeps its layers where most do."""
-    layers = getattr(decoder.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return None
-    return layers[min(len(layers), decoder.config.num_hidden_layers) - 1]
-
-
-def check_has_first_layers(decoder: PreTrainedModel) -> None:
-    """Raise a `ValueError` unless [`first_layers`] knows where a decoder keeps its layers and its final norm."""
-    parts = (getattr(decoder.base_model, name, None) for name in ("layers", "norm"))
-    if not all(isinstance(part, nn.Module) for part in parts):
-        raise ValueError(
-            f"compressor_layers is set, but a {decoder.config.model_type} decoder does not keep its layers and final "
-            "norm where most do: leave it out, which takes all layers."
-        )
-
-
-@contextmanager
-def first_layers(decoder: PreTrainedModel, count: int | None) -> Iterator[None]:
-    """Run only the first `count` layers of a decoder in the block, and no final norm; all of it for `None`."""
-    if count is None:
-        yield
-        return
-    base, layers = decoder.base_model, decoder.base_model.layers
-    base.layers = layers[:count]
-    try:
-        with use_forward(base.norm, nn.Identity().forward):
-            yield
-    finally:
-        base.layers = layers
-
-
 def with_rms(vectors: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Vectors `[..., H]` brought to the root mean square `scale`, each by itself; zeros stay zeros."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
@@ -453,57 +343,6 @@ def segment_means(states: torch.Tensor, attention_mask: torch.Tensor, count: int
     return (sums / (end - begin).unsqueeze(2)).to(states.dtype)
 
 
-def _layer_to_read(decoder: PreTrainedModel, share: float) -> nn.Module | None:
-    """The last layer of a decoder, if reading only a `share` of its positions can and does spare work there."""
-    layer = last_layer(decoder)
-    if share > READS_UP_TO or layer is None:
-        return None
-    # ZeRO-3 and offloading bring weights in before a module runs and let go of them behind it.
-    brought = is_deepspeed_zero3_enabled() or any("forward" in part.__dict__ for part in (layer, *layer.children()))
-    return None if brought or any(weight.is_meta for weight in layer.parameters()) else layer
-
-
-@contextmanager
-def _reads_only(layer: nn.Module, places: torch.Tensor, text_lengths: list[int]) -> Iterator[None]:
-    """Let a layer give only the positions `places` of its row of texts.
-
-    It runs twice, whatever it consists of: over all positions as far as its attention, whose keys and values are kept,
-    and whole over `places`, whose queries attend to these.
-    """
-    forward, total = layer.forward, sum(text_lengths)
-    starts = torch.tensor([0, *accumulate(text_lengths)], device=places.device)
-    ends = torch.searchsorted(places, starts[1:]).tolist()
-    own = [places[begin:end] - start for begin, end, start in zip([0, *ends], ends, starts[:-1], strict=False)]
-
-    def chosen(given):
-        if isinstance(given, tuple):
-            return tuple(map(chosen, given))
-        is_row = isinstance(given, torch.Tensor) and given.dim() > 1 and given.shape[1] == total
-        return given[:, places] if is_row else given
-
-    def read(*inputs, **options):
-        # Newer versions of transformers checkpoint within `forward`, which the exception must not leave halfway.
-        checkpoints, layer.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False), False
-        try:
-            try:
-                forward(*inputs, **options, leave=True)
-            except _Attended as found:
-                whole = found.args
-            options = {name: chosen(value) for name, value in options.items()}
-            return forward(*map(chosen, inputs), **options, whole=whole, places=own)
-        finally:
-            layer.gradient_checkpointing = checkpoints
-
-    with use_forward(layer, read):
-        yield
-
-
-def unpacked(packed: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Values `[1, T, H]` of the attended positions in their places `[rows, length, H]`, with 0 where padding is."""
-    rows = packed.new_zeros(*attention_mask.shape, packed.shape[-1])
-    return rows.masked_scatter(attention_mask.bool().unsqueeze(-1), packed)
-
-
 def token_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Positions of texts of so many tokens, longest first, in batches that have at most `most` tokens each where all
     texts are padded to the batch's longest.
@@ -527,13 +366,6 @@ def token_batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     return batches
 
 
-def last_places(attention_mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Where each row's `count` last positions stand `[rows * count]`, which are attended, if all rows' attended
-    positions stand in one row."""
-    ends = attention_mask.bool().sum(dim=1).cumsum(0)
-    return (ends.unsqueeze(1) + torch.arange(-count, 0, device=ends.device)).flatten()
-
-
 def contiguous(is_memory: torch.Tensor) -> torch.Tensor:
     """As many `True` positions in every row `[B, L]` as before, one after the other from the first."""
     start = is_memory.int().argmax(dim=1, keepdim=True)
@@ -547,3 +379,47 @@ def positions_to_keep(labels: torch.Tensor | None) -> int:
         return 0
     supervised = (labels != IGNORE_INDEX).any(dim=0).nonzero()
     return labels.shape[1] - int(supervised[0]) + 1 if len(supervised) else 1
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], changed: bool = False) -> Iterator[None]:
+    """Whole parameters for the block where ZeRO-3 leaves each process a part of them; elsewhere nothing happens.
+
+    All processes enter the block together. In it, the model's forward passes may differ in number between them.
+
+    Args:
+        changed (`bool`): whether to keep what the first process writes into the parameters; else that is lost.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    # An import statement would be demanded of everybody who loads a checkpoint with its code.
+    zero = importlib.import_module("deepspeed").zero
+    with zero.GatheredParameters(list(parameters), modifier_rank=0 if changed else None):
+        yield
+
+
+def whole_copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU. All processes that hold a part of the tensor (FSDP) call this together."""
+    value = value.detach()
+    if _is_process_group():
+        from torch.distributed.tensor import DTensor
+
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.to("cpu", copy=True)
+
+
+def copy_whole(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Write a whole tensor into one that may be spread over processes (FSDP), in place."""
+    if _is_process_group():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(target, DTensor):
+            source = source.to(target.device, target.dtype)
+            source = distribute_tensor(source, target.device_mesh, target.placements)
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _is_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

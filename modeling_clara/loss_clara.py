@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
 from .adapters_clara import checkpoint_under_adapter
-from .functional_clara import use_forward
+from .decoding_clara import use_forward
 from .processing_clara import IGNORE_INDEX
 
 

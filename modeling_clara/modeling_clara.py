@@ -19,23 +19,22 @@ from .adapters_clara import (
     remove_adapter,
     use_adapter,
 )
+from .decoding_clara import can_pack, first_layers, last_places, run_packed, unpacked
 from .functional_clara import (
-    can_pack,
     check_document_index,
     check_labels,
     check_memories,
     check_tokens,
     coarser_memories,
     contiguous,
+    copy_whole,
     cosine_scores,
-    first_layers,
-    last_places,
+    gathered,
     mask_or_ones,
     position_ids,
     positions_to_keep,
-    run_packed,
     segment_means,
-    unpacked,
+    straight_through_topk,
     with_rms,
 )
 from .generation_clara import CLaRaGeneration
@@ -49,8 +48,6 @@ from .loss_clara import (
 )
 from .pretrained_clara import CLaRaPreTrainedModel
 from .processing_clara import IGNORE_INDEX
-from .sharded_clara import copy_whole, gathered
-from .topk_clara import straight_through_topk
 
 
 MEMORY_EMBEDDINGS = "memory_embeddings"

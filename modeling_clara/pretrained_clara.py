@@ -30,10 +30,10 @@ from .configuration_clara import (
     give_usual_rights,
     is_hub_id,
 )
-from .functional_clara import check_has_first_layers
+from .decoding_clara import check_has_first_layers
+from .functional_clara import copy_whole, gathered, whole_copy
 from .processing_clara import CLaRaProcessor
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
-from .sharded_clara import copy_whole, gathered, unpartitioned, whole_copy
 from .weights_clara import (
     ADDED_INPUT_ROWS,
     ADDED_OUTPUT_ROWS,
@@ -62,6 +62,7 @@ from .weights_clara import (
     saved_format,
     saved_rows,
     split_adapters,
+    unpartitioned,
     write_adapters,
 )
 

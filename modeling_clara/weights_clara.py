@@ -17,12 +17,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, adapter_parameters
 from .configuration_clara import EMBEDDING_SCALE, ORIGINAL_MODEL_TYPE, CLaRaConfig, forget_places, give_usual_rights
+from .functional_clara import gathered
 from .quantization_clara import refuse_quantized
-from .sharded_clara import gathered, unpartitioned
 
 
 logger = logging.get_logger(__name__)
@@ -301,6 +302,20 @@ def saved_rows(config: CLaRaConfig) -> list[int]:
 def is_own_weight(key: str) -> bool:
     """Whether a weight of the model is an adapter's or stands beside the decoder, and so no part of the base."""
     return ".lora_" in key or key.startswith(("memory_embeddings.", "memory_projection."))
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Models that are built in the block have whole weights under ZeRO-3 too: a base is only read, to make the state
+    that the model itself is loaded from."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(config)
 
 
 def load_base(name: str | None, dtype, **options) -> PreTrainedModel:

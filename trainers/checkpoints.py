@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from clara_hf.hub.trainer import PublishingTrainer
-from modeling_clara.sharded_clara import whole_copy
+from modeling_clara.functional_clara import whole_copy
 
 
 # Checkpoints are written in here. Neither the Trainer nor a recipe takes what it holds for a checkpoint.

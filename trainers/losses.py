@@ -8,8 +8,8 @@ import torch
 
 from clara_hf.metrics.answer_f1.answer_f1 import score_answer
 from clara_hf.metrics.retrieval_recall.retrieval_recall import score_ranking
+from modeling_clara.functional_clara import slot_softmax
 from modeling_clara.processing_clara import IGNORE_INDEX
-from modeling_clara.topk_clara import slot_softmax
 
 
 # Cut-offs of Recall@k in evaluation during training; as many candidates are ranked, even where fewer are selected.

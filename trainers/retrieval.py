@@ -20,7 +20,7 @@ from clara_hf.data.schema import distinct_docs
 from clara_hf.memory_store.keys import Maker
 from clara_hf.memory_store.store import MemoryStore
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaProcessor
-from modeling_clara.sharded_clara import gathered
+from modeling_clara.functional_clara import gathered
 
 from .arguments import CLaRaTrainingArguments
 from .batches import encoded_documents

@@ -16,8 +16,8 @@ from transformers.utils import logging
 from clara_hf.data.schema import distinct_docs
 from modeling_clara import CLaRaForRetrievalGeneration, CLaRaOutput, CLaRaProcessor
 from modeling_clara.adapters_clara import COMPRESSOR, GENERATOR
+from modeling_clara.functional_clara import gathered, whole_copy
 from modeling_clara.modeling_clara import MEMORY_EMBEDDINGS
-from modeling_clara.sharded_clara import gathered, whole_copy
 
 from .arguments import CLaRaTrainingArguments
 from .batches import EXAMPLE_INDEX, CompressionCollator, MixSampler, check_weights, encoded_documents

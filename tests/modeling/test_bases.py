@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_clara import CLaRaForRetrievalGeneration
 from modeling_clara.adapters_clara import lora_layers
-from modeling_clara.functional_clara import can_pack, run_packed
+from modeling_clara.decoding_clara import can_pack, run_packed
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")

@@ -175,7 +175,7 @@ def test_a_checkpoint_carries_its_code_flat_and_no_store(models, folder):
         "modeling_clara.py",
         "configuration_clara.py",
         "processing_clara.py",
-        "topk_clara.py",
+        "functional_clara.py",
         "adapters_clara.py",
     } <= set(files)
     assert not {"memory_store.py", "memory_table.py", "adapter_config.json"} & set(files)

@@ -1,1 +1,0 @@
-../../../../modeling_clara/sharded_clara.py

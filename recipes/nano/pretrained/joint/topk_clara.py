@@ -1,1 +1,0 @@
-../../../../modeling_clara/topk_clara.py
