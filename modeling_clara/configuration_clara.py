@@ -379,6 +379,36 @@ class CLaRaConfig(PreTrainedConfig):
         return self.decoder_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
+def as_loaded(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:
+    """A copy of `config` with all prompts, for the checkpoint `name`, of whose fields some may have been overridden.
+
+    Args:
+        save_format: the copy's `checkpoint_format`; `None` for the checkpoint's own.
+
+    Raises:
+        ValueError: a field is out of range, or asks for another number of memory tokens than the checkpoint has.
+    """
+    config = copy.deepcopy(config)
+    config.checkpoint_format = save_format or config.checkpoint_format.replace("flat", "adapter")
+    config.validate_ranges()
+    config.prompts = config._complete_prompts(config.prompts)
+    if config.memory_scale == EMBEDDING_SCALE:
+        raise ValueError(
+            f"memory_scale={EMBEDDING_SCALE!r} is measured where from_base makes a model: give {name} a number, or "
+            "leave it out."
+        )
+    wanted = config.most_memory_tokens if config.distinct_memory_tokens else 1
+    found = len(config.memory_token_ids or [])
+    if found != wanted:
+        geometry = ("distinct_memory_tokens", "doc_max_length", "compression_rate")
+        asked = ", ".join(f"{field}={getattr(config, field)}" for field in geometry)
+        raise ValueError(
+            f"{name} has {found} memory_token_ids, but {asked} ask for {wanted}: leave these fields as the checkpoint "
+            "has them, or train a model with others from its base (from_base)."
+        )
+    return config
+
+
 def read_decoder_config(values: dict, name: str) -> PreTrainedConfig:
     """The configuration of a decoder from the dictionary that a `config.json` holds of it; `name` is used in errors.
 

@@ -23,16 +23,16 @@ from .adapters_clara import (
     lora_layers,
 )
 from .configuration_clara import (
-    EMBEDDING_SCALE,
     HUB_ARGUMENTS,
     CLaRaConfig,
+    as_loaded,
     check_others_can_load,
     give_usual_rights,
     is_hub_id,
 )
 from .decoding_clara import check_has_first_layers
 from .functional_clara import copy_whole, gathered, whole_copy
-from .processing_clara import CLaRaProcessor
+from .processing_clara import CLaRaProcessor, end_token_ids, padding_id
 from .quantization_clara import base_only, dequantized, refuse_quantized, settle_quantized
 from .weights_clara import (
     ADDED_INPUT_ROWS,
@@ -261,8 +261,8 @@ class CLaRaPreTrainedModel(PreTrainedModel):
             **ids,
             decoder_config=decoder_config,
             base_model_name_or_path=absolute_place(name),
-            eos_token_id=_end_token_ids(base, tokenizer),
-            pad_token_id=_pad_token_id(tokenizer),
+            eos_token_id=end_token_ids(tokenizer, base.generation_config),
+            pad_token_id=padding_id(tokenizer),
         )
         with unpartitioned():
             state = decoder_state(cls, base, config)
@@ -313,7 +313,7 @@ class CLaRaPreTrainedModel(PreTrainedModel):
         if config.decoder_config is None:
             raise OSError(f"{name} holds no CLaRa checkpoint: its config.json, if any, has no decoder_config.")
         refuse_quantized(config, name)
-        config = _checked(config, name, save_format)
+        config = as_loaded(config, name, save_format)
         # The place as seen from here, so that the model can be saved somewhere else.
         beside = "." if given and os.path.isdir(given) else os.path.join(name, hub.get("subfolder", ""))
         config.base_model_name_or_path = place_of_base(config.base_model_name_or_path, beside)
@@ -508,29 +508,6 @@ answers = model.generate(questions=["A question?"], memories=memories)
 """
 
 
-def _checked(config: CLaRaConfig, name: str, save_format: str | None) -> CLaRaConfig:
-    """A copy of a checkpoint's configuration, whose fields may have been overridden, with all prompts."""
-    config = copy.deepcopy(config)
-    config.checkpoint_format = save_format or config.checkpoint_format.replace("flat", "adapter")
-    config.validate_ranges()
-    config.prompts = config._complete_prompts(config.prompts)
-    if config.memory_scale == EMBEDDING_SCALE:
-        raise ValueError(
-            f"memory_scale={EMBEDDING_SCALE!r} is measured where from_base makes a model: give {name} a number, or "
-            "leave it out."
-        )
-    wanted = config.most_memory_tokens if config.distinct_memory_tokens else 1
-    found = len(config.memory_token_ids or [])
-    if found != wanted:
-        geometry = ("distinct_memory_tokens", "doc_max_length", "compression_rate")
-        asked = ", ".join(f"{field}={getattr(config, field)}" for field in geometry)
-        raise ValueError(
-            f"{name} has {found} memory_token_ids, but {asked} ask for {wanted}: leave these fields as the checkpoint "
-            "has them, or train a model with others from its base (from_base)."
-        )
-    return config
-
-
 def _split_base_arguments(arguments: dict) -> tuple[dict, dict, dict, dict]:
     """The configuration fields among the arguments of `from_base`, then its three kinds of options."""
     kinds = (_READ_OPTIONS, _BASE_OPTIONS, _PLACE_OPTIONS)
@@ -571,16 +548,3 @@ def _place_options(arguments: dict) -> dict:
     if unknown:
         raise TypeError(f"from_pretrained got an unexpected argument {unknown[0]!r}.")
     return {name: arguments[name] for name in names if name in arguments}
-
-
-def _pad_token_id(tokenizer) -> int:
-    for value in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            return value
-    raise ValueError("the base's tokenizer has no padding, beginning or end token: set its pad_token.")
-
-
-def _end_token_ids(base: PreTrainedModel, tokenizer) -> list[int]:
-    declared = base.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})

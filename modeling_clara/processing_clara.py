@@ -465,3 +465,22 @@ def distinct_texts(rows: list[list[str]]) -> tuple[list[str], torch.Tensor]:
             index[-1].append(position[text] if text in unseen else -1)
             unseen.discard(text)
     return list(position), index_matrix(index)
+
+
+def padding_id(tokenizer) -> int:
+    """The id that a tokenizer pads with, else one that never stands in a text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for value in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return value
+    raise ValueError("the base's tokenizer has no padding, beginning or end token: set its pad_token.")
+
+
+def end_token_ids(tokenizer, generation_config) -> list[int]:
+    """Ids that end an answer: those of a base's `generation_config`, and the tokenizer's."""
+    declared = generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [*declared, tokenizer.eos_token_id] if token is not None})
