@@ -6,7 +6,9 @@ wrong about a row that was moved, deleted or added, and rows that it lacks are c
 """
 
 import hashlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ FEWEST_DOCUMENTS = 1000  # for a sketch
 SAMPLE_BYTES = 2**30
 CANDIDATES = 128  # of a question, scored exactly
 RANK_OFFSET = 60  # of ranks that are fused
+FEW_QUERIES = 32  # too few for threads of FAISS to share: they would wait for one another
 MOST_LOOSE = 20_000  # rows that are compared one by one, before they go into an index
 IVF_ROWS = 3_000_000  # from here on, an index has cells
 TRAINING_ROWS = 200_000
@@ -344,13 +347,25 @@ class _Index:
         """For each query, scores and packed keys of the nearest rows that are still there."""
         snapshot = table.snapshot()
         numbers = snapshot.numbers
-        scores, ids = self._faiss.search(queries.contiguous().numpy(), count)
+        with faiss_threads(1 if len(queries) < FEW_QUERIES else None):
+            scores, ids = self._faiss.search(queries.contiguous().numpy(), count)
         found = []
         for row_scores, row_ids in zip(scores, ids, strict=True):
             places = np.searchsorted(numbers, row_ids).clip(max=len(numbers) - 1)
             there = (numbers[places] == row_ids) & (row_ids >= 0)
             found.append((torch.from_numpy(row_scores[there]), snapshot.keys[places[there]]))
         return found
+
+
+@contextmanager
+def faiss_threads(count: int | None) -> Iterator[None]:
+    """Lets FAISS use so many threads in the block, `None` for as many as before. Only calls of this thread change."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _digest(path: Path) -> str:

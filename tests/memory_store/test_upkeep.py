@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import lance
 import pyarrow.parquet
@@ -128,6 +129,26 @@ def test_search_by_sketches_finds_what_exact_search_does_and_is_measured(copied,
         assert recall(found, exact) > 0.95
         same = [row for row in range(20) if found.keys[row] == exact.keys[row]]
         assert torch.allclose(found.scores[same], exact.scores[same], atol=1e-5)
+
+
+def test_few_questions_are_looked_up_by_one_thread_of_faiss_and_many_by_all(copied, small_index):
+    copied.fit(show_progress=False)
+    faiss, before = search_module.faiss, search_module.faiss.omp_get_max_threads()
+    index = copied._searcher.index()
+    inner, used = index._faiss, []
+
+    def search(*given):
+        used.append(faiss.omp_get_max_threads())
+        return inner.search(*given)
+
+    index._faiss = SimpleNamespace(search=search)
+    faiss.omp_set_num_threads(3)
+    try:
+        few = copied.search(memories_of(TEXTS[:2]), top_k=2)
+        many = copied.search(memories_of(TEXTS[:40]), top_k=2)
+        assert used == [1, 3] and faiss.omp_get_max_threads() == 3 and few.keys == many.keys[:2]
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def test_search_is_measured_by_questions_of_the_user(copied):
