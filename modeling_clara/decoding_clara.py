@@ -25,6 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 PACKED = f"packed_by_{__name__}"
 # Share of a row's positions up to which reading only these spares the last layer more than it costs.
 READS_UP_TO = 0.75
+# Share of a step's tokens from which on having the prompts' common beginning once spares more than it costs.
+SHARES_FROM = 0.05
 # Options of transformers' `generate` that leave it at greedy decoding.
 GREEDY_OPTIONS = {
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "eos_token_id", "pad_token_id"),
@@ -156,6 +158,7 @@ def run_packed(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
     places: torch.Tensor | None = None,
+    shared: int = 0,
 ) -> torch.Tensor:
     """What `module`, the decoder or its base, computes of padded rows without padding: logits or last hidden states
     `[1, T, ...]`.
@@ -166,9 +169,31 @@ def run_packed(
     Args:
         places (`[n]` int64, *optional*): positions in that row, in order, that alone are returned, `[1, n, ...]`. The
             last layer then computes of the others only what these attend to.
+        shared: positions that all rows begin with alike, before the first of their `places`. These stand in the row
+            once, and get the gradients of all.
     """
     is_token = attention_mask.bool()
-    return run_row(decoder, module, inputs_embeds[is_token], is_token.sum(dim=1).tolist(), places)
+    lengths = is_token.sum(dim=1).tolist()
+    if not shared:
+        return run_row(decoder, module, inputs_embeds[is_token], lengths, places)
+    row = beginning_once([text[own] for text, own in zip(inputs_embeds, is_token, strict=True)], shared)
+    number = torch.searchsorted(torch.tensor(lengths, device=places.device).cumsum(0), places, right=True)
+    lengths = [shared, *(length - shared for length in lengths)]
+    return run_row(decoder, module, row, lengths, places - shared * number, shared)
+
+
+def beginning_once(texts: Sequence[torch.Tensor], shared: int) -> torch.Tensor:
+    """One row `[T, H]` of what all texts `[length, H]` begin with, and each one's rest."""
+    return torch.cat([texts[0][:shared], *(text[shared:] for text in texts)])
+
+
+def shared_beginning(input_ids: torch.Tensor, attention_mask: torch.Tensor, own: torch.Tensor) -> int:
+    """How many ids at the beginning of all rows `[B, L]` are alike, before the first position of `own` (bool); 0 where
+    having them once spares little."""
+    ids = input_ids.masked_fill(own, -1).unsqueeze(2)
+    first = int((own.int().cumsum(dim=1) == 0).logical_and(attention_mask).sum(dim=1).min())
+    count = min(first, common_beginning([row[mask] for row, mask in zip(ids, attention_mask.bool(), strict=True)]))
+    return count if count * (len(ids) - 1) >= SHARES_FROM * int(attention_mask.sum()) else 0
 
 
 def run_row(
@@ -373,7 +398,7 @@ def read_prompts(decoder: PreTrainedModel, prompts: torch.Tensor, mask: torch.Te
     texts = [row[own] for row, own in zip(prompts, mask.bool(), strict=True)]
     shared = common_beginning(texts)
     lengths = [shared, *(len(text) - shared for text in texts)]
-    row = torch.cat([texts[0][:shared], *(text[shared:] for text in texts)])
+    row = beginning_once(texts, shared)
     last = torch.tensor(lengths, device=row.device).cumsum(0)[1:] - 1
     kept = deque()  # no list, of which accelerate's hooks hand on a copy
     logits = run_row(decoder, decoder, row, lengths, last, shared=shared, kept=kept)
@@ -387,7 +412,7 @@ def common_beginning(texts: Sequence[torch.Tensor]) -> int:
     for a single text."""
     if len(texts) == 1:
         return 0
-    count = min(map(len, texts)) - 1
+    count = max(min(map(len, texts)) - 1, 0)
     alike = [(text[:count] == texts[0][:count]).all(dim=1) for text in texts[1:]]
     return int(torch.stack(alike).all(dim=0).long().cumprod(dim=0).sum())
 

@@ -19,7 +19,7 @@ from .adapters_clara import (
     remove_adapter,
     use_adapter,
 )
-from .decoding_clara import can_pack, first_layers, last_places, run_packed, unpacked
+from .decoding_clara import can_pack, first_layers, last_places, run_packed, shared_beginning, unpacked
 from .functional_clara import (
     check_document_index,
     check_labels,
@@ -280,11 +280,15 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
         return self.encode(adapter, input_ids, attention_mask, with_gap=False)[0]
 
+    def _is_memory(self, input_ids: torch.Tensor) -> torch.Tensor:
+        ids = self.config.memory_token_ids
+        return (input_ids >= min(ids)) & (input_ids <= max(ids))
+
     def _prompt_embeddings(self, input_ids: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Token embeddings `[B, L, H]` with the memory positions taken, in order, from `selected` `[slots, l, H]`."""
         embeddings = self.get_input_embeddings()(input_ids)
         first, last = min(self.config.memory_token_ids), max(self.config.memory_token_ids)
-        is_memory = (input_ids >= first) & (input_ids <= last)
+        is_memory = self._is_memory(input_ids)
         if not self.config.separated_slots:
             own = self.memory_embeddings((input_ids - first).clamp(0, last - first)).to(embeddings.dtype)
             embeddings = torch.where(is_memory.unsqueeze(-1), own, embeddings)
@@ -385,7 +389,8 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
         embeddings = self._prompt_embeddings(input_ids, selected)
         attention_mask = mask_or_ones(attention_mask, input_ids)
-        logits, ce_loss = self._read_prompts(embeddings, attention_mask, labels, logits_to_keep, num_items_in_batch)
+        reads = (embeddings, attention_mask, labels, logits_to_keep, num_items_in_batch)
+        logits, ce_loss = self._read_prompts(input_ids, *reads)
         loss = ce_loss if ce_loss is None or mse_loss is None else ce_loss + self.config.mse_weight * mse_loss
         return CLaRaOutput(
             loss=loss,
@@ -400,6 +405,7 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
     def _read_prompts(
         self,
+        input_ids: torch.Tensor,
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor,
         labels: torch.Tensor | None,
@@ -411,9 +417,14 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         with use_adapter(self.decoder, GENERATOR):
             chunks = is_step and wants_chunks(self.decoder, labels)
             if is_step and can_pack(self.decoder, attention_mask, True) and follows_tokens(labels, attention_mask):
+                # What stands at the end predicts nothing.
+                attention_mask = torch.cat([attention_mask[:, :-1], torch.zeros_like(attention_mask[:, -1:])], dim=1)
                 places, targets = packed_targets(labels, attention_mask)
                 module = self.decoder.base_model if chunks else self.decoder
-                found = run_packed(self.decoder, module, embeddings, attention_mask, places)
+                differs = self._is_memory(input_ids)
+                differs[:, :-1] |= labels[:, 1:] != IGNORE_INDEX
+                shared = shared_beginning(input_ids, attention_mask, differs)
+                found = run_packed(self.decoder, module, embeddings, attention_mask, places, shared)
                 if chunks:
                     return None, chunked_loss(self.decoder, found[0], targets, num_items)
                 return None, target_loss(found, targets, num_items)

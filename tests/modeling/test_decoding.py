@@ -6,7 +6,7 @@ from conftest import build_clara
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from modeling_clara.adapters_clara import GENERATOR, use_adapter
-from modeling_clara.decoding_clara import can_decode_packed, common_beginning, read_prompts
+from modeling_clara.decoding_clara import can_decode_packed, common_beginning, read_prompts, shared_beginning
 
 
 QUESTIONS = ["Who?", "Where does the glassblower live in winter?", "What is sold to sailors?", "Who wrote it?"]
@@ -143,3 +143,17 @@ def test_only_greedy_decoding_by_known_options_takes_this_way(model):
     refused = {"do_sample": True, "num_beams": 2, "num_return_sequences": 2, "streamer": object(), "max_time": 1.0}
     refused |= {"return_dict_in_generate": True, "cache_implementation": "static", "stop_strings": ["a"]}
     assert not any(can(**{name: value}) for name, value in refused.items())
+
+
+def test_a_beginning_is_shared_up_to_what_differs_or_is_a_rows_own():
+    ids, mask = torch.arange(40, 60).repeat(3, 1), torch.ones(3, 20, dtype=torch.int64)
+    ids[0], mask[0] = torch.cat([torch.tensor([1, 2]), ids[0, :18]]), (torch.arange(20) >= 2).long()  # padded
+    own = torch.zeros(3, 20, dtype=torch.bool)
+    assert shared_beginning(ids, mask, own) == 17  # each row keeps its last position
+    ids[1, 12] = 3
+    assert shared_beginning(ids, mask, own) == 12
+    own[0, 9] = True  # the seventh of its attended positions
+    assert shared_beginning(ids, mask, own) == 7
+    own[2, 1] = True
+    assert shared_beginning(ids, mask, own) == 0  # two tokens of 58 are too few
+    assert shared_beginning(ids[:1], mask[:1], own[:1]) == 0
