@@ -26,11 +26,11 @@ COMMANDS = {
     "convert": ("clara_hf.original.convert:main", "train", "Convert a published checkpoint."),
     "export-generator": ("clara_hf.hub.export:main", "train", "Write the generator as a plain causal model."),
     "publish": ("clara_hf.hub.publish:main", "hub", "Upload a checkpoint, its card and results to the Hub."),
-    "store": ("clara_hf.memory_store.program:main", "train", "Build, search and look after a memory store."),
+    "store": ("clara_hf.memory_store.program:main", "train", "Build, search and maintain a memory store."),
     "eval": ("clara_hf.evaluation.run:main", "eval", "Compare a model with the alternatives on questions."),
     "analyze": ("clara_hf.evaluation.analyze:main", "eval", "Draw and explain what an evaluation found."),
     "evidence": ("clara_hf.evaluation.evidence.suite:main", "eval", "Settle claims by runs over several seeds."),
-    "ask": ("clara_hf.serving.ask:main", "serve", "Ask one's own files in the terminal."),
+    "ask": ("clara_hf.serving.ask:main", "serve", "Ask your own files in the terminal."),
     "serve": ("clara_hf.serving.serve:main", "serve", "Serve a model and a collection, in OpenAI's form."),
 }
 TRAINING = ("scp", "instruct", "joint", "contrastive", "dro", "text-lora")

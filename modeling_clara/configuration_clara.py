@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from typing import TypeGuard
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -431,9 +432,9 @@ def read_decoder_config(values: dict, name: str) -> PreTrainedConfig:
         ) from error
 
 
-def is_hub_id(name: str | None) -> bool:
+def is_hub_id(name: str | None) -> TypeGuard[str]:
     """Whether a base is named as on the Hub, `user/name`, and not by a place that only this machine has."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name or "")) and not os.path.exists(name)
+    return name is not None and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
 
 
 def check_others_can_load(config: CLaRaConfig) -> None:

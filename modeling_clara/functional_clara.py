@@ -242,7 +242,7 @@ def memory_bank(
             check_memories(rows, shape, f"memories[{position}]")
         counts, bank = [len(rows) for rows in memories], torch.cat([rows.to(device) for rows in memories])
         ends = list(accumulate(counts))
-        index = index_matrix([range(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        index = index_matrix([list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)])
     if min(counts) == 0 and not allow_none:
         empty = "memories" if isinstance(memories, torch.Tensor) else f"memories[{counts.index(0)}]"
         raise ValueError(f"{empty} is empty: give every question at least one candidate.")
@@ -299,7 +299,7 @@ def coarser_memories(memories: torch.Tensor, config: CLaRaConfig, rate: int) -> 
         return memories[:, :count]
     dtype = torch.promote_types(memories.dtype, torch.float32)
     means = memories.unflatten(1, (count, -1)).to(dtype).mean(dim=2).to(memories.dtype)
-    return means if config.memory_scale is None else with_rms(means, config.memory_scale)
+    return means if config.memory_scale is None else with_rms(means, float(config.memory_scale))
 
 
 def mask_or_ones(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,11 @@ SET_BY_FROM_BASE = ("decoder_config", *_TOKEN_IDS)
 class CLaRaPreTrainedModel(PreTrainedModel):
     """A decoder with three LoRA adapters and memory embeddings; everything about their weights on disk."""
 
+    config: CLaRaConfig
+    decoder: PreTrainedModel
+    memory_embeddings: nn.Embedding
+    memory_projection: nn.Linear
+    quantized_by: str | None
     config_class = CLaRaConfig
     base_model_prefix = "clara"
     main_input_name = "input_ids"

@@ -81,6 +81,8 @@ class ContrastiveTrainer(RetrievalTrainer):
         args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
     """
 
+    args: ContrastiveConfig
+
     def __init__(
         self,
         model: CLaRaForRetrievalGeneration | str,

@@ -168,6 +168,7 @@ class JointTrainer(RetrievalTrainer):
     """
 
     answers = True
+    args: JointConfig
 
     def __init__(
         self,

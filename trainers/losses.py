@@ -1,7 +1,6 @@
 """Losses, and what training measures of outputs, as pure functions of tensors and arrays."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ def contrastive_loss(
     is_positive: torch.Tensor,
     is_candidate: torch.Tensor,
     temperature: float,
-    positives: Literal["one", "all"] = "one",
+    positives: str = "one",
 ) -> torch.Tensor:
     r"""Contrastive loss of questions with one or several positives; with one, InfoNCE either way.
 

@@ -113,6 +113,8 @@ class RetrievalTrainer(CLaRaTrainer):
     """What stages share whose candidates' memories are in `store`; `None` where they are made in every step."""
 
     retrieves = True
+    model: CLaRaForRetrievalGeneration
+    args: RetrievalTrainingArguments
     store: MemoryStore | None
 
     def prepare_rows(self, rows: Dataset) -> Dataset:

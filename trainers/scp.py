@@ -192,6 +192,9 @@ class SCPTrainer(CLaRaTrainer):
         args, train_dataset, eval_dataset, kwargs: see [`~trainers.trainer.CLaRaTrainer`].
     """
 
+    model: CLaRaForRetrievalGeneration
+    args: SCPConfig
+
     def __init__(
         self,
         model: CLaRaForRetrievalGeneration | str,

@@ -121,6 +121,7 @@ class CLaRaTrainer(CheckpointTrainer):
 
     retrieves = answers = False
     has_memories = True
+    args: CLaRaTrainingArguments
 
     def __init__(
         self,

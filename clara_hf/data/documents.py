@@ -108,7 +108,7 @@ def read_dataset(name: str, config: str | None, split: str, columns: Columns) ->
 def _documents(source: str, name: str, columns: Columns) -> Iterator[Document]:
     """Documents of a source's rows, or of what is wrong with one; messages name the source, documents `name`."""
     kind, missing, known = kind_of(source), 0, False
-    faults: list[str] = []
+    faults: list[DataError] = []
     rows: Iterator[tuple[int, dict[str, Any]]]
     if kind == "table":
         # Other columns may be large.
@@ -125,12 +125,12 @@ def _documents(source: str, name: str, columns: Columns) -> Iterator[Document]:
                 f"{source}, row {number} has no {wanted!r}, but {sorted(row)[:12]}: "
                 "name the text's column by --text_column."
             )
-        text, title, given = row.get(wanted), row.get(columns.title), row.get(columns.id)
+        found, title, given = row.get(wanted), row.get(columns.title), row.get(columns.id)
         default = Path(name).name if kind == "text" and number == 1 else f"{Path(name).name}:{number}"
         id_ = str(given)[:200] if isinstance(given, (str, int)) and str(given).strip() else default
-        fault = None if isinstance(text, str) and text.strip() else "no text"
-        title = title if isinstance(title, str) and not fault else ""
-        yield Document(id_, "" if fault else text, title, name, str(number), fault)
+        text = found if isinstance(found, str) and found.strip() else ""
+        title = title if isinstance(title, str) and text else ""
+        yield Document(id_, text, title, name, str(number), None if text else "no text")
     empty = not known and not missing and not faults
     yield from _faulty(faults, name)
     if empty:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clara_hf.program import UsageError, written_beside
 
@@ -37,7 +37,7 @@ def unpacked_name(path: str | Path) -> str:
     return next((name[: -len(ending)] for ending in PACKED if name.lower().endswith(ending)), name)
 
 
-def open_unpacked(path: str | Path) -> IO[bytes]:
+def open_unpacked(path: str | Path) -> io.BufferedIOBase:
     """Opens a file for reading bytes, through gzip, bzip2 or Zstandard where its name ends in `.gz`, `.bz2` or `.zst`.
 
     Raises:

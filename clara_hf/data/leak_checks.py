@@ -4,7 +4,7 @@ A pool whose positives differ from its negatives in source, style or place lets 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,7 +62,7 @@ def leak_report(examples: Sequence[QAExample], seed: int = 0) -> dict:
     known = [example for example in examples if example.pos_index]
     looked = [_answer_counts(example) for example in known if AnswerFinder(example.answers).needles]
     negatives = sum(count for _, _, count in looked)
-    report = {
+    report: dict[str, Any] = {
         "questions": len(examples),
         "with_gold": len(known),
         "candidates": float(np.mean([len(example.docs) for example in examples])),
@@ -118,10 +118,10 @@ def blind_rankings(examples: Sequence[QAExample], seed: int = 0) -> list[list[in
     Args:
         examples: questions with known gold documents.
     """
-    gold = {}
+    gold: dict[str, bool] = {}
     for example in examples:
         for position, document in enumerate(example.docs):
-            gold[document] = gold.get(document, False) or position in example.pos_index
+            gold[document] = gold.get(document, False) or position in (example.pos_index or [])
     from sklearn.linear_model import LogisticRegression
 
     documents, labels = list(gold), np.fromiter(gold.values(), dtype=bool)
@@ -158,8 +158,9 @@ def _features(documents: Sequence[str]) -> "csr_matrix":
 def _answer_counts(example: QAExample) -> tuple[int, int, int]:
     finder = AnswerFinder(example.answers)
     found = [finder.found_in(document) for document in example.docs]
-    gold = sum(found[position] for position in example.pos_index)
-    return gold, sum(found) - gold, len(found) - len(example.pos_index)
+    positions = example.pos_index or []
+    gold = sum(found[position] for position in positions)
+    return gold, sum(found) - gold, len(found) - len(positions)
 
 
 def _recalls(examples, rankings):

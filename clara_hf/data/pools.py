@@ -1,4 +1,4 @@
-"""Candidate pools for one's own corpus: questions and passages in, questions with `docs` and `pos_index` out.
+"""Candidate pools for your own corpus: questions and passages in, questions with `docs` and `pos_index` out.
 
     python eval/candidates.py --questions q.jsonl --corpus corpus.jsonl --output pools.jsonl
     python eval/candidates.py --questions q.jsonl --corpus corpus.jsonl --output pools.jsonl --mode normal
@@ -278,7 +278,7 @@ class CandidateSettings:
         "oracle", "oracle: all positives, filled up with retrieved ones. normal: the best retrieved ones."
     )
     size: int = option(20, "Candidates per question.")
-    seed: int = option(0, "Of the candidates' order, and of what is drawn by chance.")
+    seed: int = option(0, "Random seed for the candidates' order and for random candidates.")
     exclude_answers: bool = option(False, "Leave out negatives that contain an answer.")
     batch_size: int = option(32, "Texts per batch of a bi-encoder.")
     overwrite: bool = option(False, "Replace an earlier output.")

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import bm25s
 import numpy as np
@@ -104,7 +104,7 @@ class BiEncoderRetriever:
 
         self.model = SentenceTransformer(name, device=device)
         split_control_tokens(self.model)
-        self.options = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
+        self.options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False, "convert_to_tensor": True}
         self.embed(texts, show_progress, parts)
 
     def embed(self, texts: Sequence[str], show_progress: bool = False, parts: str | os.PathLike | None = None) -> None:
@@ -130,7 +130,7 @@ class BiEncoderRetriever:
             top_k=min(top_k, len(self.embeddings)),
             score_function=self.model.similarity,
         )
-        return [[hit["corpus_id"] for hit in hits] for hits in found]
+        return [[int(hit["corpus_id"]) for hit in hits] for hits in found]
 
     def scores(self, questions: Sequence[str], candidates: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """For each question, the scores of its candidates, which are rows of the corpus."""

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clara_hf.data.files import DataError, content_digest, damage_told, open_unpacked, shown, unpacked_name
 from clara_hf.data.tables import HUB, SAVED, folder_files, hub_commit, read_hub, read_saved, read_table
@@ -166,7 +166,7 @@ def _whole_object(path, line, lines):
     return found if isinstance(found, dict) else None
 
 
-def _skip_line(lines: IO[bytes], part: bytes) -> None:
+def _skip_line(lines: io.BufferedIOBase, part: bytes) -> None:
     while part and not part.endswith(b"\n"):
         part = lines.readline(CHUNK)
 

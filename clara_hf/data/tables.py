@@ -40,7 +40,7 @@ def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> Iterator[dict
                 number += 1
                 yield row
         if worker.wait():
-            said = worker.stderr.read().decode(errors="replace").strip().splitlines()
+            said = (worker.stderr.read() if worker.stderr else b"").decode(errors="replace").strip().splitlines()
             ended = f"decoding it ended the process by signal {-worker.returncode}"
             raise DataError(_damaged(path, number, ended if worker.returncode < 0 else " ".join(said[-1:])))
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
@@ -51,10 +51,8 @@ def read_table(path: str | Path, columns: tuple[str, ...] = ()) -> Iterator[dict
         raise DataError(_damaged(path, number, _reason(error))) from error
     finally:
         if worker is not None:
-            worker.kill()
-            worker.wait()
-            worker.stdout.close()
-            worker.stderr.close()
+            with worker:  # waits for its end, and closes its pipes
+                worker.kill()
 
 
 def _received(worker):

@@ -1,4 +1,4 @@
-"""Pictures and a page about runs of `eval/run.py`.
+"""Plot and explain what runs of `eval/run.py` found.
 
     python eval/analyze.py --runs runs/eval/joint-test --output_dir runs/analysis
     python eval/analyze.py --runs runs/eval/cr4,runs/eval/cr16,runs/eval/cr64 --output_dir runs/rates
@@ -49,12 +49,12 @@ class AnalysisSettings:
         UsageError: a run is not there or not finished, or a limit is too low.
     """
 
-    runs: list[str] = option(help="Output folders of evaluations; the first is looked into.")
-    output_dir: str = option(help="Where page and pictures go.")
+    runs: list[str] = option(help="Output folders of evaluations; the first is analysed in depth.")
+    output_dir: str = option(help="Folder for the page and the plots.")
     model: ModelSource | None = option(None, "CLaRa checkpoint of the first run, if it is no longer where it was.")
-    limit: int = option(200, "Questions, and documents, that the model is asked for.")
+    limit: int = option(200, "Maximum number of questions, and of documents, that the model encodes.")
     projection: str = option("pca", "pca, or tsne (needs scikit-learn).")
-    seed: int = option(0, "Of t-SNE and of the choice of documents.")
+    seed: int = option(0, "Random seed for t-SNE and for the choice of documents.")
     overwrite: bool = option(False, "Replace an analysis in the output folder.")
 
     def __post_init__(self):

@@ -50,7 +50,7 @@ class Evaluator:
     1.0
     """
 
-    def __init__(self, examples, systems: str | Sequence[str] | None = None, *, cache_dir=None, **options):
+    def __init__(self, examples, systems: str | list[str] | None = None, *, cache_dir=None, **options):
         self.options = Options(systems=systems, **options)
         several = examples if isinstance(examples, Mapping) else {_name_of(examples): examples}
         self.sources = {name: str(one) for name, one in several.items() if isinstance(one, (str, Path))}

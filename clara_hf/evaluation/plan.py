@@ -187,7 +187,7 @@ class Options:
         UsageError: a number is out of range, or a model's name cannot be one.
     """
 
-    systems: list[str] | None = option(
+    systems: list[str] | str | None = option(
         None,
         "Systems, of "
         + ", ".join(f"{choice} NAME" if choice in NAMED else choice for choice in CHOICES)
@@ -203,8 +203,8 @@ class Options:
         "A causal language model, or a PEFT adapter on one, that answers from raw text. Default: the "
         "decoder of --model without its adapters.",
     )
-    limit: int | None = option(None, "Take only so many questions from the start of each file.")
-    seed: int = option(0, "Of bootstrap, permutations, ties and the choice of wrong memories.")
+    limit: int | None = option(None, "Take only this many questions from the start of each file.")
+    seed: int = option(0, "Random seed for bootstrap, permutations, ties and wrong memories.")
     batch_size: int = option(32, "Questions, or documents to compress, per batch.")
     max_tokens_per_batch: int | None = option(
         None, "Tokens per batch of documents to compress, padding included, in place of --batch_size."

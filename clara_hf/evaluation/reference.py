@@ -69,7 +69,7 @@ def published_figures(
 
 def _belongs(name: str, examples: list[QAExample], key: str) -> bool:
     for text in (name.lower(), str(examples[0].extra.get("dataset", "")).lower()):
-        word = re.match(r"[a-z0-9]*", text)[0]
+        word = re.split(r"[^a-z0-9]", text, maxsplit=1)[0]
         if text.startswith(key.lower()) or (len(word) >= 4 and key.lower().startswith(word)):
             return True
     return False

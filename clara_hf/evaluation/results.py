@@ -138,21 +138,22 @@ def system_costs(
     }
     return {
         **times,
-        "total_ms": _total(value for value in times.values() if value is not None),
-        "total_ms_stored": _total(times[name] for name in ("query_ms", "decode_ms") if times[name] is not None),
+        "total_ms": _total(times.values()),
+        "total_ms_stored": _total([times["query_ms"], times["decode_ms"]]),
         "prompt_tokens": _mean(row["prompt_tokens"] for row in answers),
         "peak_mib": max((row["mib"] for row in [*rankings, *answers]), default=None),
     }
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+    known = list(values)
+    return sum(known) / len(known) if known else None
 
 
-def _total(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) if values else None
+def _total(values: Iterable[float | None]) -> float | None:
+    """The sum of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 @dataclass

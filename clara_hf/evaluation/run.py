@@ -1,4 +1,4 @@
-"""Compares CLaRa with what one would use instead, on one's own questions.
+"""Compare CLaRa with its alternatives on your own questions.
 
     python eval/run.py --model runs/nano/joint --data questions.jsonl.gz
     python eval/run.py --model runs/nano/joint --before_joint runs/nano/scp --data a.jsonl,b.jsonl --systems all

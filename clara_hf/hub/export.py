@@ -8,6 +8,7 @@ What is written has the vocabulary and tokenizer of the checkpoint, so that prom
 import copy
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -52,10 +53,12 @@ def export_generator(model: CLaRaForRetrievalGeneration | str, out: str | os.Pat
     """
     if isinstance(model, str):
         with loading("checkpoint", model):
-            model = CLaRaForRetrievalGeneration.from_pretrained(model, **options)
-    with new_folder(out) as folder:
-        merged_generator(model).save_pretrained(folder)
-        tokenizer = copy.deepcopy(model.processor.tokenizer)
+            loaded = CLaRaForRetrievalGeneration.from_pretrained(model, **options)
+    else:
+        loaded = model
+    with new_folder(Path(out)) as folder:
+        merged_generator(loaded).save_pretrained(folder)
+        tokenizer = copy.deepcopy(loaded.processor.tokenizer)
         # Of the checkpoint's own classes, which the exported folder does not need.
         tokenizer.init_kwargs.pop("auto_map", None)
         tokenizer._processor_class = None
@@ -71,7 +74,7 @@ class ExportArguments:
     output_dir: str = option(help="Folder to write; must not exist, or be empty.", positional=True, aliases="--out")
     revision: str | None = option(None, "Branch, tag or commit of the checkpoint.")
     subfolder: str = option("", "Folder of the checkpoint's repository.")
-    dtype: str = option("auto", "Of the weights that are written.", choices=DTYPES)
+    dtype: str = option("auto", "Dtype of the exported weights.", choices=DTYPES)
 
 
 def main(arguments: list[str] | None = None) -> None:

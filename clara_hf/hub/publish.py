@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub: what is needed to use it, its card and its results, and nothing else of a run's folder.
+"""Publish a checkpoint on the Hub: what its use needs, its card and its results, and nothing else of a run's folder.
 
 clara publish RUN_DIR user/repo [--private] [--revision BRANCH] [--adapter_only | --full] [--subfolder NAME]
 """
@@ -87,8 +87,10 @@ def publish(
                 (place / RESULTS_FILE).unlink(missing_ok=True)
                 shutil.copy(results_file, place / RESULTS_FILE)
             base_licence = base_licence or declared_licence(CLaRaConfig.from_pretrained(folder))
-            told = {"repo_id": repo_id, "base_licence": base_licence, "title": repo_id.rpartition("/")[2]}
-            card = make_card(place, record=folder, subfolder=subfolder, **told)
+            title = repo_id.rpartition("/")[2]
+            card = make_card(
+                place, repo_id=repo_id, base_licence=base_licence, title=title, subfolder=subfolder, record=folder
+            )
             if benchmarks:
                 config, results = CLaRaConfig.from_pretrained(place), read_json(place / RESULTS_FILE)
                 write_benchmarks(benchmarks, results, place, f"compression rate {config.rate_in_use}")

@@ -157,7 +157,7 @@ def fill(
 
 
 def compress_batch(
-    model, table: MemoryTable, texts: Sequence[str], positions: Sequence[int]
+    model, table: MemoryTable, texts: Sequence[str], positions: Sequence[int] | np.ndarray
 ) -> tuple[torch.Tensor, int]:
     """Memories of `texts`, `[len(texts), width]`, and how many of these were cut.
 
@@ -257,8 +257,8 @@ def batch_size_of(model, batch_size: int | None, max_tokens_per_batch: int | Non
     Raises:
         ValueError: both are given, the one is less than 1, or there is no tokenizer to count tokens with.
     """
-    given = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch}
-    given = {name: value for name, value in given.items() if value is not None} or {"batch_size": DEFAULT_BATCH_SIZE}
+    both = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch}
+    given = {name: value for name, value in both.items() if value is not None} or {"batch_size": DEFAULT_BATCH_SIZE}
     if len(given) > 1:
         raise ValueError(
             f"batch_size={batch_size} and max_tokens_per_batch={max_tokens_per_batch} both say how large a batch is: "
@@ -343,10 +343,10 @@ class Addition:
             else:
                 mine = portion.part(portion.batches[processes.rank :: processes.count])
                 parts, cut = write_portion(self.store, mine, description)
-            parts, cut = processes.gather(parts), sum(processes.gather(cut))
+            written, cut = processes.gather(parts), sum(processes.gather(cut))
             if processes.is_first:
                 report_cut(table, cut, len(missing))
-        processes.from_first(lambda: self._take_in([part for each in parts for part in each], missing))
+        processes.from_first(lambda: self._take_in([part for each in written for part in each], missing))
 
     def _find_damaged(self, show_progress: bool) -> set[str]:
         """Keys of the documents whose rows are damaged."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -46,7 +46,7 @@ class Processes:
         """Every process' value, by rank."""
         if self._group is None:
             return [value]
-        values = [None] * self.count
+        values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -54,7 +54,7 @@ class Processes:
         """What `make` gives in the first process; what it raises there is raised in all."""
         if self._group is None:
             return make()
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_first:
             try:
                 outcome[0] = make()
@@ -76,7 +76,7 @@ class Processes:
         """Raises `ValueError` in all processes unless all of them see what the first one writes there."""
         if self._group is None:
             return
-        with parts.token() if self.is_first else nullcontext() as name:
+        with parts.token() if self.is_first else nullcontext("") as name:
             # Sent along, so that no process looks before the first one has written.
             seen = self.gather(parts.sees(self.from_first(lambda: name)))
         if not all(seen):

@@ -1,4 +1,4 @@
-"""`clara store`: a memory store built, fitted, searched and looked after from the command line."""
+"""Build, fit, search and maintain a memory store."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ class ModelArguments(StoreArguments):
 
     model: ModelSource = field(metadata={"help": "CLaRa checkpoint: folder or Hub id."})
     device: str | None = field(
-        default=None, metadata={"help": "Such as cuda:0; the accelerator if there is one, by default."}
+        default=None, metadata={"help": "Device, such as cuda:0. Default: the accelerator, if there is one."}
     )
 
 
@@ -47,19 +47,21 @@ class BuildArguments(ModelArguments):
     documents: str = field(metadata={"help": "JSONL, JSON, CSV, Parquet, text, or a Hub data set."})
     text: str = field(default="text", metadata={"help": "Field with the document."})
     columns: list[str] = field(default_factory=list, metadata={"help": "Fields that are kept beside each document."})
-    form: str = field(default="auto", metadata={"help": "In which memories are stored.", "choices": ("auto", *FORMS)})
+    form: str = field(
+        default="auto", metadata={"help": "How memories are encoded in the store.", "choices": ("auto", *FORMS)}
+    )
     batch_size: int | None = field(default=None, metadata={"help": "Documents per forward pass; 64 by default."})
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Tokens per forward pass, padding included, in place of --batch_size."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many documents."})
+    limit: int | None = field(default=None, metadata={"help": "Take only this many documents from the start."})
     chunk_size: int = field(default=50_000, metadata={"help": "Documents taken in at a time."})
     engine: str = field(
         default="local",
-        metadata={"help": "Who compresses: this process, or a Ray cluster.", "choices": ("local", "ray")},
+        metadata={"help": "What compresses: this process, or a Ray cluster.", "choices": ("local", "ray")},
     )
     actors: int | None = field(
-        default=None, metadata={"help": "With ray: how many; one for each GPU, or each CPU, by default."}
+        default=None, metadata={"help": "Number of Ray actors. Default: one per GPU, or per CPU without GPUs."}
     )
 
     def __post_init__(self):
@@ -86,7 +88,7 @@ class FitArguments(ModelArguments):
             "memories with noise."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Of the samples."})
+    seed: int = field(default=0, metadata={"help": "Random seed for the samples."})
     texts: bool = field(default=False, metadata={"help": "Only make an index of the texts, for `search --hybrid`."})
 
     def __post_init__(self):

@@ -93,7 +93,7 @@ def fit_store(store, form: str, seed: int, show_progress: bool, asked: torch.Ten
     share = _share(found, truth)
     measured = {"documents": count, "form": store.form, "questions": len(questions), "kind": kind}
     measured["share_of_exact_top_5"] = share
-    if recodes:
+    if before is not None:
         measured["share_of_exact_top_5_before_recoding"] = _share(found, before)
     table.write_side_file(FIT_FILE, json.dumps({"sketch": digest, **measured}).encode())
     if share < GOOD_SHARE:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers.utils import cached_file
@@ -52,7 +53,7 @@ class OriginalCheckpoint:
     @property
     def target_modules(self) -> list[str]:
         """Names of the linear layers that carry adapters, without the path to them."""
-        modules = {LORA_KEY.fullmatch(key)["module"] for key in self.adapters[ENCODER]}
+        modules = {found["module"] for key in self.adapters[ENCODER] if (found := LORA_KEY.fullmatch(key))}
         return sorted({module.rpartition(".")[2] for module in modules})
 
 
@@ -70,7 +71,7 @@ def find_file(source: str, name: str, subfolder: str = "") -> str:
         hint = f": pass --subfolder, one of {', '.join(inside)}" if inside and not subfolder else ""
         raise ConversionError(f"{path} is missing{hint}")
     try:
-        return cached_file(source, name, subfolder=subfolder)
+        return cast(str, cached_file(source, name, subfolder=subfolder))  # it raises where there is none
     except (OSError, ValueError) as error:
         place = os.path.join(source, subfolder, name)
         raise ConversionError(f"{place} is neither on this machine nor on the Hub: {first_line(error)}") from error

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,7 +52,7 @@ class WeightFiles:
                     ) from None
 
     def _path(self, name: str) -> str:
-        return cached_file(self._source, name, **self._options)
+        return cast(str, cached_file(self._source, name, **self._options))  # it raises where there is none
 
     @contextmanager
     def _open(self, name: str) -> Iterator:

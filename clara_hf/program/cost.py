@@ -9,6 +9,7 @@ of texts and the share of a GPU's arithmetic that training reaches are assumptio
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,8 +23,10 @@ from modeling_clara.weights_clara import SAMPLED_VALUES, saved_rows
 
 
 # Shapes of the bases that the recipes name, as their config.json has them.
-SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-SHAPE += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+SHAPE = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
 BASES = {
     "mistralai/Mistral-7B-Instruct-v0.2": ("mistral", 32000, 4096, 14336, 32, 32, 8, 128, False),
     "Qwen/Qwen3-4B-Instruct-2507": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
@@ -92,8 +95,9 @@ def base_config(name: str) -> PreTrainedConfig:
     if name not in BASES:
         return AutoConfig.from_pretrained(name)
     # Tokens that an architecture has by default may lie beyond the vocabulary.
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    return AutoConfig.for_model(**dict(zip(SHAPE, BASES[name], strict=True)), **tokens)
+    values: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    values |= zip(SHAPE, BASES[name], strict=True)
+    return AutoConfig.for_model(**values)
 
 
 def meta_model(decoder: PreTrainedConfig, stage: str, **fields) -> CLaRaForRetrievalGeneration:

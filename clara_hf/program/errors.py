@@ -169,6 +169,8 @@ def print_what_can_be_printed() -> None:
 
 def readable(error: UnicodeError) -> tuple[str, int]:
     """For the codecs: signs, and letters without their accents; a question mark for what has none."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
     plain = []
     for letter in error.object[error.start : error.end]:
         found = unicodedata.normalize("NFKD", READABLE.get(letter, letter)).encode("ascii", "ignore").decode()

@@ -55,7 +55,7 @@ class BaseArguments:
 def dro(arguments: list[str] | None = None) -> None:
     """Joint training on raw text, for comparison; `trainers.DRO.from_pretrained` loads what is in `output_dir`."""
     types = (DataArguments, DROConfig, BaseArguments)
-    data, training, base = parse(types, arguments, nano_recipe("dro"), DROTrainer.__doc__)
+    data, training, base = parse(types, arguments, nano_recipe("dro"), summary(DROTrainer))
 
     def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> DROTrainer:
         begin()
@@ -79,7 +79,7 @@ def train(
         rows: kind of its rows.
     """
     types = (DataArguments, config, CLaRaModelArguments)
-    data, training, model_args = parse(types, arguments, nano_recipe(recipe), trainer.__doc__)
+    data, training, model_args = parse(types, arguments, nano_recipe(recipe), summary(trainer))
     move_settings(model_args, training)
 
     def make(begin: Callable[[], None], train_rows: Dataset, validation: Dataset | None) -> CLaRaTrainer:
@@ -93,6 +93,11 @@ def train(
         return trainer(model, training, train_rows, validation, **options)
 
     carry_out(data, model_args, training, rows, make, scores=trainer.scores(training), stage=recipe)
+
+
+def summary(trainer: type) -> str:
+    """What the docstring of a trainer says before its arguments, which are those of Python."""
+    return str(trainer.__doc__).partition("\n\n    Args:")[0]
 
 
 def move_settings(model: CLaRaModelArguments, training: CLaRaTrainingArguments) -> None:

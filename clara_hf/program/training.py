@@ -60,9 +60,9 @@ class DataArguments:
 
     Parameters:
         train_file (`str`): JSONL file, `.gz` or not, in the stage's schema.
-        train_limit (`int`, *optional*): take only so many rows from its start, where a short run needs no more.
+        train_limit (`int`, *optional*): take only this many rows from its start, where a short run needs no more.
         validation_file (`str`, *optional*): the same, for evaluation during training; `none` drops that of a YAML file.
-        validation_limit (`int`, *optional*): take only so many rows from its start.
+        validation_limit (`int`, *optional*): take only this many rows from its start.
         resume (`bool`): go on with a run of equal settings that `output_dir` holds; a finished one is reused.
         overwrite (`bool`): delete the run that `output_dir` holds, but for memories that this one can use.
     """
@@ -71,7 +71,7 @@ class DataArguments:
     train_limit: int | None = option(None, "Training rows to take.", aliases="--limit")
     validation_file: str | None = option(None, "Validation data, or none.")
     validation_limit: int | None = option(None, "Validation rows to take.")
-    resume: bool = option(True, "Resume the run in output_dir if its settings are these.")
+    resume: bool = option(True, "Resume the run in output_dir if its settings are the same.")
     overwrite: bool = option(False, "Delete the run in output_dir first.")
 
     def __post_init__(self):
@@ -166,11 +166,16 @@ def check_arguments(data: DataArguments, training: TrainingArguments, scores: li
             f"resume_from_checkpoint is {training.resume_from_checkpoint!r}, which recipes do not take: the same "
             "command goes on from the last whole checkpoint in output_dir."
         )
-    if training.eval_strategy != "no" and data.validation_file is None:
-        raise UsageError(
-            f"eval_strategy is {training.eval_strategy.value!r} without a validation_file: name one, or set "
-            "eval_strategy to 'no'."
-        )
+    if data.validation_file is None:
+        if training.eval_strategy != "no":
+            raise UsageError(
+                f"eval_strategy is {training.eval_strategy.value!r} without a validation_file: name one, or set "
+                "eval_strategy to 'no'."
+            )
+        if training.eval_on_start:
+            raise UsageError(
+                "eval_on_start is true without a validation_file: name one, or set eval_on_start to false."
+            )
     wanted = (training.metric_for_best_model or "loss").removeprefix("eval_")
     if scores is not None and wanted not in scores:
         known = ", ".join(scores)
@@ -242,7 +247,7 @@ def last_complete_checkpoint(folder: Path) -> str | None:
         UsageError: there are checkpoints, and training cannot go on from any of them.
     """
     steps = {path: int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[-1].isdigit()}
-    for path in sorted(steps, key=steps.get, reverse=True):
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
             is_whole = read_json(path / TRAINER_STATE_NAME)["global_step"] == steps[path]
         except (OSError, ValueError, KeyError):

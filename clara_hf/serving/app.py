@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import anyio
@@ -28,7 +29,7 @@ def build_app(service: Service, page: bool) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(service.engine.close)
 
-    errors = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+    errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
     app = FastAPI(title="CLaRa", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
     add_error_handlers(app)
 

@@ -1,4 +1,4 @@
-"""`clara ask`: one's own files, asked in the terminal."""
+"""`clara ask`: ask your own files in the terminal."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len(library) == 0:
             raise UsageError(f"nothing in {' '.join(options.paths)} can be asked: all of it was skipped")
         if options.once is not None:
-            answer_once(library, options, skipped)
+            answer_once(library, options.once, options, skipped)
         else:
             converse(library, options)
     finally:
@@ -161,10 +161,10 @@ def answer(library: Library, question: str, options: AskArguments, out=None) -> 
     return made.texts[0], hits
 
 
-def answer_once(library: Library, options: AskArguments, skipped: list[Skipped]) -> None:
-    text, hits = answer(library, options.once, options, None if options.json else sys.stdout)
+def answer_once(library: Library, question: str, options: AskArguments, skipped: list[Skipped]) -> None:
+    text, hits = answer(library, question, options, None if options.json else sys.stdout)
     if options.json:
-        found = {"question": options.once, "answer": text, "documents": [asdict(hit) for hit in hits]}
+        found = {"question": question, "answer": text, "documents": [asdict(hit) for hit in hits]}
         print(json.dumps({**found, "skipped": [asdict(one) for one in skipped]}, ensure_ascii=False))
     else:
         tell_sources(hits)

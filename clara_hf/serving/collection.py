@@ -198,8 +198,8 @@ def add_files(app: FastAPI, service: Service) -> None:
 
 
 def _documents(name: str, body: FileRequest) -> list:
-    if body.text is not None:
-        return read_text(name, body.text)
+    if body.data is None:
+        return read_text(name, body.text or "")
     try:
         data = base64.b64decode(body.data, validate=True)
     except (binascii.Error, ValueError) as error:

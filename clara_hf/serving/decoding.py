@@ -126,7 +126,7 @@ class RowControl(StoppingCriteria):
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
 
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
         for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             if not row.is_done:
                 row.push(token)
@@ -142,7 +142,7 @@ class RowSampler(LogitsProcessor):
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         for number, row in enumerate(self.rows):
             if row.decoding.temperature > 0 and not row.is_done:
@@ -151,5 +151,5 @@ class RowSampler(LogitsProcessor):
                     logits = TopPLogitsWarper(row.decoding.top_p)(input_ids[number : number + 1], logits)
                 chosen = torch.multinomial(logits.softmax(-1), 1, generator=row.random)
                 scores[number] = float("-inf")
-                scores[number, chosen.item()] = 0.0
+                scores[number, int(chosen)] = 0.0
         return scores

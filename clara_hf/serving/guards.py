@@ -201,7 +201,7 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
 
 def add_error_handlers(app: FastAPI) -> None:
     """One sentence in OpenAI's shape for whatever is wrong with a request."""
-    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:

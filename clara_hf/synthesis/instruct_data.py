@@ -69,7 +69,8 @@ def fill_store(args: InstructDataArguments, store: RunStore) -> None:
 def read_questions(path: str, top_k: int) -> Iterator[dict[str, Any]]:
     """Rows with `key`, `id`, `question`, `docs`, `answers` and `pos_index` (the last two may be empty)."""
     for number, row in read_jsonl(path):
-        question, docs, answers = row.get("question"), row.get("docs"), row.get("answers") or []
+        question, answers = row.get("question"), row.get("answers") or []
+        docs: Any = row.get("docs")
         if not isinstance(question, str) or not question.strip():
             raise UsageError(f"{path}, line {number}: 'question' must be a text.")
         for name, texts in (("docs", docs), ("answers", answers)):

@@ -32,7 +32,7 @@ class JointDataArguments:
     retriever: str = option("bm25", "bm25, or a sentence-transformers bi-encoder.")
     validation_share: float = option(0.02, "Share of the documents for validation.")
     limit: int | None = option(None, "Questions to take, from the start.")
-    seed: int = option(0, "Of the split, the candidates' order and what chance draws.")
+    seed: int = option(0, "Random seed for the split, the candidates' order and random candidates.")
 
     def __post_init__(self):
         for name in (DATA, PASSAGES):
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     for split in splits:
         check_pools(questions[split], corpus[split], args.size, args.mode)
     out = Path(args.output_dir)
-    options = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
+    options: dict[str, Any] = {"retriever": args.retriever, "size": args.size, "mode": args.mode, "seed": args.seed}
     with written_files(out, *(f"joint_{split}.jsonl" for split in splits)) as files:
         for split, file in zip(splits, files, strict=True):
             rows = build_candidates(questions[split], corpus[split], **options, show_progress=sys.stderr.isatty())

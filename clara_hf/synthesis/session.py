@@ -66,18 +66,18 @@ class TeacherArguments:
         choices=("http", "transformers", "cloze"),
     )
     gguf_file: str | None = option(None, "With --backend transformers: GGUF file of the model, dequantized on load.")
-    base_url: str = option("http://localhost:8000/v1", "Of the endpoint, with /v1.")
+    base_url: str = option("http://localhost:8000/v1", "Address of the endpoint, up to /v1.")
     api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the API key.")
     structured_outputs: str = option(
         "auto",
         "json_schema, json_object, none, or auto: the best that the endpoint takes.",
         choices=("auto", "json_schema", "json_object", "none"),
     )
-    concurrency: int = option(32, "Requests under way at once.")
-    timeout: float = option(300.0, "Seconds that one try of a request may take.")
-    max_retries: int = option(8, "Further tries after 429, 5xx, time-outs, lost connections.")
+    concurrency: int = option(32, "Maximum number of concurrent requests.")
+    timeout: float = option(300.0, "Time limit of one request attempt, in seconds.")
+    max_retries: int = option(8, "Retries after 429, 5xx, timeouts and lost connections.")
     tolerated_failures: int = option(3, "Items in a row whose requests may fail for good before the run stops.")
-    temperature: float = option(0.7, "Of what is written; checks are made at 0.")
+    temperature: float = option(0.7, "Sampling temperature for what is written; checks use 0.")
     max_tokens: int = option(2048, "Maximum number of tokens per reply.")
     # Of any type for the parser, whose message about another type shows the value: it may hold a key.
     extra_body: Any = option(None, "Further fields of each request, JSON; null leaves a field out.")
@@ -87,7 +87,7 @@ class TeacherArguments:
     replay: str | None = option(None, "Output folder of a run whose replies are taken.")
     price_in: float | None = option(None, "Price of a million prompt tokens.")
     price_out: float | None = option(None, "Price of a million completion tokens.")
-    limit: int | None = option(None, "Stop after so many; a later call may go further.")
+    limit: int | None = option(None, "Stop after this many; a later call may go further.")
     retry_failed: bool = option(False, "Try again what failed requests have set aside.")
     overwrite: bool = option(False, "Delete the run that the output folder holds.")
 
@@ -115,7 +115,7 @@ class TeacherArguments:
 
     @property
     def prices(self) -> tuple[float, float] | None:
-        return None if self.price_in is None else (self.price_in, self.price_out)
+        return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)
 
     @property
     def model_name(self) -> str:

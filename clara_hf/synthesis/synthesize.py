@@ -1,4 +1,4 @@
-"""Make SCP data from one's own documents with any language model: verified questions and paraphrases.
+"""Make SCP data from your own documents with any language model: verified questions and paraphrases.
 
     python recipes/synthesize.py --corpus docs.jsonl --output_dir scp/ --model qwen3-32b --base_url http://host:8000/v1
     python recipes/synthesize.py --corpus docs/ --output_dir scp/ --backend cloze
@@ -40,13 +40,13 @@ class SynthesisArguments(TeacherArguments):
     """Documents, passages, rounds and checks of SCP data synthesis."""
 
     corpus: list[str] = option(help="JSONL, Parquet or text files, or folders.", default_factory=list)
-    dataset: str | None = option(None, "Instead: a data set of the Hub, or one on disk.")
-    dataset_config: str | None = option(None, "Its configuration.")
-    dataset_split: str = option("train", "Its split.")
+    dataset: str | None = option(None, "In place of --corpus: a data set on the Hub or on disk.")
+    dataset_config: str | None = option(None, "Configuration of the data set.")
+    dataset_split: str = option("train", "Split of the data set.")
     text_column: str = option("text", "Column or key of the text.")
-    title_column: str = option("title", "Of the title, which is put in front of passages.")
-    id_column: str = option("id", "Of the document's id, if it has one.")
-    language: str = option("en", "Of the documents, for cutting sentences: en, de, zh, …")
+    title_column: str = option("title", "Column or key of the title, which is put in front of passages.")
+    id_column: str = option("id", "Column or key of the document's id, if it has one.")
+    language: str = option("en", "Language of the documents, for splitting sentences: en, de, zh, …")
     tokenizer: str | None = option(None, "Counts tokens: folder or Hub name of the base model. Default: an estimate.")
     passage_tokens: int = option(256, "Budget of a passage: the model's doc_max_length.")
     min_passage_tokens: int = option(16, "Shorter passages are set aside.")

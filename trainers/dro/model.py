@@ -172,7 +172,7 @@ class DRO:
     ```
     """
 
-    def __init__(self, model: nn.Module, prompts: DROPrompts):
+    def __init__(self, model: PeftModel, prompts: DROPrompts):
         self.model, self.prompts = model, prompts
 
     @classmethod
@@ -180,8 +180,8 @@ class DRO:
         """Load what [`DROTrainer`] saved; `kwargs` are those of the base's `from_pretrained`."""
         settings = json.loads(Path(folder, SETTINGS_FILE).read_text(encoding="utf-8"))
         base = LoraConfig.from_pretrained(os.path.join(folder, SELECTION)).base_model_name_or_path
-        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-        model = PeftModel.from_pretrained(model, os.path.join(folder, SELECTION), adapter_name=SELECTION)
+        whole = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        model = PeftModel.from_pretrained(whole, os.path.join(folder, SELECTION), adapter_name=SELECTION)
         model.load_adapter(os.path.join(folder, GENERATOR), adapter_name=GENERATOR)
         return cls(model.eval(), DROPrompts(AutoTokenizer.from_pretrained(folder), model.config, **settings))
 

@@ -79,7 +79,7 @@ def logit_lens(model, examples: list[QAExample], seed: int, count: int = 10, bat
 def _lens_row(one: QAExample, chosen: list[str], tokenizer, chance: np.random.Generator) -> LensRow:
     asked = _words([one.question], tokenizer)
     gold = _words(one.gold, tokenizer) - asked
-    rest = [document for place, document in enumerate(one.docs) if place not in one.pos_index]
+    rest = [document for place, document in enumerate(one.docs) if place not in (one.pos_index or [])]
     picked = chance.permutation(len(rest))[: len(one.gold)]
     other = _words([rest[place] for place in picked], tokenizer) - asked
     kinds = [QUESTION if word in asked else GOLD if word in gold else NEITHER for word in chosen]

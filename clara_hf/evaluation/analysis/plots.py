@@ -14,7 +14,7 @@ from clara_hf.evaluation.statistics import ScoredRankings  # noqa: E402
 
 MARKERS = ("o", "s", "^", "D", "v", "X", "P", "*", "<", "p", ">", "h", "8", "d")
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-FONT = {"font.size": 10, "svg.hashsalt": "clara"}
+FONT: dict = {"font.size": 10, "svg.hashsalt": "clara"}
 
 
 def save(figure, folder: Path, name: str) -> list[str]:

@@ -108,7 +108,7 @@ class EvidenceSettings:
 
     output_dir: str = field(metadata={"help": "Folder of runs, evaluations and report."})
     test_file: str = field(metadata={"help": "Questions to evaluate on."})
-    limit: int | None = field(default=None, metadata={"help": "Take only so many of them from the start."})
+    limit: int | None = field(default=None, metadata={"help": "Take only this many of them from the start."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A run of every variant for each."})
     only: list[str] | None = field(
         default=None,

@@ -1,5 +1,7 @@
 """Ranking by encoders of sentence-transformers, each with its own prompts, similarity and length limit."""
 
+from typing import Any
+
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SparseEncoder
 
@@ -83,12 +85,12 @@ class EmbeddingRanker:
     """
 
     encoder: type[MultiVectorEncoder] | type[SparseEncoder]
-    options: dict[str, bool] = {}
+    options: dict[str, Any] = {}
 
     def __init__(self, name: str, batch_size: int, device: torch.device):
         self.model = self.encoder(name, device=str(device))
         split_control_tokens(self.model)
-        self.settings = {"batch_size": batch_size, "show_progress_bar": False, **self.options}
+        self.settings: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": False, **self.options}
 
     @classmethod
     def load(cls, name: str, options: Options, device: torch.device) -> "EmbeddingRanker":

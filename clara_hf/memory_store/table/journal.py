@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 from uuid import uuid4
 
 from transformers.utils import logging
@@ -140,7 +141,7 @@ class Parts:
         return self.remote is not None or (self.folder / token).exists()
 
 
-def _is_part(part, name: str) -> bool:
+def _is_part(part, name: str) -> TypeGuard[dict]:
     """Whether `part` is a record of the file `name` that names files in the table's `data` folder alone."""
     if not isinstance(part, dict) or part.get("name") != name:
         return False

@@ -87,7 +87,7 @@ def is_blank(path: Path) -> bool:
 
 def checksum(key: str, row: np.ndarray) -> int:
     # With the key in it, a memory in another document's row is found too.
-    return zlib.crc32(row, zlib.crc32(key.encode()))
+    return zlib.crc32(row.data, zlib.crc32(key.encode()))
 
 
 def guarded_lists(keys: Sequence[str], matrices: dict[str, np.ndarray]) -> dict[str, pa.Array]:

@@ -106,7 +106,7 @@ class Rows:
     @property
     def folder(self) -> Path:
         """The local folder with the files beside the table."""
-        return self.path if self.remote is None else self.remote.folder
+        return Path(self.path) if self.remote is None else self.remote.folder
 
     @property
     def is_writable(self) -> bool:

@@ -88,17 +88,19 @@ class Snapshot:
         if before is not None and before.version == dataset.version:
             return before
         pieces = _pieces(dataset)
-        known = before is not None and not before.unreadable and before.pieces == pieces[: len(before.pieces)]
-        start = len(before.pieces) if known else 0
+        known = before
+        if before is None or before.unreadable or before.pieces != pieces[: len(before.pieces)]:
+            known = None
+        start = 0 if known is None else len(known.pieces)
         keys, offsets, unreadable = _read_keys(dataset, path, pieces[start:])
         keys, first = np.unique(keys, return_index=True)
         offsets, doubled = offsets[first], np.delete(offsets, first)
-        if known and len(before.keys):
-            places = np.searchsorted(before.keys, keys)
-            is_new = before.keys[places.clip(max=len(before.keys) - 1)] != keys
-            doubled = np.concatenate([before.doubled, doubled, offsets[~is_new]])
-            keys = np.insert(before.keys, places[is_new], keys[is_new])
-            offsets = np.insert(before.offsets, places[is_new], offsets[is_new])
+        if known is not None and len(known.keys):
+            places = np.searchsorted(known.keys, keys)
+            is_new = known.keys[places.clip(max=len(known.keys) - 1)] != keys
+            doubled = np.concatenate([known.doubled, doubled, offsets[~is_new]])
+            keys = np.insert(known.keys, places[is_new], keys[is_new])
+            offsets = np.insert(known.offsets, places[is_new], offsets[is_new])
         if unreadable:
             lost = sum(piece.stop - piece.start for piece in unreadable)
             logger.warning(
@@ -179,7 +181,7 @@ def _key_array(dataset: "lance.LanceDataset", pieces: Sequence[Piece]) -> np.nda
     if not pieces:
         return np.empty(0, PACKED)
     with reading():
-        fragments = [dataset.get_fragment(piece.fragment_id) for piece in pieces]
+        fragments: list = [dataset.get_fragment(piece.fragment_id) for piece in pieces]
         keys = dataset.scanner(columns=["key"], fragments=fragments).to_table()["key"].combine_chunks()
         if keys.null_count:
             raise ValueError("keys are missing")

@@ -48,7 +48,7 @@ class MemoryTable(Rows):
         try:
             lance.write_dataset(schema.empty_table(), str(path), mode="create")
         except OSError:
-            if is_blank(path) if isinstance(path, Path) else table.remote.is_blank:
+            if is_blank(Path(path)) if table.remote is None else table.remote.is_blank:
                 raise
             # Another process created it at the same moment.
 

@@ -108,10 +108,10 @@ def spans(sentence: str, passage: str) -> Iterator[Span]:
     """Dates, years, numbers and names of a sentence."""
     place = 0
     while match := SPAN.search(sentence, place):
-        kind, (start, end) = match.lastgroup, match.span()
+        kind, (start, end) = match.lastgroup or "", match.span()
         place = end
         if kind == "name":
-            first = re.match(r"[\w'’]+", match[0])[0]
+            first = re.split(r"[^\w'’]", match[0], maxsplit=1)[0]
             # At the sentence's start one capital is no sign: another one follows, or the word has one elsewhere, too.
             begins = not sentence[:start].strip("\"'“‘(« ")
             if begins and not re.search(rf"[^\W.!?:][\"'“‘(]? [\"'“‘(]?{re.escape(first)}\b", passage):

@@ -80,8 +80,9 @@ class LocalModel:
             temperature = waiting[0][0].temperature
             chosen = [entry for entry in waiting if entry[0].temperature == temperature][: self.batch_size]
             waiting = [entry for entry in waiting if entry not in chosen]
+            replies: list[ChatReply | RequestFailed | Exception]
             try:
-                replies = await asyncio.to_thread(self._generate, [request for request, _ in chosen])
+                replies = [*await asyncio.to_thread(self._generate, [request for request, _ in chosen])]
             except Exception as error:  # what torch raises (out of memory and others) belongs to who asked
                 replies = [error] * len(chosen)
             for (_, future), reply in zip(chosen, replies, strict=True):
@@ -102,7 +103,7 @@ class LocalModel:
     def _encode(self, request: ChatRequest) -> list[int] | RequestFailed:
         messages = [{**message, "content": self.control.hide(message["content"])} for message in request.messages]
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         except Exception as error:  # templates raise what they like
             if messages[0]["role"] != "system":
                 return RequestFailed(f"the chat template refuses the prompt ({error})")
@@ -132,6 +133,6 @@ class LocalModel:
         for ids, new in zip(rows, written, strict=True):
             # What stands behind the first end is padding, which may be the same token.
             end = next((place for place, token in enumerate(new) if token in self.ends), None)
-            text = clean_text(self.tokenizer.decode(new[:end], skip_special_tokens=True))
+            text = clean_text(str(self.tokenizer.decode(new[:end], skip_special_tokens=True)))
             replies.append(ChatReply(text, len(ids), len(new) if end is None else end + 1, cut=end is None))
         return replies
