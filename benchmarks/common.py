@@ -74,7 +74,7 @@ class BenchmarkArguments:
         "wall", "wall, or process: CPU seconds of all threads, for a CPU that others use at the same time."
     )
     output: str | None = option(None, "JSON file for the figures; runs/benchmarks/<benchmark>.json by default.")
-    vocab_size: int | None = option(None, "Of the decoder; that of the shape by default.")
+    vocab_size: int | None = option(None, "Vocabulary size of the decoder. Default: that of the shape.")
     variants: str | None = option(
         None, "Those to time, with semicolons between, the last of which others are set against."
     )

@@ -37,7 +37,7 @@ BATCHED, SINGLE = "micro-batches", "one by one"
 class ServingArguments:
     model: str = option(str(ROOT / "recipes/nano/pretrained/joint"), "Checkpoint.")
     clients: list[int] = option(help="Concurrent clients.", default_factory=lambda: [1, 8, 32])
-    requests: int = option(6, "Of each client, in each run.")
+    requests: int = option(6, "Requests per client and run.")
     questions: int = option(96, "Distinct questions.")
     entities: int = option(40, "Documents of each kind in the collection.")
     max_batch: int = option(32, "Answers made at once by the batching service.")

@@ -108,7 +108,7 @@ class ComparisonArguments:
     steps: int = option(150, "Training steps of each model; 0 makes the data only.")
     start: str = option("recipes/nano/pretrained/base", "Base, or SCP checkpoint.")
     validation_rows: int = option(1000, "Rows that both models are compared on.")
-    seed: int = option(0, "Of the world, the teacher and the training.")
+    seed: int = option(0, "Random seed for the world, the teacher and the training.")
 
 
 def synthesized(args: ComparisonArguments) -> Path:

@@ -496,7 +496,7 @@ class WorldArguments:
     output_dir: str = option("runs/nano/data", "Folder for the JSONL files.", aliases="--out")
     seed: int = 0
     more_test: int | None = option(None, "Also write so many more test questions, to test_more.jsonl.")
-    candidates: int = option(CANDIDATES, "Of a question, 2 or more.")
+    candidates: int = option(CANDIDATES, "Candidates per question, 2 or more.")
 
     def __post_init__(self):
         if self.candidates < 2:

@@ -60,8 +60,8 @@ class RealModelArguments:
         default_factory=lambda: ["float32 unbatched", "float32 eager", "bfloat16 sdpa"],
     )
     answers: int = option(16, "Questions that are answered in every variant.")
-    max_new_tokens: int = option(12, "Of an answer.")
-    max_length: int = option(256, "Of a prompt with its target, in tokens.")
+    max_new_tokens: int = option(12, "Maximum number of tokens per answer.")
+    max_length: int = option(256, "Maximum number of tokens of a prompt with its target.")
     output_file: str = option("runs/benchmarks/real_model.json", "For the figures.")
 
     def __post_init__(self):

@@ -115,6 +115,7 @@ def test_command_line_overrides_yaml_and_checkpoint_loads(config, tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"resume_from_checkpoint": "some"}, "resume_from_checkpoint is 'some', which recipes do not take"),
         ({"eval_strategy": "steps"}, "eval_strategy is 'steps' without a validation_file"),
+        ({"eval_on_start": True}, "eval_on_start is true without a validation_file"),
         ({"report_to": "paper"}, "report_to names 'paper', which is not installed"),
     ],
 )
