@@ -135,6 +135,40 @@ def checkpoint_bytes(
     return (14 if deepspeed else 12) * trained + frozen_bytes * (own - trained + rows) + 4 * SAMPLED_VALUES * sampled
 
 
+def row_tokens(config: CLaRaConfig, stage: str, top_k: int) -> tuple[int, int]:
+    """Assumed tokens of an example: those that are compressed or ranked with, memory tokens among them, and the prompt
+    with its target. Both count towards `max_tokens_per_batch`."""
+    behind = config.encoder_memory_tokens
+    encoded = COMPRESSED[stage] * (config.doc_max_length + behind)
+    if stage == "joint":
+        encoded = QUESTION_TOKENS + behind
+    slots = {"scp": 1, "instruct": 5, "joint": top_k}[stage]
+    prompt = PROMPT_TOKENS + QUESTION_TOKENS + slots * (config.num_memory_tokens + 1) + TARGET_TOKENS[stage]
+    return encoded, prompt
+
+
+def rows_of(path: str | Path, values: dict, tokens: int) -> int:
+    """Rows of a GPU's batch by a recipe's values, where a row has so many tokens.
+
+    Raises:
+        UsageError: it gives both or none of `per_device_train_batch_size` and `max_tokens_per_batch`, or the latter is
+            no number, or too small for one row.
+    """
+    rows, most = (values.get(name) for name in ("per_device_train_batch_size", "max_tokens_per_batch"))
+    if (rows is None) == (most is None):
+        found = "neither" if rows is None else "both"
+        raise UsageError(
+            f"{path} has {found} of per_device_train_batch_size and max_tokens_per_batch: give one of them."
+        )
+    if most is None:
+        return rows
+    if not isinstance(most, int) or most < tokens:
+        raise UsageError(
+            f"{path} has max_tokens_per_batch {most!r:.80}, but a row has about {tokens} tokens: raise it."
+        )
+    return most // tokens
+
+
 def cost(
     model: CLaRaForRetrievalGeneration,
     stage: str,
@@ -151,7 +185,7 @@ def cost(
         zero (`int`): ZeRO stage; from 1 the optimizer's states, from 2 gradients, and in 3 weights too are divided.
     """
     config = model.config
-    text, memory, behind = config.get_text_config(), config.num_memory_tokens, config.encoder_memory_tokens
+    text, behind = config.get_text_config(), config.encoder_memory_tokens
     read = 1.0 if config.layers_that_read is None else config.layers_that_read / text.num_hidden_layers
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     frozen = [value for name, value in model.decoder.named_parameters() if ".lora_" not in name]
@@ -165,11 +199,7 @@ def cost(
 
     weights = (2 * (count(frozen) + idle) + 4 * trained) / share(3) + 4 * trained / share(2) + 8 * trained / share(1)
 
-    encoded = COMPRESSED[stage] * (config.doc_max_length + behind)
-    if stage == "joint":
-        encoded = QUESTION_TOKENS + behind
-    slots = {"scp": 1, "instruct": 5, "joint": top_k}[stage]
-    prompt = PROMPT_TOKENS + QUESTION_TOKENS + slots * (memory + 1) + TARGET_TOKENS[stage]
+    encoded, prompt = row_tokens(config, stage, top_k)
     tokens = read * encoded + prompt
     head = 2 * config.hidden_size * config.vocab_size * TARGET_TOKENS[stage]
     # Forward, recomputation, gradient of the inputs; the adapters' weights have gradients of their own.
@@ -192,33 +222,34 @@ def cost(
 
 
 def recipe_cost(path: str | Path, gpus: int = GPUS, zero: int = 0) -> tuple[Cost, dict]:
-    """Cost of a recipe, by the name of its file (`scp`, `instruct`, `joint`), and its values."""
+    """Cost of a recipe, by the name of its file (`scp`, `instruct`, `joint`), and its values, the rows of a batch of
+    `max_tokens_per_batch` as `per_device_train_batch_size` among them."""
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     stage = Path(path).stem
     # Later stages start from a checkpoint in a run's folder: their base stands in the first stage's recipe.
     first = yaml.safe_load(Path(path).with_name("scp.yaml").read_text(encoding="utf-8"))
     name = first["model_name_or_path"]
     model = meta_model(base_config(name), stage, **first["clara_config"])
-    if values.get("max_tokens_per_batch") is not None:
-        raise UsageError(
-            f"{path} has max_tokens_per_batch, but costs are of a number of rows: give per_device_train_batch_size."
-        )
-    rows, top_k = values["per_device_train_batch_size"], values.get("top_k") or model.config.top_k
+    top_k = values.get("top_k") or model.config.top_k
+    rows = rows_of(path, values, sum(row_tokens(model.config, stage, top_k)))
     memory_batch = values.get("memory_batch_size", MEMORY_BATCH)
-    return cost(model, stage, rows, top_k, gpus, zero, memory_batch), values
+    needed = cost(model, stage, rows, top_k, gpus, zero, memory_batch)
+    return needed, {**values, "per_device_train_batch_size": rows}
 
 
 def report(path: str | Path, gpus: int = GPUS, tflops: float = ACHIEVED_TFLOPS, zero: int = 0) -> list[str]:
     """The lines that stand at the head of a recipe."""
     needed, values = recipe_cost(path, gpus, zero)
     batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * gpus
-    gigabyte = 1e9
+    tokens, gigabyte = values.get("max_tokens_per_batch"), 1e9
 
     def minutes(flops: float) -> str:
         return f"{flops / (gpus * tflops * 1e12) / 60:.0f} min at {tflops:.0f} TFLOP/s per GPU"
 
     lines = [
-        f"Global batch {batch} on {gpus} GPUs.",
+        f"Global batch {batch} on {gpus} GPUs."
+        if tokens is None
+        else f"Global batch of about {batch} rows on {gpus} GPUs, {tokens} tokens on each at a time.",
         f"Memory per GPU: {needed.training_memory / gigabyte:.0f} GB in training (weights and optimizer "
         f"{needed.weights / gigabyte:.1f}, activations {needed.activations / gigabyte:.1f}, overhead "
         f"{needed.overhead / gigabyte:.0f}).",

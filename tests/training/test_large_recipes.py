@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import build_clara
 from safetensors.torch import load_file
 from test_trainers import make_trainer
 
-from clara_hf.program import parse
+from clara_hf.program import UsageError, parse
 from clara_hf.program.cost import BASES, base_config, checkpoint_bytes, meta_model, recipe_cost, report
 from clara_hf.program.models import CLaRaModelArguments
 from clara_hf.program.training import DataArguments
@@ -62,6 +63,31 @@ def test_a_gpu_holds_the_whole_base_while_documents_are_compressed_even_under_ze
     joint, instruct = (recipe_cost(folder / f"{name}.yaml", zero=3)[0] for name in ("joint", "instruct"))
     assert joint.training_memory < 7e9 < joint.host < joint.compression_memory == joint.memory < 21e9
     assert instruct.memory == instruct.training_memory < instruct.host == joint.host
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_of_a_number_of_tokens_costs_what_its_rows_do(stage, tmp_path):
+    folder = ROOT / "recipes" / "mistral-7b"
+    (tmp_path / "scp.yaml").write_text((folder / "scp.yaml").read_text())
+    path, values = tmp_path / f"{stage}.yaml", yaml.safe_load((folder / f"{stage}.yaml").read_text())
+    expected, rows = recipe_cost(folder / f"{stage}.yaml")[0], values.pop("per_device_train_batch_size")
+    # Of the assumed lengths: documents or the question with 16 memory tokens, and the prompt with slots and target.
+    tokens = {"scp": 272 + 307, "instruct": 5 * 272 + 235, "joint": 46 + 190}[stage]
+    path.write_text(yaml.safe_dump({**values, "max_tokens_per_batch": rows * tokens}))
+    found, told = recipe_cost(path)
+    assert found == expected and told["per_device_train_batch_size"] == rows
+    assert (
+        f"about {rows * values['gradient_accumulation_steps'] * 8} rows on 8 GPUs, {rows * tokens}" in report(path)[0]
+    )
+    for wrong, reason in (
+        ({"max_tokens_per_batch": tokens - 1}, f"{tokens - 1}, but .* {tokens} tokens"),
+        ({"max_tokens_per_batch": 9999, "per_device_train_batch_size": 2}, "both"),
+        ({}, "neither"),
+    ):
+        path.write_text(yaml.safe_dump(values | wrong))
+        with pytest.raises(UsageError, match=reason) as error:
+            recipe_cost(path)
+        assert "max_tokens_per_batch" in str(error.value) and str(path) in str(error.value)
 
 
 def test_counted_weights_are_those_of_the_known_models():
