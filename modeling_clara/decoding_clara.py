@@ -47,6 +47,8 @@ ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 END_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _MADE_HERE = "it is made here, of the questions and documents"
+# Transformers' own generate takes ids and embeddings together, but then verifies its first guesses by the logits of the
+# prompt's end, where the embeddings have no guesses: other answers, without an error.
 _IDS_ONLY = "it needs prompts that are token ids, where these hold memories"
 WITHOUT_USE = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _MADE_HERE),
