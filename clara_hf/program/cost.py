@@ -155,13 +155,13 @@ def rows_of(path: str | Path, values: dict, tokens: int) -> int:
             no number, or too small for one row.
     """
     rows, most = (values.get(name) for name in ("per_device_train_batch_size", "max_tokens_per_batch"))
-    if (rows is None) == (most is None):
+    if rows is not None and most is None:
+        return rows
+    if rows is not None or most is None:
         found = "neither" if rows is None else "both"
         raise UsageError(
             f"{path} has {found} of per_device_train_batch_size and max_tokens_per_batch: give one of them."
         )
-    if most is None:
-        return rows
     if not isinstance(most, int) or most < tokens:
         raise UsageError(
             f"{path} has max_tokens_per_batch {most!r:.80}, but a row has about {tokens} tokens: raise it."
