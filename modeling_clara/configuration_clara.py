@@ -76,7 +76,8 @@ class CLaRaConfig(PreTrainedConfig):
             `memory_tokens` puts l memory tokens behind a text and takes their states. `mean_pool` takes those of the
             text itself: with its markers it has T tokens, and memory vector j is the mean of the states from
             floor(j T / l) up to floor((j + 1) T / l), whose numbers differ by at most one. Of a text with fewer than l
-            tokens, some stand for several vectors. The MSE term then has no use, see `mse_weight`.
+            tokens, some stand for several vectors. The mean over all of a question stands in each of its l vectors. The
+            MSE term then has no use, see `mse_weight`.
         compressor_layers (`int`, *optional*): so many of the decoder's layers, from the first on, read documents and
             questions; all by default. With fewer, the state of each position is divided by its root mean square, in
             place of the final norm, which was made for the last layer's states. 0 takes token embeddings, with

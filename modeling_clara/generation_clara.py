@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from .adapters_clara import COMPRESSOR, GENERATOR, QUERY_REASONER, merged_adapter
+from .adapters_clara import GENERATOR, merged_adapter
 from .decoding_clara import can_decode_packed, check_generation_options, decode_packed, options_named
 from .functional_clara import (
     check_document_index,
@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_BATCH_SIZE = 32
+DOCUMENTS, QUESTIONS = "documents", "questions"
 FINITE_WEIGHTS = "load weights that are finite, or a dtype with a wider range"
 
 
@@ -119,10 +120,10 @@ class CLaRaGeneration:
                 module.training = True
 
     def _encode_rows(
-        self, adapter: str, rows: list[list[int]], batch_size: int | None, most: int | None, show_progress: bool
+        self, kind: str, rows: list[list[int]], batch_size: int | None, most: int | None, show_progress: bool
     ) -> torch.Tensor:
-        """Memory states `[rows, l, H]` of encoded texts, in batches of like length, returned in the given order."""
-        kind = "documents" if adapter == COMPRESSOR else "questions"
+        """Memory states `[rows, l, H]` of encoded `documents` or `questions`, in batches of like length, returned in
+        the given order."""
         batches = length_batches(self.processor.encoded_lengths(rows), batch_size, most)
         memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
         with self._inference():
@@ -130,7 +131,8 @@ class CLaRaGeneration:
                 batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
                 # The type differs from the model's under autocast.
                 ids, mask = batch["input_ids"], batch["attention_mask"]
-                found = self.encode(adapter, ids, mask, with_gap=False)[0].to(self.dtype)
+                read = self._encode_questions if kind == QUESTIONS else self._encode_documents
+                found = read(ids, mask).to(self.dtype)
                 check_finite(found, lambda row, chosen=chosen: f"the memory of {kind}[{chosen[row]}]", FINITE_WEIGHTS)
                 memories[chosen] = found
         return memories
@@ -178,14 +180,13 @@ class CLaRaGeneration:
         max_tokens_per_batch: int | None = None,
     ) -> torch.Tensor:
         """[`compress`] of documents that `processor.encode_documents` or `encode_and_cut` made token ids of."""
-        return self._encode_rows(COMPRESSOR, rows, batch_size, max_tokens_per_batch, show_progress)
+        return self._encode_rows(DOCUMENTS, rows, batch_size, max_tokens_per_batch, show_progress)
 
     def encode_questions(self, questions: list[str], batch_size: int = 32, rate: int | None = None) -> torch.Tensor:
         """Read questions with the query reasoner (or the compressor, if the model has none yet) to `[B, l, H]`, at the
         compression `rate` of the memories that they are compared with."""
-        adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
         rows = self.processor.encode_questions(questions)
-        return self.at_rate(rate)._encode_rows(adapter, rows, batch_size, most=None, show_progress=False)
+        return self.at_rate(rate)._encode_rows(QUESTIONS, rows, batch_size, most=None, show_progress=False)
 
     @property
     def _memory_shape(self) -> tuple[int, int]:

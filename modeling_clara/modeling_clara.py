@@ -237,33 +237,45 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         return hidden[:, -last:]
 
     def encode(
-        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
+        self,
+        adapter: str,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        with_gap: bool = True,
+        whole: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Memories of texts, each read with its memory tokens behind it, or alone where `readout` pools, under
         `adapter`.
 
-        Without `attention_mask` all positions are attended.
+        Without `attention_mask` all positions are attended. With `whole`, a text that is pooled is so as one segment,
+        whose mean is each of the l vectors.
 
         Returns:
             memories `[rows, l, H]` and, unless `with_gap` is `False`, the mean text state minus the mean memory state
             `[rows, H]`, both before `memory_scale`, whose mean square is the MSE loss.
         """
-        memories, gap = self.read_states(adapter, input_ids, attention_mask, with_gap)
+        memories, gap = self.read_states(adapter, input_ids, attention_mask, with_gap, whole)
         if (scale := self.config.memory_scale) is not None:
             memories = with_rms(memories, scale)
         return coarser_memories(memories, self.config, self.config.rate_in_use), gap
 
     def read_states(
-        self, adapter: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, with_gap: bool = True
+        self,
+        adapter: str,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        with_gap: bool = True,
+        whole: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[`encode`] without `memory_scale`, and of pooled texts at the first compression rate."""
         count = self.config.num_memory_tokens
         attention_mask = mask_or_ones(attention_mask, input_ids)
         if self.config.readout == "mean_pool":
             hidden = self._hidden_states(adapter, self.get_input_embeddings()(input_ids), attention_mask)
-            memories = segment_means(hidden, attention_mask, self.config.most_memory_tokens)
-            gap = segment_means(hidden, attention_mask, 1)[:, 0] - memories.mean(dim=1) if with_gap else None
-            return memories, gap
+            segments = self.config.most_memory_tokens
+            mean = segment_means(hidden, attention_mask, 1) if whole or with_gap else None
+            memories = mean.expand(-1, segments, -1) if whole else segment_means(hidden, attention_mask, segments)
+            return memories, mean[:, 0] - memories.mean(dim=1) if with_gap else None
         text = self.get_input_embeddings()(input_ids[:, :-count])
         own = torch.arange(count, device=input_ids.device) % self.memory_embeddings.num_embeddings
         memory = self.memory_embeddings(own.expand(len(input_ids), -1)).to(text.dtype)
@@ -276,9 +288,14 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
         gap = (text_states * weight).sum(dim=1) / weight.sum(dim=1) - memories.mean(dim=1)
         return memories, gap
 
+    def _encode_documents(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.encode(COMPRESSOR, input_ids, attention_mask, with_gap=False)[0]
+
     def _encode_questions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """A pooled question is read whole: its first words do not know the rest, and no segment of it answers to one of
+        a document."""
         adapter = QUERY_REASONER if self.config.query_reasoner else COMPRESSOR
-        return self.encode(adapter, input_ids, attention_mask, with_gap=False)[0]
+        return self.encode(adapter, input_ids, attention_mask, with_gap=False, whole=True)[0]
 
     def _is_memory(self, input_ids: torch.Tensor) -> torch.Tensor:
         ids = self.config.memory_token_ids
