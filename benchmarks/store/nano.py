@@ -2,16 +2,19 @@
 
     python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --others joint_train.jsonl --output_file forms.json
     python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --searches --output_file searches.json
+    python benchmarks/store/nano.py CHECKPOINT --data test.jsonl --candidates --forms none fitted1 \\
+        --against OTHER --against_form rotated4 --output_file rates.json
 
 All are compared with memories as they are, in bfloat16, on the same questions. The first searches all documents, or,
-with `--candidates`, each question's own; the second compares exact search, the index, BM25 and both of them.
+with `--candidates`, each question's own; the second compares exact search, the index, BM25 and both of them. The third
+compares with what another checkpoint, of another compression rate for instance, stores in a form of its own.
 """
 
 import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -36,28 +39,36 @@ class NanoArguments:
     forms: list[str] = option(help="The first is `none`.", default_factory=lambda: list(FORMS))
     candidates: bool = option(False, "Search each question's own candidates.")
     searches: bool = option(False, "Compare searches, not forms.")
+    against: str | None = option(None, "Another checkpoint, which all forms are compared with in place of `none`.")
+    against_form: str = option("none", "The form that its memories are stored in.", choices=FORMS)
 
 
 def compare_forms(args: NanoArguments, folder: Path) -> dict:
     """F1 and Recall@5 of a trained model by the form that memories are stored in."""
-    plain, examples, corpus = nano_store(args, folder / "none")
-    scores, figures = {}, {}
-    for form in args.forms:
-        store = plain
+    wanted = [(args.checkpoint, form) for form in args.forms]
+    if args.against is not None:
+        wanted.insert(0, (args.against, args.against_form))
+    plain, scores, figures = {}, {}, {}
+    for checkpoint, form in wanted:
+        if checkpoint not in plain:
+            plain[checkpoint] = nano_store(replace(args, checkpoint=checkpoint), folder / str(len(plain)))
+        store, examples, corpus = plain[checkpoint]
         if form != "none":
-            store = MemoryStore.open(shutil.copytree(folder / "none", folder / form), plain.model)
+            copied = shutil.copytree(store.path, folder / f"{len(plain)}-{form}")
+            store = MemoryStore.open(copied, store.model)
             if form.startswith("fitted"):
                 store.fit(form=form, show_progress=False)
             else:
                 store.recode(form)
+        name = f"{checkpoint} {form}" if checkpoint == args.against else form
         if args.candidates:
-            scores[form] = answered(store, examples)
+            scores[name] = answered(store, examples)
         else:
             found = store.search([example.question for example in examples], top_k=5, exact=True)
-            scores[form] = scored(store, examples, found.texts, found.keys)
-        scores[form]["bytes"] = store.stats()["bytes_per_memory"]
-        figures = {"documents": len(corpus), "questions": len(examples), "forms": summary(scores, "none")}
-        print(form, json.dumps(figures["forms"][form]), flush=True)
+            scores[name] = scored(store, examples, found.texts, found.keys)
+        scores[name]["bytes"] = store.stats()["bytes_per_memory"]
+        figures = {"documents": len(corpus), "questions": len(examples), "forms": summary(scores, next(iter(scores)))}
+        print(name, json.dumps(figures["forms"][name]), flush=True)
     return figures
 
 
