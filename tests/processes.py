@@ -1,7 +1,7 @@
 """Processes that tests start, without the ten seconds of imports that a new interpreter begins with.
 
 They come from a server that has imported everything and used nothing: after a fork of pytest's own process, in which
-Lance has run, writing with Lance can crash.
+Lance has run, writing with Lance can crash. And programs that are called in pytest's own process.
 """
 
 import multiprocessing
@@ -16,9 +16,19 @@ from uuid import uuid4
 import pytest
 import torch.distributed as dist
 
+from clara_hf.program import run_program
+
 
 IMPORTED = ["memory_fakes", "test_trainers", "recipes.joint", "recipes.scp", "clara_hf.evaluation.run"]
 LIMIT = 900  # seconds
+
+
+def exit_code(main, arguments) -> int:
+    """That of a program which is called here, ended as its door and `clara` end it."""
+    try:
+        run_program(lambda: main(arguments))
+    except SystemExit as end:
+        return end.code
 
 
 def start_server() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import conftest
 import datasets
 import pytest
-from programs import exit_code
+from processes import exit_code
 
 from clara_hf.data import convert, pools
 from clara_hf.data.convert import Conversion

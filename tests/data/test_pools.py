@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import exit_code
+from processes import exit_code
 from transformers import BertConfig, BertModel
 
 from clara_hf.data import pools, retrievers

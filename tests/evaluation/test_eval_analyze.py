@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TEXTS, build_clara
 from PIL import Image
-from programs import exit_code
+from processes import exit_code
 
 from clara_hf.data.schema import QAExample
 from clara_hf.evaluation.analysis import latents, plots

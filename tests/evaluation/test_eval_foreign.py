@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import TEXTS
-from programs import exit_code
+from processes import exit_code
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,

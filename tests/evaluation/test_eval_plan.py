@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from programs import exit_code
+from processes import exit_code
 
 from clara_hf.evaluation.plan import ALL_SYSTEMS, CHOICES, DEFAULT_SYSTEMS, NAMED, Options, parse_system
 from clara_hf.evaluation.run import EvalSettings, main

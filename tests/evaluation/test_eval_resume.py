@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXTS
-from processes import in_processes
-from programs import exit_code
+from processes import exit_code, in_processes
 
 from clara_hf.evaluation.cache import Cache, CacheError, Orders
 from clara_hf.evaluation.results import Results

@@ -13,7 +13,7 @@ import torch
 from conftest import build_clara
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from programs import exit_code
+from processes import exit_code
 from scripted_endpoint import Endpoint, Say
 from transformers import AutoModelForCausalLM
 

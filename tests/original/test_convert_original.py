@@ -18,7 +18,7 @@ from original_checkpoint import (
     write_original,
     write_prompts,
 )
-from programs import exit_code
+from processes import exit_code
 
 from clara_hf.original.convert import convert, main
 from clara_hf.original.export import to_original

@@ -42,7 +42,7 @@ def started(base, tmp_path_factory):
 
     def start(steps: int) -> subprocess.Popen:
         command = [sys.executable, "script.py", "model", "rows.json", f"run{steps}", str(steps)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(folder / "home")}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HOME": str(folder / "home")}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 

@@ -114,7 +114,7 @@ def test_settings_of_a_stage_have_one_home(tmp_path):
     assert model.clara_config == {"temperature": 0.1}
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "recipes").glob("*/*.yaml")), ids=str)
 def test_shipped_recipes_say_a_setting_in_one_place(path):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert not {"top_k", "temperature", "topk_taken_mask", "mse_weight"} & set(values.get("clara_config") or {})

@@ -19,7 +19,7 @@ from modeling_clara import CLaRaConfig
 from trainers import InstructionConfig, JointConfig, SCPConfig
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MODELS = ("mistral-7b", "qwen3-4b", "phi4-mini")
 STAGES = {"scp": (SCPConfig, 128, 1e-4), "instruct": (InstructionConfig, 128, 1e-4), "joint": (JointConfig, 32, 5e-6)}
 

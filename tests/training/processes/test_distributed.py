@@ -20,7 +20,7 @@ from transformers import AutoModel
 pytest.importorskip("deepspeed", reason='ZeRO needs DeepSpeed: pip install "clara-hf[deepspeed]"')
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / "recipes" / "accelerate"
 TOLERANCE = 1e-5
 STEPS, SAVE_STEPS, ROWS = 20, 5, 24
