@@ -83,7 +83,9 @@ def test_all_steps_that_train_the_compressor_have_the_same_loss(stage, tmp_path,
     losses = losses_of(variants, [trainer], monkeypatch)
     torch.testing.assert_close(losses, losses[0].expand(8), atol=1e-4, rtol=0)
     flops = {name: common.count_flops(run) for name, run in variants.items()}
-    assert flops["step"] < flops["last layer whole"] < flops["padded to the longest"] < flops["as released"]
+    assert flops["step"] <= flops["last layer whole"] < flops["padded to the longest"] < flops["as released"]
+    # These rows of the first stage have labels at more than READS_UP_TO of their positions.
+    assert (flops["step"] == flops["last layer whole"]) == (stage == "scp")
     assert flops["step"] == flops["all logits at once"]
     assert flops["step"] < flops["checkpointing but attention"] <= flops["checkpointing"]
 
