@@ -178,15 +178,15 @@ def run_packed(
     lengths = is_token.sum(dim=1).tolist()
     if not shared:
         return run_row(decoder, module, inputs_embeds[is_token], lengths, places)
-    row = beginning_once([text[own] for text, own in zip(inputs_embeds, is_token, strict=True)], shared)
     number = torch.searchsorted(torch.tensor(lengths, device=places.device).cumsum(0), places, right=True)
-    lengths = [shared, *(length - shared for length in lengths)]
-    return run_row(decoder, module, row, lengths, places - shared * number, shared)
+    texts = [text[own] for text, own in zip(inputs_embeds, is_token, strict=True)]
+    return run_row(decoder, module, *beginning_once(texts, shared), places - shared * number, shared)
 
 
-def beginning_once(texts: Sequence[torch.Tensor], shared: int) -> torch.Tensor:
-    """One row `[T, H]` of what all texts `[length, H]` begin with, and each one's rest."""
-    return torch.cat([texts[0][:shared], *(text[shared:] for text in texts)])
+def beginning_once(texts: Sequence[torch.Tensor], shared: int) -> tuple[torch.Tensor, list[int]]:
+    """One row `[T, H]` of what all texts `[length, H]` begin with, and each one's rest; and their lengths."""
+    parts = [texts[0][:shared], *(text[shared:] for text in texts)]
+    return torch.cat(parts), [len(part) for part in parts]
 
 
 def shared_beginning(input_ids: torch.Tensor, attention_mask: torch.Tensor, own: torch.Tensor) -> int:
@@ -399,8 +399,7 @@ def read_prompts(decoder: PreTrainedModel, prompts: torch.Tensor, mask: torch.Te
     """
     texts = [row[own] for row, own in zip(prompts, mask.bool(), strict=True)]
     shared = common_beginning(texts)
-    lengths = [shared, *(len(text) - shared for text in texts)]
-    row = beginning_once(texts, shared)
+    row, lengths = beginning_once(texts, shared)
     last = torch.tensor(lengths, device=row.device).cumsum(0)[1:] - 1
     kept = deque()  # no list, of which accelerate's hooks hand on a copy
     logits = run_row(decoder, decoder, row, lengths, last, shared=shared, kept=kept)

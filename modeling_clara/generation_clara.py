@@ -124,6 +124,7 @@ class CLaRaGeneration:
     ) -> torch.Tensor:
         """Memory states `[rows, l, H]` of encoded `documents` or `questions`, in batches of like length, returned in
         the given order."""
+        read = self._encode_questions if kind == QUESTIONS else self._encode_documents
         batches = length_batches(self.processor.encoded_lengths(rows), batch_size, most)
         memories = torch.empty((len(rows), *self._memory_shape), dtype=self.dtype, device=self.device)
         with self._inference():
@@ -131,7 +132,6 @@ class CLaRaGeneration:
                 batch = self.processor.pad_encodings([rows[row] for row in chosen]).to(self.device)
                 # The type differs from the model's under autocast.
                 ids, mask = batch["input_ids"], batch["attention_mask"]
-                read = self._encode_questions if kind == QUESTIONS else self._encode_documents
                 found = read(ids, mask).to(self.dtype)
                 check_finite(found, lambda row, chosen=chosen: f"the memory of {kind}[{chosen[row]}]", FINITE_WEIGHTS)
                 memories[chosen] = found

@@ -406,8 +406,9 @@ class CLaRaForRetrievalGeneration(CLaRaGeneration, CLaRaPreTrainedModel):
 
         embeddings = self._prompt_embeddings(input_ids, selected)
         attention_mask = mask_or_ones(attention_mask, input_ids)
-        reads = (embeddings, attention_mask, labels, logits_to_keep, num_items_in_batch)
-        logits, ce_loss = self._read_prompts(input_ids, *reads)
+        logits, ce_loss = self._read_prompts(
+            input_ids, embeddings, attention_mask, labels, logits_to_keep, num_items_in_batch
+        )
         loss = ce_loss if ce_loss is None or mse_loss is None else ce_loss + self.config.mse_weight * mse_loss
         return CLaRaOutput(
             loss=loss,

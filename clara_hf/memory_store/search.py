@@ -8,7 +8,7 @@ wrong about a row that was moved, deleted or added, and rows that it lacks are c
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -347,7 +347,7 @@ class _Index:
         """For each query, scores and packed keys of the nearest rows that are still there."""
         snapshot = table.snapshot()
         numbers = snapshot.numbers
-        with faiss_threads(1 if len(queries) < FEW_QUERIES else None):
+        with one_faiss_thread() if len(queries) < FEW_QUERIES else nullcontext():
             scores, ids = self._faiss.search(queries.contiguous().numpy(), count)
         found = []
         for row_scores, row_ids in zip(scores, ids, strict=True):
@@ -358,10 +358,10 @@ class _Index:
 
 
 @contextmanager
-def faiss_threads(count: int | None) -> Iterator[None]:
-    """Lets FAISS use so many threads in the block, `None` for as many as before. Only calls of this thread change."""
+def one_faiss_thread() -> Iterator[None]:
+    """Let FAISS compute in one thread in the block, where this thread calls it."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count or before)
+    faiss.omp_set_num_threads(1)
     try:
         yield
     finally:
